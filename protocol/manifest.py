@@ -1,0 +1,350 @@
+"""Bundles: a folder with ``manifest.json`` and the files that it lists with their digests.
+
+A **client bundle** holds the secrets (head with noise, selector + tail); a **server bundle** holds the N bodies and the
+wire codec. ``bodies_id`` says which client fits which server; file digests say whether a file is the one that was
+exported. Everything is validated before anything runs.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+from ensembler.protocol.codec import AffineCodec
+from ensembler.protocol.errors import (
+    BundleError,
+    BundleTamperedError,
+    BundleVersionError,
+    ConfigError,
+)
+
+FORMAT = "ensembler-bundle"
+VERSION = 1
+MANIFEST_NAME = "manifest.json"
+
+MAX_MANIFEST_BYTES = 4 * 1024 * 1024
+MAX_FILE_BYTES = 2 * 1024 * 1024 * 1024
+MAX_NETS = 1024
+MAX_AXIS = 1 << 20
+MAX_LABELS = 100_000
+
+NoiseMode = Literal["none", "fixed", "fresh"]
+Precision = Literal["int8", "float32"]
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FileEntry:
+    """One file of a bundle: its size in bytes and its SHA-256 as 64 hexadecimal digits."""
+
+    size_bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireSpec:
+    """What travels between a client and the bodies it was exported for.
+
+    Attributes:
+        bodies_id: 64 hexadecimal digits over the float weights, their order and the codecs.
+        feature_shape: ``(C, H, W)`` (or another shape without the batch) of one image's features.
+        feature_codec: the codec of the features, fixed before the selector was drawn.
+        answer_width: F, the length of one body's answer.
+        answer_codecs: N codecs, one per body in the server's order.
+    """
+
+    bodies_id: str
+    feature_shape: tuple[int, ...]
+    feature_codec: AffineCodec
+    answer_width: int
+    answer_codecs: tuple[AffineCodec, ...]
+
+    @property
+    def num_nets(self) -> int:
+        """N, the number of bodies."""
+        return len(self.answer_codecs)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSpec:
+    """What the head takes: RGB uint8 of this size; the graph itself normalises (docs/protocol.md)."""
+
+    height: int
+    width: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServerManifest:
+    """The manifest of a server bundle: the wire and one graph per body, in the server's order."""
+
+    wire: WireSpec
+    precision: Precision
+    bodies: tuple[str, ...]
+    files: Mapping[str, FileEntry]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClientManifest:
+    """The manifest of a client bundle.
+
+    Attributes:
+        wire: as in the server bundle that this client fits.
+        image: what the head takes.
+        labels: the class names, index = class.
+        noise_mode: ``fixed`` (a constant of the head graph), ``fresh`` (drawn by the client for each image) or ``none``.
+        noise_std: the standard deviation of the noise, in units of the head's features.
+        head: the name of the head's graph, uint8 image in, wire codes out.
+        tail: the name of the selector + tail graph, the N answers' codes in, logits out.
+        server_public_key: the CURVE key of the server, 40 characters of Z85, or None for a plaintext bundle.
+    """
+
+    wire: WireSpec
+    image: ImageSpec
+    labels: tuple[str, ...]
+    noise_mode: NoiseMode
+    noise_std: float
+    precision: Precision
+    head: str
+    tail: str
+    server_public_key: str | None
+    files: Mapping[str, FileEntry]
+
+
+def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
+    """Returns the canonical bytes of a manifest: sorted keys, no timestamp, so equal manifests are equal files."""
+    wire = manifest.wire
+    document: dict[str, Any] = {
+        "format": FORMAT,
+        "version": VERSION,
+        "wire": {
+            "bodies_id": wire.bodies_id,
+            "feature_shape": list(wire.feature_shape),
+            "feature_codec": _codec_json(wire.feature_codec),
+            "answer_width": wire.answer_width,
+            "answer_codecs": [_codec_json(codec) for codec in wire.answer_codecs],
+        },
+        "precision": manifest.precision,
+        "files": {
+            name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
+            for name, entry in manifest.files.items()
+        },
+    }
+    if isinstance(manifest, ServerManifest):
+        document |= {"kind": "server", "bodies": list(manifest.bodies)}
+    else:
+        document |= {
+            "kind": "client",
+            "image": {"height": manifest.image.height, "width": manifest.image.width},
+            "labels": list(manifest.labels),
+            "noise_mode": manifest.noise_mode,
+            "noise_std": manifest.noise_std,
+            "head": manifest.head,
+            "tail": manifest.tail,
+            "server_public_key": manifest.server_public_key,
+        }
+    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def _codec_json(codec: AffineCodec) -> dict[str, Any]:
+    return {"codec": "u8", "scale": codec.scale, "zero_point": codec.zero_point}
+
+
+def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
+    """Reads and validates a client manifest.
+
+    Args:
+        data: the file's bytes.
+        source: how errors name the file.
+
+    Raises:
+        BundleVersionError: another version of the format.
+        BundleError: anything else that is wrong, with the field's name.
+    """
+    reader = _open(data, source, "client")
+    files = reader.files()
+    wire = reader.wire()
+    image = reader.child("image")
+    key = reader.get("server_public_key", lambda v: v is None or (isinstance(v, str) and len(v) == 40))
+    std = reader.get("noise_std", lambda v: isinstance(v, int | float) and 0 <= v < 1e6)
+    return ClientManifest(
+        wire=wire,
+        image=ImageSpec(height=image.integer("height", 1, 1 << 14), width=image.integer("width", 1, 1 << 14)),
+        labels=tuple(reader.strings("labels", MAX_LABELS)),
+        noise_mode=reader.choice("noise_mode", ("none", "fixed", "fresh")),
+        noise_std=float(std),
+        precision=reader.choice("precision", ("int8", "float32")),
+        head=reader.file_name("head", files),
+        tail=reader.file_name("tail", files),
+        server_public_key=key,
+        files=files,
+    )
+
+
+def parse_server(data: bytes, source: str = MANIFEST_NAME) -> ServerManifest:
+    """Reads and validates a server manifest; arguments and errors as ``parse_client``."""
+    reader = _open(data, source, "server")
+    files = reader.files()
+    wire = reader.wire()
+    bodies = tuple(reader.strings("bodies", MAX_NETS))
+    if len(bodies) != wire.num_nets or any(name not in files for name in bodies):
+        raise reader.error("bodies", f"does not name {wire.num_nets} of the bundle's files")
+    return ServerManifest(
+        wire=wire, precision=reader.choice("precision", ("int8", "float32")), bodies=bodies, files=files
+    )
+
+
+def load_client(folder: Path) -> ClientManifest:
+    """Reads the manifest of the client bundle ``folder`` and verifies every file against its digest.
+
+    Raises:
+        BundleError: missing, malformed, of another version or tampered with; see the subclasses.
+    """
+    return _load(folder, parse_client)
+
+
+def load_server(folder: Path) -> ServerManifest:
+    """Reads the manifest of the server bundle ``folder`` and verifies every file; errors as ``load_client``."""
+    return _load(folder, parse_server)
+
+
+def describe_file(path: Path) -> FileEntry:
+    """Returns the size and digest of ``path``."""
+    with path.open("rb") as stream:
+        digest = hashlib.file_digest(stream, "sha256").hexdigest()
+    return FileEntry(size_bytes=path.stat().st_size, sha256=digest)
+
+
+def _load(folder: Path, parse: Callable[[bytes, str], T]) -> T:
+    path = folder / MANIFEST_NAME
+    if not folder.is_dir():
+        raise BundleError(f"no bundle at {folder}: it is not a folder; ensembler-export makes one")
+    try:
+        if path.stat().st_size > MAX_MANIFEST_BYTES:
+            raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
+        manifest = parse(path.read_bytes(), str(path))
+        _verify(folder, manifest.files)  # type: ignore[attr-defined]
+    except FileNotFoundError as error:
+        raise BundleError(
+            f"the bundle {folder} is incomplete: {Path(error.filename).name} is missing; copy the whole folder again"
+        ) from error
+    except OSError as error:
+        raise BundleError(f"the bundle {folder} cannot be read: {error.strerror}") from error
+    return manifest
+
+
+def _verify(folder: Path, files: Mapping[str, FileEntry]) -> None:
+    for name, expected in files.items():
+        found = describe_file(folder / name)
+        if found != expected:
+            raise BundleTamperedError(
+                f"{folder / name} is not the file that was exported (its SHA-256 differs from the manifest's); "
+                "copy the bundle again, or export it again"
+            )
+
+
+def _open(data: bytes, source: str, kind: str) -> _Reader:
+    try:
+        document = json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{source} is not JSON; copy the bundle again") from error
+    reader = _Reader(document, source, "")
+    if not isinstance(document, dict) or document.get("format") != FORMAT:
+        raise BundleError(f"{source} is not the manifest of an Ensembler bundle")
+    version = document.get("version")
+    if version != VERSION or isinstance(version, bool):
+        raise BundleVersionError(
+            f"{source} has bundle version {str(version)[:20]}, this package reads version {VERSION}; "
+            "export again, or install the matching ensembler-edge"
+        )
+    if document.get("kind") != kind:
+        raise BundleError(f"{source} belongs to a {str(document.get('kind'))[:20]} bundle, a {kind} bundle is needed here")
+    return reader
+
+
+class _Reader:
+    """Reads fields of one JSON object; every refusal names the file and the field."""
+
+    def __init__(self, document: Any, source: str, prefix: str) -> None:
+        self.document = document
+        self.source = source
+        self.prefix = prefix
+
+    def error(self, name: str, problem: str) -> BundleError:
+        return BundleError(f"{self.source}: {self.prefix}{name} {problem}")
+
+    def get(self, name: str, valid: Callable[[Any], bool]) -> Any:
+        if name not in self.document:
+            raise self.error(name, "is missing")
+        value = self.document[name]
+        if isinstance(value, bool) or not valid(value):
+            raise self.error(name, "has an invalid value")
+        return value
+
+    def child(self, name: str) -> _Reader:
+        return _Reader(self.get(name, lambda v: isinstance(v, dict)), self.source, f"{self.prefix}{name}.")
+
+    def integer(self, name: str, low: int, high: int) -> int:
+        return int(self.get(name, lambda v: isinstance(v, int) and low <= v <= high))
+
+    def choice(self, name: str, choices: tuple[str, ...]) -> Any:
+        return self.get(name, lambda v: v in choices)
+
+    def strings(self, name: str, limit: int) -> list[str]:
+        items: list[str] = self.get(
+            name,
+            lambda v: isinstance(v, list)
+            and 1 <= len(v) <= limit
+            and all(isinstance(s, str) and len(s) <= 1000 for s in v),
+        )
+        return items
+
+    def file_name(self, name: str, files: Mapping[str, FileEntry]) -> str:
+        return str(self.get(name, lambda v: isinstance(v, str) and v in files))
+
+    def files(self) -> dict[str, FileEntry]:
+        entries = self.child("files")
+        result = {}
+        for name in entries.document:
+            # Names only: a manifest must not reach outside its folder.
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,99}", name) or name == MANIFEST_NAME:
+                raise self.error("files", "holds a name that is not a plain file name")
+            entry = entries.child(name)
+            result[name] = FileEntry(
+                size_bytes=entry.integer("size_bytes", 0, MAX_FILE_BYTES), sha256=entry.hexadecimal("sha256")
+            )
+        return result
+
+    def hexadecimal(self, name: str) -> str:
+        return str(self.get(name, lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-f]{64}", v) is not None))
+
+    def codec(self, value: Any, name: str) -> AffineCodec:
+        reader = _Reader(value, self.source, f"{self.prefix}{name}.")
+        if not isinstance(value, dict):
+            raise self.error(name, "is not an object")
+        reader.choice("codec", ("u8",))
+        scale = reader.get("scale", lambda v: isinstance(v, int | float))
+        try:
+            return AffineCodec(scale=float(scale), zero_point=reader.integer("zero_point", 0, 255))
+        except (ConfigError, OverflowError) as error:
+            raise reader.error("scale", "is not a positive float32 value") from error
+
+    def wire(self) -> WireSpec:
+        wire = self.child("wire")
+        shape = wire.get(
+            "feature_shape",
+            lambda v: isinstance(v, list) and 1 <= len(v) <= 4 and all(type(n) is int and 0 < n <= MAX_AXIS for n in v),
+        )
+        codecs = wire.get("answer_codecs", lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_NETS)
+        return WireSpec(
+            bodies_id=wire.hexadecimal("bodies_id"),
+            feature_shape=tuple(shape),
+            feature_codec=wire.codec(wire.document.get("feature_codec"), "feature_codec"),
+            answer_width=wire.integer("answer_width", 1, MAX_AXIS),
+            answer_codecs=tuple(wire.codec(codec, f"answer_codecs[{i}]") for i, codec in enumerate(codecs)),
+        )

@@ -1,0 +1,121 @@
+"""What a training run is told; stored as ``config.json`` in the run folder."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from ensembler.protocol.errors import ConfigError
+
+Defense = Literal["ensembler", "single", "none"]
+NoiseMode = Literal["fixed", "fresh"]
+RegOver = Literal["all", "selected"]
+
+MAX_NETS = 1024
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """The options of ``ensembler train``.
+
+    Attributes:
+        data: a data specification, see ``training.data``.
+        arch: a name of ``training.models.ARCHS``.
+        stem_pool: max-pool after the first convolution.
+        defense: ``ensembler``; or a baseline: ``single`` (one net with fixed noise), ``none`` (one net, no noise).
+        num_nets: N.
+        num_selected: P.
+        noise_std: sigma, the standard deviation of the noise added to the features.
+        noise_mode: stage 3's noise: one ``fixed`` tensor as in the paper, or ``fresh`` for every image. Stage 1 is
+            always fixed (Eq. 2).
+        reg_weight: lambda of Eq. 3.
+        reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
+        epochs_stage1: passes over the data for each stage-1 net.
+        epochs_stage3: passes over the data for the client.
+        batch_size: images in a step.
+        learning_rate: the peak of the one-cycle schedule.
+        weight_decay: of SGD.
+        seed: of stage 1. The selector comes from the operating system and has no seed.
+        client_seed: of stage 3's initialisation, noise and shuffling. None draws one from the operating system; it is
+            a secret (who knows it can draw the noise again).
+        train_limit: use only the first images of the (shuffled) data; None uses all.
+        device: ``auto``, ``cpu`` or ``cuda``.
+    """
+
+    data: str
+    arch: str = "resnet18"
+    stem_pool: bool = True
+    defense: Defense = "ensembler"
+    num_nets: int = 10
+    num_selected: int = 4
+    noise_std: float = 0.1
+    noise_mode: NoiseMode = "fixed"
+    reg_weight: float = 0.1
+    reg_over: RegOver = "all"
+    epochs_stage1: int = 30
+    epochs_stage3: int = 30
+    batch_size: int = 128
+    learning_rate: float = 0.1
+    weight_decay: float = 5e-4
+    seed: int = 0
+    client_seed: int | None = None
+    train_limit: int | None = None
+    device: str = "auto"
+
+    def __post_init__(self) -> None:
+        if self.defense not in ("ensembler", "single", "none"):
+            raise ConfigError(f"--defense {self.defense}: choose ensembler, single or none")
+        if self.noise_mode not in ("fixed", "fresh"):
+            raise ConfigError(f"--noise-mode {self.noise_mode}: choose fixed or fresh")
+        if self.reg_over not in ("all", "selected"):
+            raise ConfigError(f"--reg-over {self.reg_over}: choose all or selected")
+        if not 1 <= self.num_nets <= MAX_NETS:
+            raise ConfigError(f"N = {self.num_nets} nets: choose 1 to {MAX_NETS}")
+        if not 1 <= self.num_selected <= self.num_nets:
+            raise ConfigError(f"P = {self.num_selected} of N = {self.num_nets}: choose 1 <= P <= N")
+        for name in ("noise_std", "reg_weight", "weight_decay"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value >= 0):
+                raise ConfigError(f"{name} = {value}: it must be finite and not negative")
+        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
+            raise ConfigError(f"learning_rate = {self.learning_rate}: it must be positive")
+        for name in ("epochs_stage1", "epochs_stage3"):
+            if getattr(self, name) < 1:
+                raise ConfigError(f"{name} = {getattr(self, name)}: at least one")
+        if self.batch_size < 2:
+            raise ConfigError(f"batch_size = {self.batch_size}: batch norm needs at least two images")
+        if self.train_limit is not None and self.train_limit < self.batch_size:
+            raise ConfigError(f"train_limit = {self.train_limit}: at least one batch of {self.batch_size}")
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether stages 2 and 3 run; a baseline is one stage-1 net."""
+        return self.defense == "ensembler"
+
+    @property
+    def trained_nets(self) -> int:
+        """How many nets stage 1 trains: N, or 1 for a baseline."""
+        return self.num_nets if self.is_ensemble else 1
+
+    @property
+    def stage1_noise_std(self) -> float:
+        """The standard deviation of stage 1's noise: 0 without a defence."""
+        return 0.0 if self.defense == "none" else self.noise_std
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns what ``config.json`` holds."""
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> TrainConfig:
+        """Builds a config from ``to_dict``'s result.
+
+        Raises:
+            ConfigError: unknown or impossible values.
+        """
+        try:
+            return cls(**values)
+        except TypeError as error:
+            raise ConfigError(f"the run's config.json does not fit this version: {error}") from error

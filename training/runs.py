@@ -1,0 +1,279 @@
+"""The run folder: what training leaves behind, and export reads.
+
+::
+
+    RUN/                       0700: it holds every secret of the client
+      config.json              the options
+      stage1/net_00.safetensors ...   head, body, tail, noise of each stage-1 net
+      wire.json                codecs, shapes, the bodies' order; fixed before the selector is drawn
+      client/secret.json       0600: selector and seed
+      client/client.safetensors       head, noise, tail of stage 3
+      metrics.jsonl            one JSON object per line, appended as training goes
+      summary.json             final accuracies; written last, so its presence means the run is complete
+
+Files are written whole or not at all.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ensembler.protocol.codec import AffineCodec
+from ensembler.protocol.errors import ConfigError, DataError
+from ensembler.protocol.manifest import WireSpec
+from ensembler.training.config import TrainConfig
+from ensembler.training.models import ArchSpec
+
+RUN_VERSION = 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class WireState:
+    """What is fixed between stage 1 and stage 2.
+
+    Attributes:
+        spec: what both bundles state.
+        order: ``order[k]`` is the stage-1 index of the body at the server's position k.
+    """
+
+    spec: WireSpec
+    order: tuple[int, ...]
+
+
+@dataclass(frozen=True, kw_only=True, repr=False)
+class ClientSecret:
+    """The selector (server positions, sorted) and the seed of stage 3. Its repr shows neither."""
+
+    selector: tuple[int, ...]
+    seed: int
+
+    def __repr__(self) -> str:
+        return f"ClientSecret(P={len(self.selector)})"
+
+
+class RunFolder:
+    """Reads and writes one run folder."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> RunFolder:
+        """Makes the folder and writes ``config.json``.
+
+        Raises:
+            ConfigError: the folder exists and is not empty, or cannot be made.
+        """
+        try:
+            if path.exists() and (not path.is_dir() or any(path.iterdir())):
+                raise ConfigError(f"--out {path}: exists and is not an empty folder; choose another, or remove it")
+            path.mkdir(parents=True, exist_ok=True)
+            path.chmod(0o700)
+            (path / "stage1").mkdir()
+            (path / "client").mkdir(mode=0o700)
+        except OSError as error:
+            raise ConfigError(f"--out {path}: cannot be written: {error.strerror}") from error
+        run = cls(path)
+        run.write_json(
+            "config.json",
+            {
+                "version": RUN_VERSION,
+                "config": config.to_dict(),
+                "image_size": list(arch.image_size),
+                "labels": list(labels),
+            },
+        )
+        return run
+
+    @classmethod
+    def open(cls, path: Path) -> RunFolder:
+        """Opens a finished run.
+
+        Raises:
+            DataError: not a run folder, of another version, or its training was not finished.
+        """
+        run = cls(path)
+        if not (path / "config.json").is_file():
+            raise DataError(f"{path} is not a run folder; ensembler train --out {path} makes one")
+        if run.read_json("config.json").get("version") != RUN_VERSION:
+            raise DataError(f"{path} was written by another version; train again, or install the matching version")
+        if not (path / "summary.json").is_file():
+            raise DataError(f"{path}: training was not finished; run ensembler train again into a new folder")
+        return run
+
+    # --- the parts ---
+
+    @property
+    def config(self) -> TrainConfig:
+        """The options of the run."""
+        return TrainConfig.from_dict(self.read_json("config.json")["config"])
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The class names."""
+        return tuple(self.read_json("config.json")["labels"])
+
+    @property
+    def arch(self) -> ArchSpec:
+        """Which net."""
+        config, document = self.config, self.read_json("config.json")
+        height, width = document["image_size"]
+        return ArchSpec(
+            name=config.arch,
+            image_size=(height, width),
+            num_classes=len(document["labels"]),
+            stem_pool=config.stem_pool,
+        )
+
+    def stage1_file(self, index: int) -> str:
+        """Returns the name of one stage-1 net's file."""
+        return f"stage1/net_{index:02d}.safetensors"
+
+    CLIENT_FILE = "client/client.safetensors"
+    SECRET_FILE = "client/secret.json"  # noqa: S105 (a file name)
+
+    def write_wire(self, state: WireState) -> None:
+        """Stores the wire state."""
+        spec = state.spec
+        self.write_json(
+            "wire.json",
+            {
+                "bodies_id": spec.bodies_id,
+                "feature_shape": list(spec.feature_shape),
+                "feature_codec": [spec.feature_codec.scale, spec.feature_codec.zero_point],
+                "answer_width": spec.answer_width,
+                "answer_codecs": [[codec.scale, codec.zero_point] for codec in spec.answer_codecs],
+                "order": list(state.order),
+            },
+        )
+
+    def read_wire(self) -> WireState:
+        """Reads the wire state."""
+        document = self.read_json("wire.json")
+
+        def codec(pair: list[Any]) -> AffineCodec:
+            return AffineCodec(scale=pair[0], zero_point=pair[1])
+
+        return WireState(
+            spec=WireSpec(
+                bodies_id=document["bodies_id"],
+                feature_shape=tuple(document["feature_shape"]),
+                feature_codec=codec(document["feature_codec"]),
+                answer_width=document["answer_width"],
+                answer_codecs=tuple(codec(pair) for pair in document["answer_codecs"]),
+            ),
+            order=tuple(document["order"]),
+        )
+
+    def write_secret(self, secret: ClientSecret) -> None:
+        """Stores selector and seed, 0600."""
+        self.write_json(self.SECRET_FILE, {"selector": list(secret.selector), "seed": secret.seed}, mode=0o600)
+
+    def read_secret(self) -> ClientSecret:
+        """Reads selector and seed."""
+        document = self.read_json(self.SECRET_FILE)
+        return ClientSecret(selector=tuple(document["selector"]), seed=document["seed"])
+
+    def copy_stage1(self, source: RunFolder) -> None:
+        """Takes stage 1 and the wire of another run as they are, so that a second client fits the same server."""
+        for index in range(source.config.trained_nets):
+            shutil.copyfile(source.path / self.stage1_file(index), self.path / self.stage1_file(index))
+        shutil.copyfile(source.path / "wire.json", self.path / "wire.json")
+
+    # --- files ---
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
+        """Stores named tensors."""
+        plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
+        self._replace(name, lambda path: save_file(plain, path), 0o600)
+
+    def load_tensors(self, name: str) -> dict[str, Tensor]:
+        """Reads named tensors.
+
+        Raises:
+            DataError: missing or damaged.
+        """
+        try:
+            return load_file(self.path / name)
+        except (OSError, SafetensorError) as error:
+            raise DataError(f"{self.path / name} cannot be read ({error}); train again") from error
+
+    def write_json(self, name: str, document: Mapping[str, Any], mode: int = 0o600) -> None:
+        """Stores a JSON document."""
+        text = json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        self._replace(name, lambda path: path.write_text(text, encoding="utf-8"), mode)
+
+    def read_json(self, name: str) -> dict[str, Any]:
+        """Reads a JSON document.
+
+        Raises:
+            DataError: missing or damaged.
+        """
+        try:
+            document: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise DataError(f"{self.path / name} cannot be read ({error}); train again") from error
+        return document
+
+    def append_metrics(self, record: Mapping[str, Any]) -> None:
+        """Adds one line to ``metrics.jsonl``."""
+        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
+            stream.write(json.dumps(record) + "\n")
+
+    def _replace(self, name: str, write: Callable[[Path], object], mode: int) -> None:
+        path = self.path / name
+        temporary = path.with_name(path.name + ".tmp")
+        try:
+            # The file exists with its final mode before the first secret byte is in it.
+            os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode))
+            write(temporary)
+            temporary.chmod(mode)
+            temporary.replace(path)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:
+    """Returns a module's state with ``prefix.`` before each name."""
+    return {f"{prefix}.{name}": value for name, value in module.state_dict().items()}
+
+
+def restore(module: nn.Module, prefix: str, tensors: Mapping[str, Tensor]) -> None:
+    """Loads into ``module`` what ``module_tensors`` named.
+
+    Raises:
+        DataError: names or shapes do not fit.
+    """
+    state = {n.removeprefix(f"{prefix}."): t for n, t in tensors.items() if n.startswith(f"{prefix}.")}
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise DataError(f"the stored {prefix} does not fit the architecture; train again") from error
+
+
+def bodies_digest(bodies: Sequence[nn.Module], feature_codec: AffineCodec, answers: Sequence[AffineCodec]) -> str:
+    """Returns ``bodies_id``: SHA-256 over the float weights in the server's order and the codecs.
+
+    Neither the precision that the bodies are served in nor anything of stages 2 and 3 enters it.
+    """
+    digest = hashlib.sha256(b"ensembler bodies v1\n")
+    for codec in (feature_codec, *answers):
+        digest.update(f"{codec.scale!r} {codec.zero_point}\n".encode())
+    for body in bodies:
+        for name, value in sorted(body.state_dict().items()):
+            digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())
+            digest.update(value.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()

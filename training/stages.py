@@ -1,0 +1,403 @@
+"""The three stages of Ensembler (Section III-C) and the fixing of the wire between the first and the second.
+
+``train()`` runs them into a run folder; ``load_client()`` and ``load_bodies()`` read the result back for export,
+tests and attacks. The algorithm is the three functions ``stage1``, ``stage2``, ``stage3``, in this order.
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.manifest import WireSpec
+from ensembler.training import data as data_sets
+from ensembler.training.config import TrainConfig
+from ensembler.training.fit import (
+    EVALUATION_BATCH,
+    Reporter,
+    Silent,
+    StepResult,
+    Tensors,
+    accuracy,
+    derived_seed,
+    fit,
+    gaussian_noise,
+    pick_device,
+)
+from ensembler.training.losses import max_cosine, stage3_loss
+from ensembler.training.models import ArchSpec, Net, build_net, feature_shape, normalise
+from ensembler.training.runs import (
+    ClientSecret,
+    RunFolder,
+    WireState,
+    bodies_digest,
+    module_tensors,
+    restore,
+)
+from ensembler.training.wire import codec_for, fake_quantise, fake_quantise_answers
+
+CALIBRATION_IMAGES = 1024
+
+
+@dataclass(frozen=True)
+class Stage1Net:
+    """One stage-1 net with its fixed noise tensor ``(C, h, w)``."""
+
+    net: Net
+    noise: Tensor
+
+
+class Client(nn.Module):
+    """The client's whole pipeline in float: head, noise, wire, the P selected bodies, wire, selector, tail.
+
+    Attributes:
+        head: trained in stage 3.
+        noise: ``(C, h, w)``; zeros when the mode is ``fresh`` or there is no defence.
+        tail: trained in stage 3.
+        selector: P positions in the server's order.
+    """
+
+    def __init__(
+        self, net: Net, noise: Tensor, wire: WireSpec, selector: Sequence[int], fresh_noise_std: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.head = net.head
+        self.tail = net.tail
+        self.noise: Tensor
+        self.register_buffer("noise", noise)
+        self.wire = wire
+        self.selector = tuple(selector)
+        self.fresh_noise_std = fresh_noise_std
+
+    def noised(self, features: Tensor) -> Tensor:
+        """Returns ``features + noise``, ``(B, C, h, w)``: the fixed tensor, or fresh noise for every image."""
+        if self.fresh_noise_std > 0:
+            return features + self.fresh_noise_std * torch.randn_like(features)
+        return features + self.noise
+
+    def combine(self, answers: Tensor) -> Tensor:
+        """Returns logits ``(B, K)`` from the selected answers ``(B, P, F)``: S_i = 1/P, concatenation (Eq. 1), tail."""
+        logits: Tensor = self.tail((answers / len(self.selector)).flatten(1))
+        return logits
+
+    def finish(self, features: Tensor, selected: Sequence[nn.Module], *, through_wire: bool = True) -> Tensor:
+        """Returns logits from noise-free ``features``, through the P selected bodies.
+
+        Args:
+            features: ``(B, C, h, w)``, the head's output.
+            selected: the P bodies, in the selector's order.
+            through_wire: quantise what travels, as the product does; off gives the float reference.
+        """
+        sent = self.noised(features)
+        if through_wire:
+            sent = fake_quantise(sent, self.wire.feature_codec)
+        answers = torch.stack([body(sent) for body in selected], dim=1)  # (B, P, F)
+        if through_wire:
+            codecs = tuple(self.wire.answer_codecs[i] for i in self.selector)
+            answers = fake_quantise_answers(answers, codecs)
+        return self.combine(answers)
+
+
+# --- stage 1 ---
+
+
+def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, reporter: Reporter) -> list[Stage1Net]:
+    """Trains N nets, each on its own with its own fixed noise after the head (Eq. 2)."""
+    shape = feature_shape(arch)
+    trained = []
+    for index in range(config.trained_nets):
+        torch.manual_seed(derived_seed(config.seed, 1, index, 0))
+        net = build_net(arch).to(data.train_x.device, memory_format=torch.channels_last)
+        noise = gaussian_noise(shape, config.stage1_noise_std, derived_seed(config.seed, 1, index, 1))
+        noise = noise.to(data.train_x.device)
+        result = Stage1Net(net, noise)
+        _train_stage1_net(run, config, result, index, data, reporter)
+        run.save_tensors(
+            run.stage1_file(index),
+            {
+                **module_tensors("head", net.head),
+                **module_tensors("body", net.body),
+                **module_tensors("tail", net.tail),
+                "noise": noise,
+            },
+        )
+        trained.append(Stage1Net(_freeze(net), noise))
+    return trained
+
+
+def _train_stage1_net(
+    run: RunFolder, config: TrainConfig, item: Stage1Net, index: int, data: Tensors, reporter: Reporter
+) -> None:
+    net, noise = item.net, item.noise
+
+    def forward(x: Tensor) -> Tensor:
+        logits: Tensor = net.tail(net.body(net.head(x) + noise))
+        return logits
+
+    def step(x: Tensor, targets: Tensor) -> StepResult:
+        logits = forward(x)
+        return StepResult(F.cross_entropy(logits, targets), logits)
+
+    net.train()
+    for metrics in fit(
+        net.parameters(),
+        step,
+        data,
+        config,
+        epochs=config.epochs_stage1,
+        seed=derived_seed(config.seed, 1, index, 2),
+        reporter=reporter,
+        label=f"stage 1, net {index + 1} of {config.trained_nets}",
+    ):
+        run.append_metrics({"stage": 1, "net": index, **asdict(metrics)})
+    net.eval()
+    run.append_metrics({"stage": 1, "net": index, "test_accuracy": accuracy(forward, data.test_x, data.test_y)})
+
+
+def _freeze(net: Net) -> Net:
+    """Makes the net constant: eval() too, since batch-norm statistics updated in P bodies would name the selector."""
+    return net.eval().requires_grad_(False)
+
+
+# --- between stages 1 and 2 ---
+
+
+@torch.inference_mode()
+def fix_wire(nets: Sequence[Stage1Net], images: Tensor) -> WireState:
+    """Fixes everything the server gets: the bodies' order and the codecs, from stage-1 features alone.
+
+    The features' range covers all N heads with their noise. Body i's answers are taken on its own head's features, as
+    they arrive. The order is shuffled with the operating system's generator.
+
+    Args:
+        nets: the N trained nets.
+        images: ``(M, 3, H, W)`` uint8 train images.
+    """
+    order = list(range(len(nets)))
+    secrets.SystemRandom().shuffle(order)
+    x = normalise(images).to(memory_format=torch.channels_last)
+    sent = [_in_batches(item.net.head, x) + item.noise for item in nets]
+    feature_codec = codec_for(torch.stack(sent))
+    answers = [
+        _in_batches(nets[i].net.body, fake_quantise(sent[i], feature_codec)) for i in order
+    ]  # N of (M, F), in the server's order
+    answer_codecs = tuple(codec_for(values) for values in answers)
+    spec = WireSpec(
+        bodies_id=bodies_digest([nets[i].net.body for i in order], feature_codec, answer_codecs),
+        feature_shape=tuple(sent[0].shape[1:]),
+        feature_codec=feature_codec,
+        answer_width=int(answers[0].shape[1]),
+        answer_codecs=answer_codecs,
+    )
+    return WireState(spec=spec, order=tuple(order))
+
+
+def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
+    return torch.cat([module(part) for part in x.split(EVALUATION_BATCH)])
+
+
+# --- stage 2 ---
+
+
+def stage2(config: TrainConfig) -> ClientSecret:
+    """Draws the secret selector, P of N positions, from the operating system's generator."""
+    system = secrets.SystemRandom()
+    selector = sorted(system.sample(range(config.trained_nets), config.num_selected if config.is_ensemble else 1))
+    seed = config.client_seed if config.client_seed is not None else secrets.randbits(62)
+    return ClientSecret(selector=tuple(selector), seed=seed)
+
+
+# --- stage 3 ---
+
+
+def stage3(
+    run: RunFolder,
+    config: TrainConfig,
+    arch: ArchSpec,
+    data: Tensors,
+    nets: Sequence[Stage1Net],
+    wire: WireState,
+    secret: ClientSecret,
+    reporter: Reporter,
+) -> Client:
+    """Trains a new head and tail from scratch on the P frozen bodies, through the fake-quantised wire (Eq. 3)."""
+    device = data.train_x.device
+    torch.manual_seed(derived_seed(secret.seed, 3, 0))
+    net = build_net(arch, config.num_selected)
+    fresh = config.noise_mode == "fresh"
+    noise = gaussian_noise(
+        wire.spec.feature_shape, 0.0 if fresh else config.noise_std, derived_seed(secret.seed, 3, 1)
+    )
+    client = Client(net, noise, wire.spec, secret.selector, config.noise_std if fresh else 0.0)
+    client = client.to(device, memory_format=torch.channels_last)
+    bodies = [nets[i].net.body for i in wire.order]
+    selected = [bodies[k] for k in secret.selector]
+    previous = [nets[i].net.head for i in wire.order]
+    if config.reg_over == "selected":
+        previous = [previous[k] for k in secret.selector]
+
+    def step(x: Tensor, targets: Tensor) -> StepResult:
+        features = client.head(x)
+        with torch.no_grad():
+            others = [head(x) for head in previous]
+        cosine = max_cosine(features, others)
+        logits = client.finish(features, selected)
+        return StepResult(stage3_loss(logits, targets, cosine, config.reg_weight), logits, cosine)
+
+    client.train()
+    for metrics in fit(
+        client.parameters(),
+        step,
+        data,
+        config,
+        epochs=config.epochs_stage3,
+        seed=derived_seed(secret.seed, 3, 2),
+        reporter=reporter,
+        label="stage 3, the client",
+    ):
+        run.append_metrics({"stage": 3, **asdict(metrics)})
+    client.eval()
+    return client
+
+
+def _baseline_client(config: TrainConfig, item: Stage1Net, wire: WireState, secret: ClientSecret) -> Client:
+    """A baseline keeps its stage-1 head, noise and tail: one net, cut in three."""
+    return Client(item.net, item.noise, wire.spec, secret.selector).eval()
+
+
+# --- all of it ---
+
+
+def train(
+    config: TrainConfig, out: Path, *, stage1_from: Path | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
+    """Runs the three stages, or a baseline, into the new run folder ``out``.
+
+    Args:
+        config: the options.
+        out: must not exist, or be empty.
+        stage1_from: take stage 1 and the wire of this finished run, so that the new client fits the same server.
+        reporter: told of the progress.
+
+    Returns:
+        What ``summary.json`` holds: accuracies in percent and the cosines.
+
+    Raises:
+        ConfigError: an impossible option.
+        DataError: the data, or the run ``stage1_from``.
+    """
+    reporter = reporter or Silent()
+    device = pick_device(config.device)
+    source = RunFolder.open(stage1_from) if stage1_from is not None else None
+    dataset = data_sets.load(config.data)
+    arch = ArchSpec(
+        name=config.arch,
+        image_size=dataset.image_size,
+        num_classes=len(dataset.labels),
+        stem_pool=config.stem_pool,
+    )
+    if source is not None:
+        _require_same_nets(source, config, arch, dataset.labels)
+    shape = feature_shape(arch)  # refuses an impossible net before anything is written
+    run = RunFolder.create(out, config, arch, dataset.labels)
+    data = Tensors.of(dataset, device, config.train_limit)
+    if source is None:
+        nets = stage1(run, config, arch, data, reporter)
+        wire = fix_wire(nets, data.train_x[:CALIBRATION_IMAGES])
+        run.write_wire(wire)
+    else:
+        run.copy_stage1(source)
+        nets, wire = load_stage1(run, device), run.read_wire()
+    secret = stage2(config)
+    run.write_secret(secret)
+    if config.is_ensemble:
+        client = stage3(run, config, arch, data, nets, wire, secret, reporter)
+    else:
+        client = _baseline_client(config, nets[0], wire, secret)
+    run.save_tensors(
+        run.CLIENT_FILE,
+        {**module_tensors("head", client.head), **module_tensors("tail", client.tail), "noise": client.noise},
+    )
+    summary = _summary(run, config, client, nets, wire, data)
+    run.write_json("summary.json", {**summary, "feature_shape": list(shape)})
+    return summary
+
+
+def _require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:
+    if not source.config.is_ensemble or not config.is_ensemble:
+        raise ConfigError(f"--stage1 {source.path}: only runs with --defense ensembler share their stage 1")
+    if (source.arch, source.labels) != (arch, tuple(labels)) or source.config.num_nets != config.num_nets:
+        raise ConfigError(
+            f"--stage1 {source.path}: that run has another architecture, image size, classes or N; "
+            "give the same --arch, --data and -N"
+        )
+
+
+@torch.inference_mode()
+def _summary(
+    run: RunFolder, config: TrainConfig, client: Client, nets: Sequence[Stage1Net], wire: WireState, data: Tensors
+) -> dict[str, Any]:
+    selected = [nets[wire.order[k]].net.body for k in client.selector]
+    summary: dict[str, Any] = {
+        "defense": config.defense,
+        "num_nets": config.trained_nets,
+        "num_selected": len(client.selector),
+        "test_images": len(data.test_x),
+        "accuracy_float": accuracy(
+            lambda x: client.finish(client.head(x), selected, through_wire=False), data.test_x, data.test_y
+        ),
+        "accuracy_wire": accuracy(lambda x: client.finish(client.head(x), selected), data.test_x, data.test_y),
+    }
+    if config.is_ensemble:
+        x = normalise(data.test_x[:EVALUATION_BATCH]).to(memory_format=torch.channels_last)
+        heads = [item.net.head(x) for item in nets]
+        summary["max_cosine"] = float(max_cosine(client.head(x), heads))
+        if len(heads) > 1:
+            # What two heads that never met have in common: the cosine of the paper means little without it.
+            across = [max_cosine(head, heads[:i] + heads[i + 1 :]) for i, head in enumerate(heads)]
+            summary["max_cosine_between_stage1_heads"] = float(torch.stack(across).mean())
+    run.append_metrics({"summary": summary})
+    return summary
+
+
+# --- reading it back ---
+
+
+def load_stage1(run: RunFolder, device: torch.device | None = None) -> list[Stage1Net]:
+    """Reads the N stage-1 nets, frozen, in training order."""
+    nets = []
+    for index in range(run.config.trained_nets):
+        tensors = run.load_tensors(run.stage1_file(index))
+        net = build_net(run.arch)
+        for name, module in (("head", net.head), ("body", net.body), ("tail", net.tail)):
+            restore(module, name, tensors)
+        nets.append(Stage1Net(_freeze(net).to(device or "cpu"), tensors["noise"].to(device or "cpu")))
+    return nets
+
+
+def load_client(run: RunFolder) -> Client:
+    """Reads the trained client, frozen, on the CPU."""
+    config, secret = run.config, run.read_secret()
+    tensors = run.load_tensors(run.CLIENT_FILE)
+    net = build_net(run.arch, len(secret.selector))
+    for name, module in (("head", net.head), ("tail", net.tail)):
+        restore(module, name, tensors)
+    fresh = config.is_ensemble and config.noise_mode == "fresh"
+    client = Client(
+        _freeze(net), tensors["noise"], run.read_wire().spec, secret.selector, config.noise_std if fresh else 0.0
+    )
+    return client.eval()
+
+
+def load_bodies(run: RunFolder) -> list[nn.Module]:
+    """Reads the N bodies, frozen, in the server's order."""
+    nets = load_stage1(run)
+    return [nets[i].net.body for i in run.read_wire().order]
