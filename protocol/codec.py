@@ -11,7 +11,6 @@ but the shape.
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,6 +20,7 @@ from ensembler.protocol.errors import ConfigError
 
 U8 = "u8"
 CODE_MAX = 255
+MAX_SCALE = float(np.finfo(np.float32).max) / CODE_MAX  # beyond it a code stands for infinity
 
 Codes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -39,9 +39,9 @@ class AffineCodec:
     zero_point: int
 
     def __post_init__(self) -> None:
-        if not (math.isfinite(self.scale) and self.scale > 0 and float(np.float32(self.scale)) == self.scale):
+        if not (0 < self.scale <= MAX_SCALE and float(np.float32(self.scale)) == self.scale):
             raise ConfigError(f"codec scale {self.scale!r} is not a positive float32 value")
-        if not 0 <= self.zero_point <= CODE_MAX:
+        if not (isinstance(self.zero_point, int) and 0 <= self.zero_point <= CODE_MAX):
             raise ConfigError(f"codec zero point {self.zero_point!r} is not in 0..{CODE_MAX}")
 
     @classmethod
@@ -52,7 +52,7 @@ class AffineCodec:
             ConfigError: the range is not finite, or empty.
         """
         low, high = min(low, 0.0), max(high, 0.0)
-        if not (math.isfinite(low) and math.isfinite(high)) or high - low < 1e-12:
+        if not 1e-12 <= high - low <= MAX_SCALE * CODE_MAX:
             raise ConfigError(f"cannot quantise the range [{low}, {high}]: it is empty or not finite")
         scale = float(np.float32((high - low) / CODE_MAX))
         return cls(scale=scale, zero_point=int(np.clip(round(-low / scale), 0, CODE_MAX)))
@@ -69,7 +69,8 @@ class AffineCodec:
 
     def encode(self, values: Floats) -> Codes:
         """Returns the codes of ``values``, any shape, float32 in and uint8 out; NaN becomes the code of 0.0."""
-        scaled = np.nan_to_num(values / np.float32(self.scale), nan=0.0)
+        with np.errstate(over="ignore"):  # an overflow is clipped like any value outside the range
+            scaled = np.nan_to_num(values / np.float32(self.scale), nan=0.0)
         codes: Codes = np.clip(np.rint(scaled) + self.zero_point, 0, CODE_MAX).astype(np.uint8)
         return codes
 

@@ -192,7 +192,7 @@ def parse_server(data: bytes, source: str = MANIFEST_NAME) -> ServerManifest:
     files = reader.files()
     wire = reader.wire()
     bodies = tuple(reader.strings("bodies", MAX_NETS))
-    if len(bodies) != wire.num_nets or any(name not in files for name in bodies):
+    if len(set(bodies)) != len(bodies) or len(bodies) != wire.num_nets or not files.keys() >= set(bodies):
         raise reader.error("bodies", f"does not name {wire.num_nets} of the bundle's files")
     return ServerManifest(
         wire=wire, precision=reader.choice("precision", ("int8", "float32")), bodies=bodies, files=files
@@ -222,9 +222,9 @@ def describe_file(path: Path) -> FileEntry:
 
 def _load(folder: Path, parse: Callable[[bytes, str], T]) -> T:
     path = folder / MANIFEST_NAME
-    if not folder.is_dir():
-        raise BundleError(f"no bundle at {folder}: it is not a folder; ensembler-export makes one")
     try:
+        if not folder.is_dir():
+            raise BundleError(f"no bundle at {folder}: it is not a folder; ensembler-export makes one")
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
         manifest = parse(path.read_bytes(), str(path))

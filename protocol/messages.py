@@ -7,7 +7,7 @@ the same two functions, and every limit is checked before anything is allocated 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -165,9 +165,10 @@ def _unpack_header(frame: bytes | memoryview, limits: Limits) -> dict[str, Any]:
     return header
 
 
-def _without_duplicates(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
-    result = dict(pairs)
-    if len(result) != len(pairs):
+def _without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
+    items = list(pairs)  # msgpack 1.0 without its C part hands over a generator
+    result = dict(items)
+    if len(result) != len(items):
         raise ProtocolError("the header states a field twice")
     return result
 
@@ -212,8 +213,8 @@ def _tensor(descriptor: Any, payload: bytes | memoryview, limits: Limits) -> Cod
 
 
 def _info(value: Any, limits: Limits) -> dict[str, Any]:
-    if not isinstance(value, dict):
-        raise ProtocolError("the header's info is not a map")
+    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+        raise ProtocolError("the header's info is not a map with text keys")
     for item in value.values():
         members = item if isinstance(item, list) else [item]
         for member in members:

@@ -75,8 +75,14 @@ class TrainConfig:
             raise ConfigError(f"N = {self.num_nets} nets: choose 1 to {MAX_NETS}")
         if not 1 <= self.num_selected <= self.num_nets:
             raise ConfigError(f"P = {self.num_selected} of N = {self.num_nets}: choose 1 <= P <= N")
-        for name in ("noise_std", "reg_weight", "weight_decay"):
-            value = getattr(self, name)
+        not_negative = {
+            "noise_std": self.noise_std,
+            "reg_weight": self.reg_weight,
+            "weight_decay": self.weight_decay,
+            "seed": self.seed,
+            "client_seed": self.client_seed or 0,
+        }
+        for name, value in not_negative.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} = {value}: it must be finite and not negative")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):

@@ -18,7 +18,6 @@ import os
 import pickle
 import tarfile
 import tempfile
-import zipfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensembler.protocol.errors import DataError, MissingExtraError
+from ensembler.protocol.manifest import MAX_LABELS
 from ensembler.training import demo_data
 
 Pixels = npt.NDArray[np.uint8]
@@ -130,11 +130,9 @@ def cache_folder() -> Path:
 def _demo() -> Dataset:
     names = ("train_x", "train_y", "test_x", "test_y")
     path = cache_folder() / f"{demo_data.CACHE_TAG}.npz"
-    arrays: dict[str, npt.NDArray[Any]] = {}
     try:
-        with np.load(path, allow_pickle=False) as stored:
-            arrays = {name: stored[name] for name in names}
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        arrays = _arrays(path, names)
+    except DataError:
         arrays = dict(zip(names, demo_data.build(), strict=True))
         _store(path, arrays)
     return Dataset(
@@ -264,7 +262,9 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                     stream = archive.extractfile(member)
                     if stream is not None:
                         yield Path(member.name).name, stream.read()
-    except (tarfile.TarError, EOFError, OSError) as error:
+    except DataError:
+        raise
+    except Exception as error:  # a damaged archive can raise zlib.error, EOFError, TarError, ...
         raise DataError(f"{path} is not a readable archive ({error}); download it again") from error
 
 
@@ -273,7 +273,10 @@ def _cifar_pickle(data: bytes, label_key: bytes, where: str) -> tuple[Pixels, Cl
     pixels, classes = batch.get(b"data"), batch.get(label_key)
     if not isinstance(pixels, np.ndarray) or pixels.dtype != np.uint8 or pixels.shape[1:] != (3072,):
         raise DataError(f"{where} holds no (N, 3072) uint8 images; download it again")
-    return pixels.reshape(-1, 3, 32, 32), np.asarray(classes, np.int64)
+    labels = np.asarray(classes)
+    if labels.shape != (len(pixels),) or not np.issubdtype(labels.dtype, np.integer):
+        raise DataError(f"{where} holds no {label_key.decode()} for its {len(pixels)} images; download it again")
+    return pixels.reshape(-1, 3, 32, 32), labels.astype(np.int64)
 
 
 def _unpickle(data: bytes, where: str) -> dict[bytes, Any]:
@@ -292,14 +295,15 @@ def _cifar_names(files: _Files, meta: str, *, hundred: bool) -> tuple[str, ...]:
     if files.has(meta):
         names = _unpickle(files.read(meta), files.where(meta)).get(b"fine_label_names" if hundred else b"label_names")
         if isinstance(names, list):
-            return tuple(name.decode() if isinstance(name, bytes) else str(name) for name in names)
+            return tuple(n.decode(errors="replace") if isinstance(n, bytes) else str(n) for n in names)
     return _default_names(hundred=hundred)
 
 
 def _cifar_text_names(files: _Files, *, hundred: bool) -> tuple[str, ...]:
     name = "fine_label_names.txt" if hundred else "batches.meta.txt"
     if files.has(name):
-        return tuple(line.strip() for line in files.read(name).decode().splitlines() if line.strip())
+        lines = files.read(name).decode(errors="replace").splitlines()
+        return tuple(line.strip() for line in lines if line.strip())
     return _default_names(hundred=hundred)
 
 
@@ -375,19 +379,31 @@ def _image(path: Path, size: tuple[int, int] | None) -> Pixels:
 def _npz(train: Path, test: Path) -> Dataset:
     (train_x, train_y, labels), (test_x, test_y, _) = (_npz_part(path) for path in (train, test))
     if labels is None:
-        labels = tuple(str(i) for i in range(int(max(train_y.max(initial=0), test_y.max(initial=0))) + 1))
+        count = int(max(train_y.max(initial=0), test_y.max(initial=0))) + 1
+        if count > MAX_LABELS:
+            raise DataError(f"{train}, {test}: the label {count - 1} is not a class number below {MAX_LABELS}")
+        labels = tuple(str(i) for i in range(count))
     return Dataset(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, labels=labels)
 
 
 def _npz_part(path: Path) -> tuple[Pixels, Classes, tuple[str, ...] | None]:
-    try:
-        with np.load(path, allow_pickle=False) as stored:
-            if "x" not in stored or "y" not in stored:
-                raise DataError(f"{path} needs arrays x (N, 3, H, W) uint8 and y (N,), it holds {sorted(stored)}")
-            names = tuple(str(n) for n in stored["label_names"]) if "label_names" in stored else None
-            x, y = stored["x"], stored["y"]
-    except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
-        raise DataError(f"{path} cannot be read as .npz ({error})") from error
+    stored = _arrays(path, ("x", "y"), ("label_names",))
+    x, y = stored["x"], stored["y"]
     if not np.issubdtype(y.dtype, np.integer):
         raise DataError(f"{path}: y is {y.dtype}, not integers")
+    names = tuple(str(n) for n in stored["label_names"].reshape(-1)) if "label_names" in stored else None
     return x, y.astype(np.int64), names
+
+
+def _arrays(path: Path, needed: tuple[str, ...], optional: tuple[str, ...] = ()) -> dict[str, npt.NDArray[Any]]:
+    """Reads arrays of an .npz by name; those of ``optional`` may be missing."""
+    try:
+        # np.load given a path leaves the file open when the archive is damaged.
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
+            held = sorted(stored)
+            arrays = {name: stored[name] for name in (*needed, *optional) if name in held}
+    except Exception as error:  # a damaged archive can raise zlib.error, BadZipFile, NotImplementedError, ...
+        raise DataError(f"{path} cannot be read as .npz ({error})") from error
+    if not arrays.keys() >= set(needed):
+        raise DataError(f"{path} needs the arrays {', '.join(needed)}, it holds {held}")
+    return arrays

@@ -19,9 +19,9 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -107,7 +107,9 @@ class RunFolder:
         run = cls(path)
         if not (path / "config.json").is_file():
             raise DataError(f"{path} is not a run folder; ensembler train --out {path} makes one")
-        if run.read_json("config.json").get("version") != RUN_VERSION:
+        document = run.read_json("config.json")
+        complete = {"config", "image_size", "labels"} <= document.keys()
+        if document.get("version") != RUN_VERSION or not complete:
             raise DataError(f"{path} was written by another version; train again, or install the matching version")
         if not (path / "summary.json").is_file():
             raise DataError(f"{path}: training was not finished; run ensembler train again into a new folder")
@@ -188,9 +190,13 @@ class RunFolder:
 
     def copy_stage1(self, source: RunFolder) -> None:
         """Takes stage 1 and the wire of another run as they are, so that a second client fits the same server."""
-        for index in range(source.config.trained_nets):
-            shutil.copyfile(source.path / self.stage1_file(index), self.path / self.stage1_file(index))
-        shutil.copyfile(source.path / "wire.json", self.path / "wire.json")
+        names = [self.stage1_file(index) for index in range(source.config.trained_nets)]
+        for name in (*names, "wire.json"):
+            try:
+                content = (source.path / name).read_bytes()
+            except OSError as error:
+                raise DataError(f"{source.path / name} cannot be read ({error}); train again") from error
+            self._replace(name, partial(_write_bytes, content), 0o600)
 
     # --- files ---
 
@@ -222,9 +228,11 @@ class RunFolder:
             DataError: missing or damaged.
         """
         try:
-            document: dict[str, Any] = json.loads((self.path / name).read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
+            document: object = json.loads((self.path / name).read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
             raise DataError(f"{self.path / name} cannot be read ({error}); train again") from error
+        if not isinstance(document, dict):
+            raise DataError(f"{self.path / name} is not a JSON object; train again")
         return document
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -244,6 +252,10 @@ class RunFolder:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _write_bytes(content: bytes, path: Path) -> None:
+    path.write_bytes(content)
 
 
 def module_tensors(prefix: str, module: nn.Module) -> dict[str, Tensor]:

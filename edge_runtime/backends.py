@@ -1,0 +1,86 @@
+"""Inference runtimes behind one interface: open a model file, run it on numpy arrays.
+
+onnxruntime is the first; ai-edge-litert and tflite-runtime join it as further entries of ``BACKENDS``. A runtime is
+imported when it is chosen, so a device needs only one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
+
+Array = npt.NDArray[Any]
+
+
+class Session(Protocol):
+    """A loaded model."""
+
+    def run(self, inputs: Mapping[str, Array]) -> Array:
+        """Returns the model's only output for named inputs; batch is the first axis of each."""
+
+
+class OnnxSession:
+    """A model in onnxruntime, on the CPU."""
+
+    def __init__(self, path: Path, threads: int) -> None:
+        try:
+            import onnxruntime as ort
+        except ImportError as error:
+            raise MissingExtraError("onnxruntime", "onnx", f"running {path.name}") from error
+        options = ort.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.inter_op_num_threads = 1
+        # Small models finish before a spinning pool pays, and on a board the spinning is heat.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+        options.log_severity_level = 3
+        try:
+            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime raises its own classes, which differ between versions
+            raise BundleError(
+                f"{path} cannot be loaded by onnxruntime {ort.__version__}; export it again, or update onnxruntime"
+            ) from error
+
+    def run(self, inputs: Mapping[str, Array]) -> Array:
+        """See ``Session``."""
+        output: Array = self._session.run(None, dict(inputs))[0]
+        return output
+
+
+BACKENDS: dict[str, Callable[[Path, int], Session]] = {"onnxruntime": OnnxSession}
+
+
+def open_session(path: Path, *, threads: int = 1, backend: str = "onnxruntime") -> Session:
+    """Opens a model file.
+
+    Args:
+        path: the file.
+        threads: how many threads one run may use; one is fastest for the small graphs of a device.
+        backend: a name of ``BACKENDS``.
+
+    Raises:
+        ConfigError: an unknown backend, or less than one thread.
+        MissingExtraError: the runtime is not installed.
+        BundleError: the runtime cannot load the file.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(sorted(BACKENDS))}")
+    if threads < 1:
+        raise ConfigError(f"threads = {threads}: at least one")
+    return BACKENDS[backend](path, threads)
+
+
+def as_codes(array: Array) -> npt.NDArray[np.uint8]:
+    """Returns ``array`` as uint8 codes; anything else means that the model is not what the bundle says.
+
+    Raises:
+        BundleError: another dtype.
+    """
+    if array.dtype != np.uint8:
+        raise BundleError(f"the model answers with {array.dtype}, not with uint8 codes; export the bundle again")
+    return array

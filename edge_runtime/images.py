@@ -1,0 +1,120 @@
+"""What an application may give to ``predict()``, and how it becomes the head's input.
+
+Accepted: a path, encoded bytes, a PIL image, or an ``(H, W, 3)`` uint8 array. The image is made RGB and, where its size
+differs, scaled to cover the head's size and cropped in the middle. Pillow is needed only where something must be
+decoded or resized.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import warnings
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+import numpy as np
+import numpy.typing as npt
+
+from ensembler.protocol.errors import ImageError, MissingExtraError
+from ensembler.protocol.manifest import ImageSpec
+
+if TYPE_CHECKING:
+    from PIL.Image import Image as PILImage
+
+Pixels = npt.NDArray[np.uint8]
+ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | PILImage | npt.NDArray[Any]"
+
+MAX_ENCODED_BYTES = 64 * 1024 * 1024
+MAX_PIXELS = 64 * 1024 * 1024
+
+
+def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
+    """Returns the head's input for one image.
+
+    Args:
+        image: see the module's text.
+        spec: the head's height and width.
+
+    Returns:
+        ``(H, W, 3)`` uint8 RGB.
+
+    Raises:
+        ImageError: unreadable, or an array of another dtype or shape.
+        MissingExtraError: pillow is needed and not installed.
+    """
+    if isinstance(image, np.ndarray):
+        pixels = _array(image)
+        if pixels.shape[:2] == (spec.height, spec.width):
+            return pixels
+        return _fit(_pillow("resizing an image").fromarray(pixels), spec, "the array")
+    if isinstance(image, bytes | bytearray | memoryview):
+        return _fit(_decode(bytes(image), "the image bytes"), spec, "the image bytes")
+    if isinstance(image, str | os.PathLike):
+        return _fit(_open(Path(image)), spec, str(image))
+    if hasattr(image, "convert") and hasattr(image, "resize"):
+        return _fit(image, spec, "the PIL image")
+    raise ImageError(
+        f"an image is a path, bytes, a PIL image or an (H, W, 3) uint8 array, not {type(image).__name__}"
+    )
+
+
+def _array(array: npt.NDArray[Any]) -> Pixels:
+    if array.dtype != np.uint8:
+        raise ImageError(
+            f"the image array is {array.dtype}; give uint8 in 0..255, for instance (255 * x).round().astype('uint8')"
+        )
+    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
+        raise ImageError(f"the image array has shape {array.shape}; give (H, W, 3), channels last, RGB")
+    return array
+
+
+def _open(path: Path) -> PILImage:
+    try:
+        if path.stat().st_size > MAX_ENCODED_BYTES:
+            raise ImageError(f"{path} is larger than {MAX_ENCODED_BYTES} bytes; shrink the image first")
+        return _decode(path.read_bytes(), str(path))
+    except OSError as error:
+        raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _decode(data: bytes, source: str) -> PILImage:
+    pillow = _pillow("decoding an image")
+    if not data:
+        raise ImageError(f"{source}: empty, not an image")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", pillow.DecompressionBombWarning)
+            image = pillow.open(io.BytesIO(data))
+            if image.width * image.height > MAX_PIXELS:
+                raise ImageError(f"{source}: {image.width}x{image.height} pixels; shrink it below {MAX_PIXELS} pixels")
+            image.load()
+    except ImageError:
+        raise
+    except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
+        raise ImageError(f"{source}: too many pixels; shrink the image first") from error
+    except Exception as error:  # decoders raise many classes on damaged files
+        raise ImageError(f"{source}: not a readable image ({type(error).__name__}); is it complete?") from error
+    return image
+
+
+def _fit(image: Any, spec: ImageSpec, source: str) -> Pixels:
+    """Makes a PIL image RGB and of the head's size: upright, scaled to cover, cropped in the middle."""
+    from PIL import Image, ImageOps
+
+    try:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+        size = (spec.width, spec.height)
+        if upright.size != size:
+            upright = ImageOps.fit(upright, size, Image.Resampling.BILINEAR)
+        return np.asarray(upright)
+    except Exception as error:  # as in _decode
+        raise ImageError(f"{source}: cannot be converted to RGB ({type(error).__name__})") from error
+
+
+def _pillow(purpose: str) -> Any:
+    try:
+        from PIL import Image
+    except ImportError as error:
+        raise MissingExtraError("pillow", "image", purpose) from error
+    return Image
