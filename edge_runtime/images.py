@@ -54,9 +54,7 @@ def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
         return _fit(_open(Path(image)), spec, str(image))
     if hasattr(image, "convert") and hasattr(image, "resize"):
         return _fit(image, spec, "the PIL image")
-    raise ImageError(
-        f"an image is a path, bytes, a PIL image or an (H, W, 3) uint8 array, not {type(image).__name__}"
-    )
+    raise ImageError(f"an image is a path, bytes, a PIL image or an (H, W, 3) uint8 array, not {type(image).__name__}")
 
 
 def _array(array: npt.NDArray[Any]) -> Pixels:
@@ -85,7 +83,7 @@ def _decode(data: bytes, source: str) -> PILImage:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            image = pillow.open(io.BytesIO(data))
+            image: PILImage = pillow.open(io.BytesIO(data))
             if image.width * image.height > MAX_PIXELS:
                 raise ImageError(f"{source}: {image.width}x{image.height} pixels; shrink it below {MAX_PIXELS} pixels")
             image.load()

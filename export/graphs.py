@@ -153,7 +153,12 @@ def quantised(
 
 
 def attach_codes(
-    graph: onnx.ModelProto, name: str, codec: AffineCodec, *, output: str | None = None, out_codec: AffineCodec | None = None
+    graph: onnx.ModelProto,
+    name: str,
+    codec: AffineCodec,
+    *,
+    output: str | None = None,
+    out_codec: AffineCodec | None = None,
 ) -> onnx.ModelProto:
     """Returns the graph with uint8 codes at its input ``x``, and at its output if ``output`` names it.
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -67,7 +67,7 @@ class ExportOptions:
     server_public_key: str | None = None
     data: str | None = None
     parity_images: int = 10_000
-    gates: parity.Gates = parity.Gates()
+    gates: parity.Gates = field(default_factory=parity.Gates)
 
 
 def export(
@@ -118,15 +118,19 @@ def export(
             server_folder = options.server_bundle
         bodies = [nets[i].net.body for i in order]
         progress("client: head and tail")
-        manifest = _write_client(
-            partial / "client", client, bodies, run, dataset.train_x[:CALIBRATION_IMAGES], options
-        )
+        manifest = _write_client(partial / "client", client, bodies, run, dataset.train_x[:CALIBRATION_IMAGES], options)
         progress("parity report")
         files = {name: partial / "client" / name for name in manifest.files}
         files |= {name: server_folder / name for name in server.files}
         count = options.parity_images
         report = parity.measure(
-            client, bodies, files, (manifest, server), dataset.test_x[:count], dataset.test_y[:count], options.gates
+            client,
+            bodies,
+            files,
+            (manifest, server),
+            dataset.test_x[:count],
+            dataset.test_y[:count],
+            options.gates,
         )
         report.require()
         if options.server_bundle is None:
@@ -165,9 +169,7 @@ def _write_server(
         graph = graphs.optimised(graphs.with_weights(template, nets[index].net.body.state_dict()))
         codec = wire.answer_codecs[position]
         if options.server_precision == "int8":
-            graph = graphs.quantised(
-                graph, {graphs.INPUT: samples}, input_codec=wire.feature_codec, output_codec=codec
-            )
+            graph = graphs.quantised(graph, {graphs.INPUT: samples}, input_codec=wire.feature_codec, output_codec=codec)
         graph = graphs.attach_codes(graph, "features", wire.feature_codec, output="answer", out_codec=codec)
         (folder / names[position]).write_bytes(graphs.scrubbed(graph))
     manifest = ServerManifest(
@@ -190,7 +192,8 @@ class _Head(nn.Module):
         super().__init__()
         self.head = client.head
         self.mode = mode
-        self.register_buffer("constant", client.noise if mode == "fixed" else None)
+        self.constant: Tensor
+        self.register_buffer("constant", client.noise)
 
     def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
         features: Tensor = self.head(x)
@@ -213,7 +216,12 @@ class _Tail(nn.Module):
 
 @torch.inference_mode()
 def _write_client(
-    folder: Path, client: Client, bodies: Sequence[nn.Module], run: RunFolder, images: Pixels, options: ExportOptions
+    folder: Path,
+    client: Client,
+    bodies: Sequence[nn.Module],
+    run: RunFolder,
+    images: Pixels,
+    options: ExportOptions,
 ) -> ClientManifest:
     folder.mkdir(mode=0o700)
     wire, config = client.wire, run.config

@@ -41,7 +41,7 @@ class AffineCodec:
     def __post_init__(self) -> None:
         if not (0 < self.scale <= MAX_SCALE and float(np.float32(self.scale)) == self.scale):
             raise ConfigError(f"codec scale {self.scale!r} is not a positive float32 value")
-        if not (isinstance(self.zero_point, int) and 0 <= self.zero_point <= CODE_MAX):
+        if type(self.zero_point) is not int or not 0 <= self.zero_point <= CODE_MAX:
             raise ConfigError(f"codec zero point {self.zero_point!r} is not in 0..{CODE_MAX}")
 
     @classmethod

@@ -19,16 +19,17 @@
     │   ├── ServerUnreachableError
     │   ├── AuthenticationError  the CURVE handshake was refused
     │   └── DeadlineExceededError
-    ├── ProtocolError            bytes that are not a frame of this protocol          101
-    │   └── LimitExceededError   larger than a limit of this protocol                 102
-    └── ServerError              the server answered with an error
-        ├── UnsupportedVersionError                                                   103
-        ├── BadRequestError      a well-formed frame that asks for nonsense           104
-        ├── UnknownBodiesError   the server does not hold the nets of this client     201
-        ├── BusyError            the queue is full: retry after `retry_after_ms`      301
-        ├── ExpiredError         the deadline passed before the work was done         302
-        ├── ShuttingDownError    the server drains before it stops                    303
-        └── InternalError        anything else; the server's log has the reason       501
+    └── WireError                an error with a code on the wire
+        ├── ProtocolError        bytes that are not a frame of this protocol          101
+        │   └── LimitExceededError  larger than a limit of this protocol              102
+        └── ServerError          the server answered with an error
+            ├── UnsupportedVersionError                                               103
+            ├── BadRequestError      a well-formed frame that asks for nonsense       104
+            ├── UnknownBodiesError   the server does not hold the nets of this client 201
+            ├── BusyError            the queue is full: retry after `retry_after_ms`  301
+            ├── ExpiredError         the deadline passed before the work was done     302
+            ├── ShuttingDownError    the server drains before it stops                303
+            └── InternalError        anything else; the server's log has the reason   501
 
 Every message says what happened, which input it was, and what to do. Wire codes are grouped: 1xx the request's bytes,
 2xx the request's target, 3xx try again, 5xx the server's fault. A retired code is never used again.

@@ -97,7 +97,7 @@ class ClientManifest:
         wire: as in the server bundle that this client fits.
         image: what the head takes.
         labels: the class names, index = class.
-        noise_mode: ``fixed`` (a constant of the head graph), ``fresh`` (drawn by the client for each image) or ``none``.
+        noise_mode: ``fixed`` (a constant of the head graph), ``fresh`` (drawn for each image) or ``none``.
         noise_std: the standard deviation of the noise, in units of the head's features.
         head: the name of the head's graph, uint8 image in, wire codes out.
         tail: the name of the selector + tail graph, the N answers' codes in, logits out.
@@ -131,8 +131,7 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
         },
         "precision": manifest.precision,
         "files": {
-            name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256}
-            for name, entry in manifest.files.items()
+            name: {"size_bytes": entry.size_bytes, "sha256": entry.sha256} for name, entry in manifest.files.items()
         },
     }
     if isinstance(manifest, ServerManifest):
@@ -263,7 +262,9 @@ def _open(data: bytes, source: str, kind: str) -> _Reader:
             "export again, or install the matching ensembler-edge"
         )
     if document.get("kind") != kind:
-        raise BundleError(f"{source} belongs to a {str(document.get('kind'))[:20]} bundle, a {kind} bundle is needed here")
+        raise BundleError(
+            f"{source} belongs to a {str(document.get('kind'))[:20]} bundle, a {kind} bundle is needed here"
+        )
     return reader
 
 
@@ -298,9 +299,9 @@ class _Reader:
     def strings(self, name: str, limit: int) -> list[str]:
         items: list[str] = self.get(
             name,
-            lambda v: isinstance(v, list)
-            and 1 <= len(v) <= limit
-            and all(isinstance(s, str) and len(s) <= 1000 for s in v),
+            lambda v: (
+                isinstance(v, list) and 1 <= len(v) <= limit and all(isinstance(s, str) and len(s) <= 1000 for s in v)
+            ),
         )
         return items
 

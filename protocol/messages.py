@@ -60,7 +60,7 @@ class Message:
         bodies_id: 32 bytes, which nets; zeros in ``status`` requests.
         budget_ms: how long the sender will still wait, at the moment of sending; 0 in replies.
         tensor: the codes, uint8, first axis is the batch; None when the operation has none.
-        info: small facts beside it: timings of a result, code and text of an error. Strings, floats, ints, lists of them.
+        info: small facts beside it: timings of a result, code and text of an error. Texts, numbers, lists of them.
     """
 
     operation: str

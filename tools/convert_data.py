@@ -18,7 +18,7 @@ def main(source: str, target: str) -> None:
     with np.load(source) as stored:
         x = stored["x_delta"].cumsum(2, dtype="u1").cumsum(3, dtype="u1")
         labels = stored["male"] if len(sys.argv) > 3 and sys.argv[3] == "male" else stored["y"]
-        names = stored["label_names"] if "label_names" in stored else None
+        names = stored.get("label_names")
     x[0] += x[1]
     x[2] += x[1]
     arrays = {"x": np.ascontiguousarray(x.transpose(1, 0, 2, 3)), "y": labels}

@@ -33,7 +33,7 @@ from ensembler.training import demo_data
 Pixels = npt.NDArray[np.uint8]
 Classes = npt.NDArray[np.int64]
 
-CIFAR10_LABELS = tuple("airplane automobile bird cat deer dog frog horse ship truck".split())
+CIFAR10_LABELS = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".bmp", ".gif", ".webp", ".tif", ".tiff", ".ppm", ".pgm"})
 MAX_ARCHIVE_MEMBER_BYTES = 512 * 1024 * 1024
 
@@ -169,8 +169,7 @@ class _ArrayUnpickler(pickle.Unpickler):
             ("numpy.core.multiarray", "_reconstruct"),
             ("numpy._core.multiarray", "_reconstruct"),
         ):
-            reconstruct = np.ndarray.__reduce__(np.zeros(0))[0]
-            return reconstruct
+            return np.ndarray.__reduce__(np.zeros(0))[0]
         if (module, name) == ("numpy", "ndarray"):
             return np.ndarray
         if (module, name) == ("numpy", "dtype"):
@@ -188,6 +187,8 @@ def _encode_latin1(text: str, encoding: str = "latin1") -> bytes:
 
 def _cifar(path: Path, *, hundred: bool) -> Dataset:
     files = _Files(path)
+    train_names: tuple[str, ...]
+    binary_train: tuple[str, ...]
     if hundred:
         train_names, test_names = ("train",), ("test",)
         binary_train, binary_test = ("train.bin",), ("test.bin",)

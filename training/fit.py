@@ -60,7 +60,12 @@ class Tensors:
         return cls(
             *(
                 torch.from_numpy(np.ascontiguousarray(array)).to(device)
-                for array in (data.train_x[:train_limit], data.train_y[:train_limit], data.test_x, data.test_y)
+                for array in (
+                    data.train_x[:train_limit],
+                    data.train_y[:train_limit],
+                    data.test_x,
+                    data.test_y,
+                )
             )
         )
 
@@ -104,7 +109,10 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     channel = torch.arange(3)[None, :, None, None]
     device = images.device
     return padded[
-        index.to(device), channel.to(device), rows[:, None, :, None].to(device), columns[:, None, None, :].to(device)
+        index.to(device),
+        channel.to(device),
+        rows[:, None, :, None].to(device),
+        columns[:, None, None, :].to(device),
     ]
 
 
@@ -192,9 +200,7 @@ def fit(
             reporter.step(f"loss {loss_sum / seen:.3f}, accuracy {100 * hits / seen:.1f}%")
         if not np.isfinite(loss_sum):
             raise ConfigError(f"{label}: the loss is no longer finite; lower --learning-rate")
-        yield EpochMetrics(
-            epoch + 1, loss_sum / seen, 100 * hits / seen, cosine_sum / seen if has_cosine else None
-        )
+        yield EpochMetrics(epoch + 1, loss_sum / seen, 100 * hits / seen, cosine_sum / seen if has_cosine else None)
     reporter.end(f"train accuracy {100 * hits / seen:.1f}%")
 
 

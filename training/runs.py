@@ -212,9 +212,10 @@ class RunFolder:
             DataError: missing or damaged.
         """
         try:
-            return load_file(self.path / name)
+            tensors: dict[str, Tensor] = load_file(self.path / name)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.path / name} cannot be read ({error}); train again") from error
+        return tensors
 
     def write_json(self, name: str, document: Mapping[str, Any], mode: int = 0o600) -> None:
         """Stores a JSON document."""

@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -46,6 +46,8 @@ from ensembler.training.runs import (
 from ensembler.training.wire import codec_for, fake_quantise, fake_quantise_answers
 
 CALIBRATION_IMAGES = 1024
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -116,7 +118,7 @@ def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, r
     trained = []
     for index in range(config.trained_nets):
         torch.manual_seed(derived_seed(config.seed, 1, index, 0))
-        net = build_net(arch).to(data.train_x.device, memory_format=torch.channels_last)
+        net = _placed(build_net(arch), data.train_x.device)
         noise = gaussian_noise(shape, config.stage1_noise_std, derived_seed(config.seed, 1, index, 1))
         noise = noise.to(data.train_x.device)
         result = Stage1Net(net, noise)
@@ -161,6 +163,13 @@ def _train_stage1_net(
         run.append_metrics({"stage": 1, "net": index, **asdict(metrics)})
     net.eval()
     run.append_metrics({"stage": 1, "net": index, "test_accuracy": accuracy(forward, data.test_x, data.test_y)})
+
+
+def _placed(module: M, device: torch.device) -> M:
+    """Moves a module to its device, channels last: a third faster on the CPU."""
+    module.to(device)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
 
 
 def _freeze(net: Net) -> Net:
@@ -222,7 +231,7 @@ def mixed_features(nets: Sequence[Stage1Net], codec: AffineCodec, images: Tensor
 
 
 def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([module(part) for part in x.split(EVALUATION_BATCH)])
+    return torch.cat([module(part) for part in torch.split(x, EVALUATION_BATCH)])
 
 
 # --- stage 2 ---
@@ -254,11 +263,9 @@ def stage3(
     torch.manual_seed(derived_seed(secret.seed, 3, 0))
     net = build_net(arch, config.num_selected)
     fresh = config.noise_mode == "fresh"
-    noise = gaussian_noise(
-        wire.spec.feature_shape, 0.0 if fresh else config.noise_std, derived_seed(secret.seed, 3, 1)
-    )
+    noise = gaussian_noise(wire.spec.feature_shape, 0.0 if fresh else config.noise_std, derived_seed(secret.seed, 3, 1))
     client = Client(net, noise, wire.spec, secret.selector, config.noise_std if fresh else 0.0)
-    client = client.to(device, memory_format=torch.channels_last)
+    client = _placed(client, device)
     bodies = [nets[i].net.body for i in wire.order]
     selected = [bodies[k] for k in secret.selector]
     previous = [nets[i].net.head for i in wire.order]
@@ -289,9 +296,11 @@ def stage3(
     return client
 
 
-def _baseline_client(config: TrainConfig, item: Stage1Net, wire: WireState, secret: ClientSecret) -> Client:
+def _baseline_client(item: Stage1Net, wire: WireState, secret: ClientSecret) -> Client:
     """A baseline keeps its stage-1 head, noise and tail: one net, cut in three."""
-    return Client(item.net, item.noise, wire.spec, secret.selector).eval()
+    client = Client(item.net, item.noise, wire.spec, secret.selector)
+    client.eval()
+    return client
 
 
 # --- all of it ---
@@ -342,7 +351,7 @@ def train(
     if config.is_ensemble:
         client = stage3(run, config, arch, data, nets, wire, secret, reporter)
     else:
-        client = _baseline_client(config, nets[0], wire, secret)
+        client = _baseline_client(nets[0], wire, secret)
     run.save_tensors(
         run.CLIENT_FILE,
         {**module_tensors("head", client.head), **module_tensors("tail", client.tail), "noise": client.noise},
@@ -364,7 +373,12 @@ def _require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, l
 
 @torch.inference_mode()
 def _summary(
-    run: RunFolder, config: TrainConfig, client: Client, nets: Sequence[Stage1Net], wire: WireState, data: Tensors
+    run: RunFolder,
+    config: TrainConfig,
+    client: Client,
+    nets: Sequence[Stage1Net],
+    wire: WireState,
+    data: Tensors,
 ) -> dict[str, Any]:
     selected = [nets[wire.order[k]].net.body for k in client.selector]
     summary: dict[str, Any] = {
@@ -413,7 +427,11 @@ def load_client(run: RunFolder) -> Client:
         restore(module, name, tensors)
     fresh = config.is_ensemble and config.noise_mode == "fresh"
     client = Client(
-        _freeze(net), tensors["noise"], run.read_wire().spec, secret.selector, config.noise_std if fresh else 0.0
+        _freeze(net),
+        tensors["noise"],
+        run.read_wire().spec,
+        secret.selector,
+        config.noise_std if fresh else 0.0,
     )
     return client.eval()
 

@@ -1,0 +1,27 @@
+"""The command line: one module per verb, composed here. Start reading at ``main``.
+
+It is the only place that joins packages which must not know each other.
+"""
+
+from __future__ import annotations
+
+import sys
+
+from ensembler.cli.console import run_command
+
+if __name__ != "ensembler.cli":
+    raise ImportError(f"import ensembler.cli, not {__name__}")
+
+__all__ = ["export_main", "main"]
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Runs ``ensembler VERB ...``; returns the exit status."""
+    from ensembler.cli import demo, export, keys, predict, serve, train
+
+    return run_command("ensembler", (demo, train, export, serve, predict, keys), arguments)
+
+
+def export_main() -> int:
+    """Runs ``ensembler-export ...``, the same as ``ensembler export ...``."""
+    return main(["export", *sys.argv[1:]])

@@ -1,0 +1,139 @@
+"""What all verbs share: the parser, exit statuses, output for people and for scripts, progress bars."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
+
+from ensembler import __version__
+from ensembler.protocol.errors import EnsemblerError, InvalidInputError, MissingExtraError
+
+EXIT_FAILED = 1
+EXIT_BAD_INPUT = 2
+EXIT_INTERRUPTED = 130
+
+
+class Verb(Protocol):
+    """A module of this package: one verb."""
+
+    NAME: str
+    HELP: str
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """Declares the options."""
+
+    def run(self, options: argparse.Namespace, console: Console) -> int:
+        """Does the work; returns the exit status."""
+
+
+class Console:
+    """Where a verb writes. With ``--json`` standard output gets exactly one JSON document per ``result``."""
+
+    def __init__(self, *, as_json: bool) -> None:
+        self.as_json = as_json
+
+    def say(self, text: str) -> None:
+        """Tells a person; goes to standard error when a script reads standard output."""
+        print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+
+    def result(self, document: dict[str, Any], text: str) -> None:
+        """Gives the outcome, as JSON or as text."""
+        print(json.dumps(document, ensure_ascii=False) if self.as_json else text, flush=True)
+
+    def error(self, error: EnsemblerError) -> None:
+        """Tells what went wrong, on standard error."""
+        if self.as_json:
+            document = {"error": {"type": type(error).__name__, "message": str(error)}}
+            print(json.dumps(document, ensure_ascii=False), file=sys.stderr, flush=True)
+        else:
+            print(f"ensembler: {error}", file=sys.stderr, flush=True)
+
+
+def run_command(program: str, verbs: Sequence[Any], arguments: list[str] | None) -> int:
+    """Parses, runs and turns errors into exit statuses: 2 for what the user gave, 1 for the rest, 130 for Ctrl-C."""
+    parser = argparse.ArgumentParser(prog=program, description="Private collaborative inference.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"ensembler-edge {__version__}")
+    subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
+    by_name = {}
+    for verb in verbs:
+        sub = subparsers.add_parser(verb.NAME, help=verb.HELP, description=verb.HELP, allow_abbrev=False)
+        sub.add_argument("--json", action="store_true", help="one JSON document on standard output, for scripts")
+        verb.add_arguments(sub)
+        by_name[verb.NAME] = verb
+    options = parser.parse_args(arguments)
+    console = Console(as_json=options.json)
+    try:
+        status: int = by_name[options.verb].run(options, console)
+    except EnsemblerError as error:
+        console.error(error)
+        return EXIT_BAD_INPUT if isinstance(error, InvalidInputError) else EXIT_FAILED
+    except KeyboardInterrupt:
+        print("ensembler: interrupted", file=sys.stderr)
+        return EXIT_INTERRUPTED
+    return status
+
+
+def need_torch() -> None:
+    """Raises ``MissingExtraError`` unless the training packages are installed."""
+    from importlib.util import find_spec
+
+    for package in ("torch", "safetensors", "rich"):
+        if find_spec(package) is None:
+            raise MissingExtraError(package, "train", "training and exporting")
+
+
+class ProgressReporter:
+    """Draws training progress: a bar on a terminal, a line per finished piece elsewhere."""
+
+    def __init__(self, console: Console) -> None:
+        from rich.console import Console as RichConsole
+
+        self._rich = RichConsole(stderr=console.as_json, highlight=False)
+        self._progress: Any = None
+        self._task: Any = None
+        self._label = ""
+
+    def begin(self, label: str, total: int) -> None:
+        """See ``training.fit.Reporter``."""
+        from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
+
+        self._label = label
+        if self._rich.is_terminal:
+            self._progress = Progress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                TextColumn("{task.fields[detail]}"),
+                TimeRemainingColumn(),
+                console=self._rich,
+                transient=True,
+            )
+            self._task = self._progress.add_task(label, total=total, detail="")
+            self._progress.start()
+
+    def step(self, detail: str) -> None:
+        """See ``training.fit.Reporter``."""
+        if self._progress is not None:
+            self._progress.update(self._task, advance=1, detail=detail)
+
+    def end(self, summary: str) -> None:
+        """See ``training.fit.Reporter``."""
+        if self._progress is not None:
+            self._progress.stop()
+            self._progress = None
+        self._rich.print(f"{self._label}: {summary}")
+
+
+def positive(kind: Callable[[str], float]) -> Callable[[str], float]:
+    """Returns an argparse type for numbers above zero."""
+
+    def parse(text: str) -> float:
+        value = kind(text)
+        if not value > 0:
+            raise argparse.ArgumentTypeError(f"{text} is not above zero")
+        return value
+
+    parse.__name__ = f"positive {kind.__name__}"
+    return parse

@@ -1,0 +1,59 @@
+"""``ensembler predict``: classify images from the shell."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+
+from ensembler.cli.console import Console
+from ensembler.client import EdgeClient
+
+NAME = "predict"
+HELP = "classify images with a client bundle and a server"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("bundle", type=Path, help="the folder of a client bundle")
+    parser.add_argument("images", nargs="+", help="image files")
+    parser.add_argument("--server", required=True, help="tcp://host:port")
+    parser.add_argument("--key", type=Path, default=None, help="the device's secret key file")
+    parser.add_argument("--plaintext", action="store_true", help="connect without encryption")
+    parser.add_argument("--timeout-ms", type=float, default=5000.0, help="deadline of each image (default: 5000)")
+    parser.add_argument("--top-k", type=int, default=3, help="classes to show (default: 3)")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Predicts one image after the other."""
+    documents, lines = [], []
+    with EdgeClient(
+        options.bundle,
+        options.server,
+        key=options.key,
+        plaintext=options.plaintext,
+        timeout_ms=options.timeout_ms,
+        top_k=options.top_k,
+    ) as client:
+        for image in options.images:
+            result = client.predict(image)
+            best = ", ".join(f"{name} {100 * score:.1f}%" for name, score in result.top_k)
+            times = result.timings
+            lines.append(
+                f"{image}: {best}  ({times.total:.1f} ms: head {times.head:.1f}, queue {times.queue:.1f}, "
+                f"server {times.server:.1f}, network {times.network:.1f}, tail {times.tail:.1f}; "
+                f"{result.bytes_up} bytes up, {result.bytes_down} down)"
+            )
+            documents.append(
+                {
+                    "image": image,
+                    "label": result.label,
+                    "score": result.score,
+                    "top_k": [list(item) for item in result.top_k],
+                    "timings_ms": asdict(times),
+                    "bytes_up": result.bytes_up,
+                    "bytes_down": result.bytes_down,
+                }
+            )
+    console.result({"predictions": documents}, "\n".join(lines))
+    return 0

@@ -1,0 +1,350 @@
+"""The client: one call per image, and a right answer or one typed error before the deadline."""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ensembler.edge_runtime.images import ImageLike, to_pixels
+from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
+from ensembler.prediction import Prediction, Timings
+from ensembler.protocol.errors import (
+    BusyError,
+    ConfigError,
+    DeadlineExceededError,
+    EnsemblerError,
+    ExpiredError,
+    InternalError,
+    KeyFileError,
+    ProtocolError,
+    ShuttingDownError,
+    from_wire,
+)
+from ensembler.protocol.messages import (
+    ERROR,
+    INFER,
+    REQUEST_ID_BYTES,
+    RESULT,
+    STATUS,
+    Message,
+    decode,
+    encode,
+)
+from ensembler.transport import keys as key_files
+from ensembler.transport.base import Connection, Frames, Transport
+from ensembler.transport.zmq_client import ZmqTransport
+
+Codes = npt.NDArray[np.uint8]
+
+KEY_VARIABLE = "ENSEMBLER_DEVICE_KEY"
+KEY_NAME = "device.key_secret"
+# One request of a long batch; the server batches further by itself.
+
+MAX_REQUEST_ROWS = 128
+SHUTDOWN_RETRY_MS = 100.0
+
+
+class EdgeClient:
+    """Predicts images with a head and tail on this device and N nets on a server.
+
+    Thread-safe: calls from several threads run side by side, each on its own connection.
+
+    Args:
+        bundle: the folder of a client bundle.
+        server: ``tcp://host:port``.
+        key: the device's secret key file. None looks at ``$ENSEMBLER_DEVICE_KEY``,
+            ``BUNDLE/../keys/device.key_secret``, ``~/.config/ensembler/device.key_secret`` and ``/etc/ensembler/device.key_secret``, in this order.
+        plaintext: connect without encryption and authentication. Never the default, also when the bundle pins no key.
+        timeout_ms: the deadline of a call that gives none itself.
+        threads: of one run of head or tail.
+        backend: a name of ``ensembler.edge_runtime.backends.BACKENDS``.
+        top_k: how many classes ``Prediction.top_k`` holds.
+        transport: moves the frames instead of ZeroMQ; for tests.
+
+    Raises:
+        BundleError: the bundle is missing, damaged or of another version.
+        KeyFileError: no device key was found, or it is not one.
+        ConfigError: an impossible option.
+        MissingExtraError: no inference runtime is installed.
+    """
+
+    def __init__(
+        self,
+        bundle: str | os.PathLike[str],
+        server: str,
+        *,
+        key: str | os.PathLike[str] | None = None,
+        plaintext: bool = False,
+        timeout_ms: float = 5000.0,
+        threads: int = 1,
+        backend: str = "onnxruntime",
+        top_k: int = 5,
+        transport: Transport | None = None,
+    ) -> None:
+        if top_k < 1:
+            raise ConfigError(f"top_k = {top_k}: at least 1")
+        self._timeout_ms = _checked_timeout(timeout_ms)
+        folder = Path(bundle).expanduser()
+        self._runtime = EdgeRuntime(folder, threads=threads, backend=backend)
+        self._manifest = self._runtime.manifest
+        self._bodies_id = bytes.fromhex(self._manifest.wire.bodies_id)
+        self._top_k = min(top_k, len(self._manifest.labels))
+        self._server = server
+        self._transport = transport or self._open_transport(folder, server, key, plaintext=plaintext)
+        self._idle: list[Connection] = []
+        self._lock = threading.Lock()
+        self._closed = threading.Event()
+
+    def _open_transport(
+        self, folder: Path, server: str, key: str | os.PathLike[str] | None, *, plaintext: bool
+    ) -> Transport:
+        if plaintext:
+            return ZmqTransport(server, server_key=None, keys=None)
+        pinned = self._manifest.server_public_key
+        if pinned is None:
+            raise ConfigError(
+                f"the bundle {folder} pins no server key, so the server cannot be known; export with --server-key, or "
+                "pass plaintext=True (--plaintext) if nobody else can reach the network"
+            )
+        places = [folder.resolve().parent / "keys" / KEY_NAME, *key_files.standard_places(KEY_NAME)]
+        path = key_files.find(key, KEY_VARIABLE, places)
+        if path is None:
+            raise KeyFileError(
+                f"no device key: pass key=, set {KEY_VARIABLE}, or put {KEY_NAME} into {places[1].parent}; "
+                "ensembler keys new makes a pair"
+            )
+        return ZmqTransport(server, server_key=pinned, keys=key_files.load_pair(path))
+
+    # --- the public calls ---
+
+    def predict(self, image: ImageLike, *, timeout_ms: float | None = None) -> Prediction:
+        """Classifies one image.
+
+        Args:
+            image: a path, encoded bytes, a PIL image, or an ``(H, W, 3)`` uint8 RGB array.
+            timeout_ms: this call's deadline in milliseconds, instead of the client's.
+
+        Raises:
+            ImageError: the image cannot be used.
+            TransportError: no answer in time; see its subclasses.
+            ServerError: the server refused.
+            ProtocolError: the server answered with something that is not an answer.
+        """
+        return self.predict_batch([image], timeout_ms=timeout_ms)[0]
+
+    def predict_batch(self, images: Sequence[ImageLike], *, timeout_ms: float | None = None) -> list[Prediction]:
+        """Classifies several images, in order; arguments and errors as ``predict``, the deadline is for all of them.
+
+        Either every image gets its answer or the call raises.
+        """
+        started = time.monotonic()
+        timeout = self._timeout_ms if timeout_ms is None else _checked_timeout(timeout_ms)
+        deadline = started + timeout / 1000
+        pixels = [to_pixels(image, self._manifest.image) for image in images]
+        predictions: list[Prediction] = []
+        for start in range(0, len(pixels), MAX_REQUEST_ROWS):
+            part = np.stack(pixels[start : start + MAX_REQUEST_ROWS])
+            predictions += self._predict_part(part, started, deadline)
+            started = time.monotonic()
+        return predictions
+
+    def status(self, *, timeout_ms: float | None = None) -> dict[str, Any]:
+        """Asks the server which nets it holds and whether it is ready; errors as ``predict``.
+
+        Returns:
+            ``bodies_id``, ``num_nets``, ``precision``, ``state``, ``queued_rows``, and ``fits``: whether the nets are
+            those of this bundle.
+        """
+        timeout = self._timeout_ms if timeout_ms is None else _checked_timeout(timeout_ms)
+        request = Message(operation=STATUS, request_id=os.urandom(REQUEST_ID_BYTES))
+        reply = self._exchange(request, time.monotonic() + timeout / 1000)
+        return {
+            **reply.message.info,
+            "fits": reply.message.info.get("bodies_id") == self._manifest.wire.bodies_id,
+        }
+
+    @property
+    def labels(self) -> tuple[str, ...]:
+        """The class names, index = class."""
+        return self._manifest.labels
+
+    def close(self) -> None:
+        """Closes all connections; calls in other threads end with an error. Further calls raise."""
+        self._closed.set()
+        with self._lock:
+            idle, self._idle = self._idle, []
+        for connection in idle:
+            connection.close()
+        self._transport.close()
+
+    def __enter__(self) -> EdgeClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def __repr__(self) -> str:
+        return f"EdgeClient(server={self._server!r}, bodies_id={self._manifest.wire.bodies_id[:12]!r})"
+
+    # --- one request ---
+
+    def _predict_part(self, pixels: Codes, started: float, deadline: float) -> list[Prediction]:
+        codes = self._runtime.encode(pixels)
+        sent = time.monotonic()
+        request = Message(
+            operation=INFER,
+            request_id=os.urandom(REQUEST_ID_BYTES),
+            bodies_id=self._bodies_id,
+            budget_ms=max(0.0, 1000 * (deadline - sent)),
+            tensor=codes,
+        )
+        reply = self._exchange(request, deadline)
+        received = time.monotonic()
+        answers = self._validated(reply.message, len(pixels))
+        logits = self._runtime.finish(answers)
+        probabilities = softmax(logits)
+        ended = time.monotonic()
+        queue_ms, server_ms = (_number(reply.message.info.get(name)) for name in ("queue_ms", "compute_ms"))
+        timings = Timings(
+            head=1000 * (sent - started),
+            queue=queue_ms,
+            server=server_ms,
+            network=max(0.0, 1000 * (received - sent) - queue_ms - server_ms),
+            tail=1000 * (ended - received),
+            total=1000 * (ended - started),
+        )
+        return [
+            self._prediction(logits[i], probabilities[i], request.request_id.hex(), timings, reply)
+            for i in range(len(pixels))
+        ]
+
+    def _validated(self, message: Message, rows: int) -> Codes:
+        """Checks all N answers alike, before any of them is selected.
+
+        A server that spoils one body's answer must not learn from the client's behaviour whether that body counts.
+        """
+        wire = self._manifest.wire
+        expected = (rows, wire.num_nets, wire.answer_width)
+        if message.tensor is None or message.tensor.shape != expected:
+            shape = None if message.tensor is None else message.tensor.shape
+            raise ProtocolError(
+                f"the server answered with shape {shape}, {expected} was asked for; is it the right server?"
+            )
+        if message.bodies_id != self._bodies_id:
+            raise ProtocolError("the server answered for other nets than were asked for")
+        return message.tensor
+
+    def _prediction(
+        self,
+        logits: npt.NDArray[np.float32],
+        probabilities: npt.NDArray[np.float32],
+        request_id: str,
+        timings: Timings,
+        reply: _Reply,
+    ) -> Prediction:
+        best = np.argsort(-probabilities, kind="stable")[: self._top_k]
+        top = tuple((self._manifest.labels[i], float(probabilities[i])) for i in best)
+        return Prediction(
+            label=top[0][0],
+            score=top[0][1],
+            top_k=top,
+            probabilities=probabilities,
+            logits=logits,
+            request_id=request_id,
+            timings=timings,
+            bytes_up=reply.bytes_up,
+            bytes_down=reply.bytes_down,
+        )
+
+    def _exchange(self, request: Message, deadline: float) -> _Reply:
+        """Sends a request until it is answered; every retry sends the same bytes.
+
+        Encoding again would add new noise to the same image, which a server could average away.
+        """
+        frames = encode(request)
+
+        def accept(reply: Frames) -> _Reply | None:
+            message = decode(reply)
+            if message.request_id != request.request_id:
+                return None  # a late answer to an earlier request of this connection
+            return _Reply(message, sum(map(len, frames)), sum(map(len, reply)))
+
+        while True:
+            connection = self._borrow()
+            try:
+                reply = connection.exchange(frames, accept, deadline)
+            except BaseException:
+                # Whatever it was, an answer may still come on this line: no later request shall meet it.
+                connection.close()
+                raise
+            self._give_back(connection)
+            if reply.message.operation == RESULT:
+                return reply
+            error = _error_of(reply.message)
+            if isinstance(error, BusyError):
+                self._pause(error.retry_after_ms, deadline, error)
+            elif isinstance(error, ShuttingDownError):
+                self._pause(SHUTDOWN_RETRY_MS, deadline, error)
+            elif isinstance(error, ExpiredError):
+                raise DeadlineExceededError(
+                    f"{self._server}: {error}; raise timeout_ms, or look at the server's load"
+                ) from None
+            else:
+                raise error
+
+    def _pause(self, wait_ms: float, deadline: float, error: EnsemblerError) -> None:
+        """Waits before a retry; raises ``error`` when that would be too late."""
+        if time.monotonic() + wait_ms / 1000 >= deadline:
+            raise error
+        self._closed.wait(wait_ms / 1000)
+
+    def _borrow(self) -> Connection:
+        with self._lock:
+            if self._closed.is_set():
+                raise ConfigError("this EdgeClient is closed; make a new one")
+            if self._idle:
+                return self._idle.pop()
+        return self._transport.connect()
+
+    def _give_back(self, connection: Connection) -> None:
+        with self._lock:
+            if not self._closed.is_set():
+                self._idle.append(connection)
+                return
+        connection.close()
+
+
+@dataclass(frozen=True)
+class _Reply:
+    message: Message
+    bytes_up: int
+    bytes_down: int
+
+
+def _error_of(message: Message) -> EnsemblerError:
+    info = message.info
+    code, text = info.get("code"), info.get("message")
+    if message.operation != ERROR or not isinstance(code, int) or not isinstance(text, str):
+        return InternalError("the server answered with neither a result nor an error")
+    return from_wire(code, text, _number(info.get("retry_after_ms")))
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0
+
+
+def _checked_timeout(timeout_ms: float) -> float:
+    if not 0 < timeout_ms <= 24 * 3600 * 1000:
+        raise ConfigError(f"timeout_ms = {timeout_ms}: give more than 0 and at most a day (86,400,000)")
+    return float(timeout_ms)

@@ -1,0 +1,131 @@
+"""The cloud's end: one ROUTER socket, CURVE with an allow-list (ZAP), and a wake-up that any thread may call."""
+
+from __future__ import annotations
+
+import errno
+import socket as sockets
+from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from typing import Any
+
+import zmq
+from zmq.auth.thread import ThreadAuthenticator
+
+from ensembler.protocol.errors import ConfigError
+from ensembler.transport.base import Frame
+from ensembler.transport.keys import KeyPair
+from ensembler.transport.zmq_client import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, set_limits
+
+MAX_PARTS = 2
+
+
+@dataclass(frozen=True)
+class Incoming:
+    """One message: whom to answer, and its frames (at most ``MAX_PARTS + 1``; one too many says that more came)."""
+
+    peer: bytes
+    frames: list[Frame]
+
+
+class ServerSocket:
+    """Receives requests and sends replies; used by one thread, except ``wake``.
+
+    Args:
+        endpoint: to bind, for instance ``tcp://0.0.0.0:5555``; a port ``*`` lets the system choose.
+        keys: the server's pair; None for plaintext.
+        authorized: public keys of the devices that may connect; not used in plaintext.
+
+    Raises:
+        ConfigError: the address is malformed or in use.
+    """
+
+    def __init__(self, endpoint: str, *, keys: KeyPair | None, authorized: frozenset[str]) -> None:
+        self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
+        self._authenticator: ThreadAuthenticator | None = None
+        self._socket = self._context.socket(zmq.ROUTER)
+        self._wake_in, self._wake_out = sockets.socketpair()
+        self._wake_in.setblocking(False)
+        self._wake_out.setblocking(False)
+        try:
+            set_limits(self._socket)
+            self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+            if keys is not None:
+                # ZAP must answer before the first handshake.
+                self._authenticator = ThreadAuthenticator(self._context)
+                self._authenticator.start()
+                self._authenticator.configure_curve_callback("*", _AllowList(authorized))
+                self._socket.curve_server = True
+                self._socket.zap_domain = b"ensembler"
+                self._socket.curve_publickey = keys.public.encode()
+                self._socket.curve_secretkey = keys.secret.encode()
+            self._socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            self.close()
+            if error.errno == errno.EADDRINUSE:
+                raise ConfigError(
+                    f"--bind {endpoint}: the address is in use; stop the other server or choose another port"
+                ) from None
+            raise ConfigError(f"--bind {endpoint}: {error.strerror}; give tcp://address:port") from None
+        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
+        self._poller = zmq.Poller()
+        self._poller.register(self._socket, zmq.POLLIN)
+        self._poller.register(self._wake_in.fileno(), zmq.POLLIN)
+
+    def wait(self, timeout_ms: int | None) -> None:
+        """Returns when a message is there, ``wake`` was called, or the time is over; None waits for ever."""
+        self._poller.poll(timeout_ms)
+        with suppress(BlockingIOError):
+            while self._wake_in.recv(4096):
+                pass
+
+    def wake(self) -> None:
+        """Makes the current or next ``wait`` return; for other threads and signal handlers."""
+        with suppress(BlockingIOError):  # it is full of wake-ups
+            self._wake_out.send(b"\0")
+
+    def receive(self) -> Incoming | None:
+        """Returns the next message, or None when there is none now. Frames beyond the limit are dropped unread."""
+        try:
+            peer = self._socket.recv(zmq.NOBLOCK)
+        except zmq.Again:
+            return None
+        frames: list[Frame] = []
+        while self._socket.getsockopt(zmq.RCVMORE):
+            frame = self._socket.recv()
+            if len(frames) <= MAX_PARTS:
+                frames.append(frame)
+        return Incoming(peer, frames)
+
+    def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
+        """Sends a reply; returns False when the peer is gone or takes nothing, which is its own fault."""
+        try:
+            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=False)
+        except zmq.ZMQError as error:
+            if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
+                return False
+            raise
+        return True
+
+    def close(self) -> None:
+        """Closes everything; what was sent is given a second to leave."""
+        if self._authenticator is not None:
+            self._authenticator.stop()
+            self._authenticator = None
+        self._socket.close(linger=1000)
+        self._context.term()
+        self._wake_in.close()
+        self._wake_out.close()
+
+
+class _AllowList:
+    """What pyzmq's authenticator asks about a device's public key."""
+
+    def __init__(self, authorized: frozenset[str]) -> None:
+        self._authorized = authorized
+
+    def callback(self, domain: str, key: Any) -> bool:  # noqa: ARG002
+        # The authenticator hands over the Z85 text as bytes.
+        return bytes(key).decode("ascii", "replace") in self._authorized
