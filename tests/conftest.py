@@ -1,0 +1,133 @@
+"""What tests share: a tiny data set, a tiny trained run, and its bundles, each made once."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+os.environ.setdefault("OMP_NUM_THREADS", "2")
+
+LABELS = ("red", "grün", "blue")  # one is not ASCII on purpose
+SIZE = 16
+
+
+@pytest.fixture(autouse=True)
+def _empty_home(tmp_path_factory, monkeypatch):
+    """No test reads or writes the user's own configuration, keys or cache."""
+    home = tmp_path_factory.getbasetemp() / "home"
+    home.mkdir(exist_ok=True)
+    monkeypatch.setenv("HOME", str(home))
+    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "ENSEMBLER_DEVICE_KEY", "ENSEMBLER_SERVER_KEY"):
+        monkeypatch.delenv(name, raising=False)
+
+
+def colour_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns noisy images whose class is their strongest channel: (count, 3, SIZE, SIZE) uint8 and (count,)."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    y = rng.integers(0, 3, count)
+    x = rng.integers(0, 120, (count, 3, SIZE, SIZE), dtype=np.uint8)
+    x[np.arange(count), y] += 100
+    return x, y
+
+
+@dataclass(frozen=True)
+class Tiny:
+    """Paths of the tiny run and of what was exported from it."""
+
+    data: str
+    run: Path
+    out: Path
+
+    @property
+    def client(self) -> Path:
+        return self.out / "client"
+
+    @property
+    def server(self) -> Path:
+        return self.out / "server"
+
+    @property
+    def keys(self) -> Path:
+        return self.out / "keys"
+
+
+@pytest.fixture(scope="session")
+def tiny_data(tmp_path_factory) -> str:
+    """A ``--data`` specification of 192 train and 96 test images of 16x16 pixels in three classes."""
+    folder = tmp_path_factory.mktemp("data")
+    for part, count, seed in (("train", 192, 1), ("test", 96, 2)):
+        x, y = colour_images(count, seed)
+        np.savez(folder / f"{part}.npz", x=x, y=y, label_names=np.array(LABELS))
+    return f"npz:{folder / 'train.npz'},{folder / 'test.npz'}"
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tiny_data, tmp_path_factory) -> Path:
+    """A run folder: N = 3, P = 2, trained for a few seconds."""
+    from ensembler.training.config import TrainConfig
+    from ensembler.training.stages import train
+
+    out = tmp_path_factory.mktemp("run") / "run"
+    config = TrainConfig(
+        data=tiny_data,
+        arch="resnet10_slim",
+        num_nets=3,
+        num_selected=2,
+        epochs_stage1=2,
+        epochs_stage3=2,
+        batch_size=16,
+        learning_rate=0.05,
+    )
+    train(config, out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def tiny(tiny_data, tiny_run, tmp_path_factory) -> Tiny:
+    """Client bundle, server bundle and keys of the tiny run. The gates are open: it is hardly trained."""
+    from ensembler.cli.export import new_keys
+    from ensembler.export.parity import Gates
+    from ensembler.export.pipeline import ExportOptions, export
+
+    out = tmp_path_factory.mktemp("bundles")
+    key = new_keys(out / "keys")
+    open_gates = Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)
+    export(tiny_run, out, ExportOptions(server_public_key=key, gates=open_gates))
+    return Tiny(tiny_data, tiny_run, out)
+
+
+@pytest.fixture(scope="session")
+def tiny_images(tiny_data) -> np.ndarray:
+    """The held-out images as applications have them: (96, 16, 16, 3) uint8."""
+    with np.load(tiny_data.split(",")[1]) as stored:
+        return np.ascontiguousarray(stored["x"].transpose(0, 2, 3, 1))
+
+
+@pytest.fixture(scope="session")
+def serve():
+    """``with serve(bundle, *options) as (endpoint, process)``: the server as a process of its own."""
+    return _serving
+
+
+@contextmanager
+def _serving(bundle: Path, *arguments: str, bind: str = "tcp://127.0.0.1:*") -> Iterator[tuple[str, subprocess.Popen]]:
+    command = [sys.executable, "-m", "ensembler.cli", "serve", str(bundle), "--bind", bind, "--json", *arguments]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            line = process.stdout.readline()
+            if not line:
+                raise AssertionError(f"the server did not start: {process.communicate()[1]}")
+            yield json.loads(line)["endpoint"], process
+        finally:
+            if process.poll() is None:
+                process.terminate()
+            process.communicate()
