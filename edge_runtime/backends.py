@@ -22,7 +22,11 @@ class Session(Protocol):
     """A loaded model."""
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
-        """Returns the model's only output for named inputs; batch is the first axis of each."""
+        """Returns the model's only output for named inputs; batch is the first axis of each.
+
+        Raises:
+            BundleError: the model does not take inputs of these names, shapes or dtypes.
+        """
 
 
 class OnnxSession:
@@ -33,6 +37,7 @@ class OnnxSession:
             import onnxruntime as ort
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "onnx", f"running {path.name}") from error
+        self._name = path.name
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -48,7 +53,11 @@ class OnnxSession:
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
         """See ``Session``."""
-        output: Array = self._session.run(None, dict(inputs))[0]
+        try:
+            output: Array = self._session.run(None, dict(inputs))[0]
+        except Exception as error:  # as above
+            given = ", ".join(f"{name} {array.dtype} {array.shape}" for name, array in inputs.items())
+            raise BundleError(f"{self._name} cannot run on {given}; does it belong to this bundle?") from error
         return output
 
 

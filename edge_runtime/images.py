@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 import os
-import warnings
+import stat
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -27,6 +27,10 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | PILImage | npt.NDArray[
 
 MAX_ENCODED_BYTES = 64 * 1024 * 1024
 MAX_PIXELS = 64 * 1024 * 1024
+# Of pillow's modes: one to four channels of at most 8 bits. The others hold integers or floats of no fixed range.
+_EIGHT_BIT_MODES = frozenset(
+    {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
+)
 
 
 def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
@@ -51,7 +55,8 @@ def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
     if isinstance(image, bytes | bytearray | memoryview):
         return _fit(_decode(bytes(image), "the image bytes"), spec, "the image bytes")
     if isinstance(image, str | os.PathLike):
-        return _fit(_open(Path(image)), spec, str(image))
+        path = os.fsdecode(image)
+        return _fit(_open(Path(path)), spec, path)
     if hasattr(image, "convert") and hasattr(image, "resize"):
         return _fit(image, spec, "the PIL image")
     raise ImageError(f"an image is a path, bytes, a PIL image or an (H, W, 3) uint8 array, not {type(image).__name__}")
@@ -69,11 +74,17 @@ def _array(array: npt.NDArray[Any]) -> Pixels:
 
 def _open(path: Path) -> PILImage:
     try:
-        if path.stat().st_size > MAX_ENCODED_BYTES:
+        found = path.stat()
+        if not stat.S_ISREG(found.st_mode):  # reading a pipe or a device may never end
+            raise ImageError(f"{path} is not a file; give the path of an image, or its bytes")
+        if found.st_size > MAX_ENCODED_BYTES:
             raise ImageError(f"{path} is larger than {MAX_ENCODED_BYTES} bytes; shrink the image first")
-        return _decode(path.read_bytes(), str(path))
+        data = path.read_bytes()
     except OSError as error:
         raise ImageError(f"{path} cannot be read: {error.strerror}") from error
+    except ValueError as error:
+        raise ImageError(f"{str(path)!r} is not a path: {error}") from error
+    return _decode(data, str(path))
 
 
 def _decode(data: bytes, source: str) -> PILImage:
@@ -81,12 +92,12 @@ def _decode(data: bytes, source: str) -> PILImage:
     if not data:
         raise ImageError(f"{source}: empty, not an image")
     try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", pillow.DecompressionBombWarning)
-            image: PILImage = pillow.open(io.BytesIO(data))
-            if image.width * image.height > MAX_PIXELS:
-                raise ImageError(f"{source}: {image.width}x{image.height} pixels; shrink it below {MAX_PIXELS} pixels")
-            image.load()
+        image: PILImage = pillow.open(io.BytesIO(data))
+        if image.width * image.height > MAX_PIXELS:
+            raise ImageError(f"{source}: {image.width}x{image.height} pixels; shrink it below {MAX_PIXELS} pixels")
+        if image.format == "EPS":  # pillow would run Ghostscript on it
+            raise ImageError(f"{source}: PostScript is a program, not an image; convert it to PNG or JPEG")
+        image.load()
     except ImageError:
         raise
     except (pillow.DecompressionBombError, pillow.DecompressionBombWarning) as error:
@@ -100,8 +111,13 @@ def _fit(image: Any, spec: ImageSpec, source: str) -> Pixels:
     """Makes a PIL image RGB and of the head's size: upright, scaled to cover, cropped in the middle."""
     from PIL import Image, ImageOps
 
+    if image.mode not in _EIGHT_BIT_MODES:  # convert() would clip it to white, or to black
+        raise ImageError(f"{source}: mode {image.mode} is not 8 bits a channel; scale it to 8 bits first")
     try:
-        upright = ImageOps.exif_transpose(image).convert("RGB")
+        upright = ImageOps.exif_transpose(image)
+        if upright.mode == "P":  # a palette with transparency goes to RGB by way of RGBA only
+            upright = upright.convert("RGBA")
+        upright = upright.convert("RGB")
         size = (spec.width, spec.height)
         if upright.size != size:
             upright = ImageOps.fit(upright, size, Image.Resampling.BILINEAR)

@@ -43,6 +43,7 @@ CALIBRATION_PERCENTILE = 99.99
 # Operators that only move codes: what comes out has the scale of what goes in.
 _SAME_SCALE = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool"})
 INPUT, NOISE, OUTPUT = "x", "noise", "y"
+_WEIGHTS = "ensembler.weights"  # metadata between from_torch and with_weights; scrubbed takes it off
 
 
 def from_torch(module: nn.Module, examples: Sequence[Tensor], *, inputs: Sequence[str] = (INPUT,)) -> onnx.ModelProto:
@@ -73,7 +74,12 @@ def from_torch(module: nn.Module, examples: Sequence[Tensor], *, inputs: Sequenc
         raise ExportError(f"torch cannot export {type(module).__name__} to ONNX: {error}") from error
     if program is None:
         raise ExportError(f"torch exported nothing for {type(module).__name__}")
-    return program.model_proto
+    graph: onnx.ModelProto = program.model_proto
+    # Constants of forward() are initialisers too: only the module can tell which are weights.
+    state = module.state_dict()
+    weights = [initializer.name for initializer in graph.graph.initializer if initializer.name in state]
+    helper.set_model_props(graph, {_WEIGHTS: "\n".join(weights)})
+    return graph
 
 
 def with_weights(graph: onnx.ModelProto, state: Mapping[str, Tensor]) -> onnx.ModelProto:
@@ -82,10 +88,14 @@ def with_weights(graph: onnx.ModelProto, state: Mapping[str, Tensor]) -> onnx.Mo
     Exporting takes seconds, replacing weights milliseconds, and a server bundle has N equal graphs.
 
     Raises:
-        ExportError: an initialiser of the graph is not in ``state`` although the module has others, or shapes differ.
+        ExportError: a weight of the graph is not in ``state``, one of ``state`` is not in the graph, or shapes differ.
     """
     result = onnx.ModelProto()
     result.CopyFrom(graph)
+    recorded = next((prop.value for prop in graph.metadata_props if prop.key == _WEIGHTS), "")
+    missing = [name for name in recorded.splitlines() if name not in state]
+    if missing:
+        raise ExportError(f"the net has no {', '.join(missing)}, which the exported graph needs")
     replaced = 0
     for initializer in result.graph.initializer:
         if initializer.name in state:
@@ -136,10 +146,12 @@ def quantised(
     options: dict[str, Any] = {"TensorQuantOverrides": overrides, "CalibPercentile": CALIBRATION_PERCENTILE}
     if output_codec is None:
         options["OpTypesToExcludeOutputQuantization"] = ["Gemm", "MatMul", "Add"]
+    copy = onnx.ModelProto()
+    copy.CopyFrom(graph)  # onnxruntime moves the weights of what it is given into a temporary file
     with tempfile.TemporaryDirectory() as folder, _quiet():
         target = Path(folder) / "out.onnx"
         quantize_static(
-            graph,
+            copy,
             str(target),
             _Samples(calibration),
             quant_format=QuantFormat.QDQ,
@@ -244,6 +256,9 @@ def scrubbed(graph: onnx.ModelProto) -> bytes:
     """Returns the graph's bytes without source paths, stack traces, layer names or the producer's version.
 
     Torch writes the source line of every layer into ``metadata_props``. Nodes and inner tensors get numbers for names.
+
+    Raises:
+        ExportError: the graph is not valid, or has graphs inside (branches, loops), which would keep their names.
     """
     result = onnx.ModelProto()
     result.CopyFrom(graph)
@@ -251,6 +266,11 @@ def scrubbed(graph: onnx.ModelProto) -> bytes:
     del result.metadata_props[:]
     del result.functions[:]
     inner = result.graph
+    # onnxruntime declares every operator set that it knows.
+    domains = {"", *(node.domain for node in inner.node)}
+    opsets = [opset for opset in result.opset_import if opset.domain in domains]
+    del result.opset_import[:]
+    result.opset_import.extend(opsets)
     inner.name, inner.doc_string = "graph", ""
     del inner.value_info[:]
     del inner.metadata_props[:]
@@ -263,6 +283,8 @@ def scrubbed(graph: onnx.ModelProto) -> bytes:
         return names.setdefault(old, f"t{len(names)}")
 
     for index, node in enumerate(inner.node):
+        if any(attribute.HasField("g") or attribute.graphs for attribute in node.attribute):
+            raise ExportError(f"a net with branches or loops ({node.op_type}) cannot be exported")
         node.name, node.doc_string = f"n{index}", ""
         del node.metadata_props[:]
         node.input[:] = [renamed(i) for i in node.input]

@@ -117,11 +117,12 @@ class ParityReport:
         """Returns the report as JSON; an infinite SQNR is null."""
         document: dict[str, Any] = asdict(self) | {
             "accuracy_drop_points": self.accuracy_drop_points,
-            "min_stage_sqnr_db": self.min_stage_sqnr_db,
+            "min_stage_sqnr_db": _finite(self.min_stage_sqnr_db),
         }
         for stage in document["stages"]:
-            stage["sqnr_db"] = stage["sqnr_db"] if math.isfinite(stage["sqnr_db"]) else None
-        return json.dumps(document, indent=1) + "\n"
+            stage["sqnr_db"] = _finite(stage["sqnr_db"])
+        document["gates"] = {name: _finite(value) for name, value in document["gates"].items()}
+        return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
     def table(self) -> str:
         """Returns the report as text for a terminal."""
@@ -245,6 +246,11 @@ def measure(
         top1_agreement=tally.percent("agree"),
         gates=gates,
     )
+
+
+def _finite(value: float) -> float | None:
+    """JSON knows neither infinity nor NaN."""
+    return value if math.isfinite(value) else None
 
 
 class _Tally:

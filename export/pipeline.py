@@ -133,10 +133,13 @@ def export(
             options.gates,
         )
         report.require()
+        # The report shows which bodies count: the sum over them is one of its rows.
+        (partial / REPORT_NAME).touch(mode=0o600)
+        (partial / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
         if options.server_bundle is None:
             (partial / "server").rename(out / "server")
+        (partial / REPORT_NAME).rename(out / REPORT_NAME)
         (partial / "client").rename(out / "client")
-        (out / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
     except OSError as error:
         raise ExportError(f"--out {out}: cannot be written: {error.strerror}; nothing was exported") from error
     finally:

@@ -62,7 +62,8 @@ class EdgeClient:
         bundle: the folder of a client bundle.
         server: ``tcp://host:port``.
         key: the device's secret key file. None looks at ``$ENSEMBLER_DEVICE_KEY``,
-            ``BUNDLE/../keys/device.key_secret``, ``~/.config/ensembler/device.key_secret`` and ``/etc/ensembler/device.key_secret``, in this order.
+            ``BUNDLE/../keys/device.key_secret``, ``~/.config/ensembler/device.key_secret``,
+            ``/etc/ensembler/device.key_secret``, in this order.
         plaintext: connect without encryption and authentication. Never the default, also when the bundle pins no key.
         timeout_ms: the deadline of a call that gives none itself.
         threads: of one run of head or tail.

@@ -263,6 +263,9 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
                     stream = archive.extractfile(member)
                     if stream is not None:
                         yield Path(member.name).name, stream.read()
+            # The checksum of the compressed stream comes after the last file.
+            while archive.fileobj.read(1 << 20):
+                pass
     except DataError:
         raise
     except Exception as error:  # a damaged archive can raise zlib.error, EOFError, TarError, ...

@@ -46,7 +46,7 @@ def create(folder: Path, name: str) -> tuple[Path, Path]:
         ConfigError: the name is not a plain file name, or libzmq has no CURVE.
     """
     _require_curve()
-    if Path(name).name != name or name.startswith("."):
+    if not name or Path(name).name != name or name.startswith("."):
         raise ConfigError(f"--name {name!r} is not a plain file name")
     public, secret = folder / f"{name}{PUBLIC_SUFFIX}", folder / f"{name}{SECRET_SUFFIX}"
     for path in (public, secret):

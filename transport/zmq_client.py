@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TypeVar
 
 import zmq
@@ -59,36 +59,43 @@ class ZmqTransport:
         self._keys = keys
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
-            self.connect().close()  # refuses a malformed endpoint now, not at the first image
+            # A malformed endpoint is refused now, not at the first image, whose handshake is done by then.
+            self._first: ZmqConnection | None = self._open()
         except BaseException:
             self._context.term()
             raise
 
     def connect(self) -> ZmqConnection:
         """See ``Transport``."""
+        first, self._first = self._first, None
+        return first or self._open()
+
+    def _open(self) -> ZmqConnection:
         socket = self._context.socket(zmq.DEALER)
+        set_limits(socket)
+        socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
+        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
+        socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+        socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+        if self._server_key is not None and self._keys is not None:
+            socket.curve_serverkey = self._server_key.encode()
+            socket.curve_publickey = self._keys.public.encode()
+            socket.curve_secretkey = self._keys.secret.encode()
+        connection = ZmqConnection(socket, socket.get_monitor_socket(_EVENTS), self.endpoint)
         try:
-            set_limits(socket)
-            socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-            socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
-            socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
-            if self._server_key is not None and self._keys is not None:
-                socket.curve_serverkey = self._server_key.encode()
-                socket.curve_publickey = self._keys.public.encode()
-                socket.curve_secretkey = self._keys.secret.encode()
-            monitor = socket.get_monitor_socket(_EVENTS)
             socket.connect(self.endpoint)
         except zmq.ZMQError as error:
-            socket.disable_monitor()
-            socket.close(linger=0)
+            connection.close()
             raise ConfigError(
                 f"the server address {self.endpoint!r} is not usable ({error.strerror}); give tcp://host:port"
             ) from None  # the cause's traceback would show the socket options
-        return ZmqConnection(socket, monitor, self.endpoint)
+        return connection
 
     def close(self) -> None:
         """See ``Transport``."""
+        if self._first is not None:
+            self._first.close()
+            self._first = None
         self._context.term()
 
 
@@ -132,7 +139,8 @@ class ZmqConnection:
 
     def close(self) -> None:
         """See ``Connection``."""
-        self._socket.disable_monitor()
+        with suppress(zmq.ContextTerminated):  # the transport is being closed, and waits for this
+            self._socket.disable_monitor()
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
 

@@ -18,6 +18,7 @@ from ensembler.transport.keys import KeyPair
 from ensembler.transport.zmq_client import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, set_limits
 
 MAX_PARTS = 2
+ZAP_DOMAIN = "ensembler"
 
 
 @dataclass(frozen=True)
@@ -56,9 +57,9 @@ class ServerSocket:
                 # ZAP must answer before the first handshake.
                 self._authenticator = ThreadAuthenticator(self._context)
                 self._authenticator.start()
-                self._authenticator.configure_curve_callback("*", _AllowList(authorized))
+                self._authenticator.configure_curve_callback(ZAP_DOMAIN, _AllowList(authorized))
                 self._socket.curve_server = True
-                self._socket.zap_domain = b"ensembler"
+                self._socket.zap_domain = ZAP_DOMAIN.encode()
                 self._socket.curve_publickey = keys.public.encode()
                 self._socket.curve_secretkey = keys.secret.encode()
             self._socket.bind(endpoint)
@@ -85,6 +86,10 @@ class ServerSocket:
         """Makes the current or next ``wait`` return; for other threads and signal handlers."""
         with suppress(BlockingIOError):  # it is full of wake-ups
             self._wake_out.send(b"\0")
+
+    def wake_fileno(self) -> int:
+        """Returns the file descriptor that wakes ``wait`` when a byte is written: for ``signal.set_wakeup_fd``."""
+        return self._wake_out.fileno()
 
     def receive(self) -> Incoming | None:
         """Returns the next message, or None when there is none now. Frames beyond the limit are dropped unread."""

@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--key",
         type=Path,
         default=None,
-        help=f"the server's secret key (default: ${KEY_VARIABLE}, BUNDLE/../keys/, ~/.config/ensembler/, /etc/ensembler/)",
+        help=f"the server's secret key (default: ${KEY_VARIABLE}, BUNDLE/../keys, ~/.config/ensembler)",
     )
     parser.add_argument(
         "--authorized",
@@ -83,6 +83,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
         server.stop()
 
+    # The handler runs between two bytecodes of this thread, which may be on its way into a poll that nothing else
+    # would end: the byte that C code writes at the signal's arrival does.
+    signal.set_wakeup_fd(socket.wake_fileno(), warn_on_full_buffer=False)
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, stop)
     wire = engine.manifest.wire
@@ -102,6 +105,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     try:
         server.run(options.grace_ms)
     finally:
+        signal.set_wakeup_fd(-1)
         socket.close()
     return 0
 

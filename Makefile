@@ -1,0 +1,49 @@
+# The two commands of the README, and what CI runs. Everything happens in .venv; nothing outside is touched.
+#
+# TORCH_INDEX: a package index with a CPU build of torch, where the default one would bring CUDA:
+#   make demo TORCH_INDEX=https://download.pytorch.org/whl/cpu
+
+PYTHON ?= python3
+VENV ?= .venv
+TORCH_INDEX ?=
+BIN = $(VENV)/bin
+PIP = $(BIN)/pip --disable-pip-version-check
+CONSTRAINTS = constraints/main.txt
+INSTALLED = $(VENV)/.installed
+
+.PHONY: demo test lint bench results cifar clean
+
+demo: $(INSTALLED)
+	$(BIN)/ensembler demo --out out/demo
+
+test: $(INSTALLED)
+	$(BIN)/python -m pytest
+
+lint: $(INSTALLED)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python tools/link_view.py
+	$(BIN)/mypy
+
+# Figures for docs/results/, minutes each; the goal and the command stand beside every figure.
+bench: $(INSTALLED)
+	$(BIN)/python benchmarks/overhead.py out/demo
+	$(BIN)/python benchmarks/device.py out/demo
+
+# The slim net on CIFAR-10, an hour on two cores. CIFAR10=PATH of the authors' archive, or an npz pair.
+cifar: $(INSTALLED)
+	$(BIN)/python benchmarks/cifar10_slim.py --data "$(CIFAR10)"
+
+results: $(INSTALLED)
+	$(BIN)/python tools/print_results.py
+
+# torch comes first and alone, so that its index serves nothing else.
+$(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
+	$(PYTHON) -c 'import sys; sys.exit("Ensembler needs Python 3.11 or newer" if sys.version_info < (3, 11) else 0)'
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build out *.egg-info

@@ -1,0 +1,87 @@
+"""CIFAR-10 with the slim net through the whole product, recorded: train (N = 10, P = 4), export, serve, predict.
+
+    python benchmarks/cifar10_slim.py --data cifar10:PATH [--run RUN] [--out OUT]
+
+With ``--run`` a finished run is used; else one is trained (an hour on two cores). Accuracies are those of the served
+bundle, through ``EdgeClient``, on the whole test set.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import results
+
+from ensembler import EdgeClient
+from ensembler.cli import main as ensembler
+from ensembler.cli.demo import server_process
+from ensembler.training import data as data_sets
+
+EPOCHS = 4
+
+
+def main() -> None:
+    """Runs and records."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("--data", required=True, help="cifar10:PATH, or an npz pair of the same images")
+    parser.add_argument("--run", type=Path, default=Path("runs/cifar10_slim"))
+    parser.add_argument("--out", type=Path, default=Path("out/cifar10_slim"))
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    options = parser.parse_args()
+    if not (options.run / "summary.json").is_file():
+        arguments = ["--data", options.data, "--arch", "resnet10_slim", "-N", "10", "-P", "4"]
+        _checked(["train", *arguments, "--epochs", str(options.epochs), "--out", str(options.run)])
+    shutil.rmtree(options.out, ignore_errors=True)
+    _checked(["export", str(options.run), "--out", str(options.out), "--data", options.data])
+    report = json.loads((options.out / "parity.json").read_text(encoding="utf-8"))
+    config = json.loads((options.run / "config.json").read_text(encoding="utf-8"))["config"]
+    dataset = data_sets.load(options.data)
+    images = np.ascontiguousarray(dataset.test_x.transpose(0, 2, 3, 1))
+    with (
+        server_process(options.out / "server") as endpoint,
+        EdgeClient(options.out / "client", endpoint, timeout_ms=600_000) as client,
+    ):
+        one = client.predict(images[0])
+        predictions = client.predict_batch(list(images))
+    truth = [dataset.labels[i] for i in dataset.test_y]
+    served = 100 * sum(p.label == label for p, label in zip(predictions, truth, strict=True)) / len(truth)
+    setting = (
+        f"CIFAR-10, {len(images)} test images, resnet10_slim, N = {config['num_nets']}, P = {config['num_selected']}, "
+        f"{config['epochs_stage1']} + {config['epochs_stage3']} epochs, int8 client and bodies, served over CURVE"
+    )
+    drop = report["accuracy_float"] - served
+    figures = [
+        results.figure(
+            "split_accuracy_drop_points",
+            round(drop, 4),
+            "points",
+            "<= 0.5",
+            f"{setting}; torch float {report['accuracy_float']:.2f}%, through EdgeClient {served:.2f}%",
+        ),
+        results.figure("split_accuracy_percent", round(served, 4), "%", "", setting),
+        results.figure(
+            "min_stage_sqnr_db",
+            round(report["min_stage_sqnr_db"], 2),
+            "dB",
+            ">= 35",
+            "worst of head, the P selected bodies together, tail; against torch with the same fake quantiser",
+        ),
+        results.figure("bytes_up_per_image", one.bytes_up, "bytes", "", "header included, batch of 1; 8-bit codes"),
+        results.figure("bytes_down_per_image", one.bytes_down, "bytes", "", "header included, batch of 1; 8-bit codes"),
+    ]
+    command = "python benchmarks/cifar10_slim.py --data cifar10:PATH"
+    results.record("loop", figures, command=command, seed=config["seed"])
+
+
+def _checked(arguments: list[str]) -> None:
+    status = ensembler(arguments)
+    if status:
+        raise SystemExit(status)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,168 @@
+"""What predict() adds to its raw parts: p50 and p99 at batch 1 and 32, both measured in turn in one run.
+
+    python benchmarks/overhead.py DEMO_OR_EXPORT_FOLDER
+
+Raw parts, on the same images and bytes:
+
+* head and tail: the same onnxruntime sessions, called directly;
+* the N nets: their sessions called directly, on as many threads as the server has (a plain thread pool), in the same
+  parts as the server's engine;
+* the link: a bare pyzmq CURVE echo in another process that answers as many bytes as the server does.
+
+The two are interleaved call by call, so that a noisy machine is noisy for both.
+"""
+
+from __future__ import annotations
+
+import argparse
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import results
+import zmq
+
+from ensembler import EdgeClient
+from ensembler.cli.demo import server_process
+from ensembler.cloud_runtime.engine import PART_ROWS, OnnxEngine
+from ensembler.edge_runtime.runtime import EdgeRuntime
+
+ECHO = """
+import sys, zmq
+public, secret, client, size = sys.argv[1:5]
+context = zmq.Context()
+router = context.socket(zmq.ROUTER)
+router.curve_server = True
+router.curve_publickey, router.curve_secretkey = public.encode(), secret.encode()
+print(router.bind_to_random_port("tcp://127.0.0.1"), flush=True)
+reply = bytes(int(size))
+while True:
+    peer, *frames = router.recv_multipart()
+    router.send_multipart([peer, frames[0], reply])
+"""
+
+
+class Echo:
+    """A bare CURVE round trip to another process: ``size`` bytes come back."""
+
+    def __init__(self, size: int) -> None:
+        public, secret = (key.decode() for key in zmq.curve_keypair())
+        mine_public, mine_secret = zmq.curve_keypair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", ECHO, public, secret, mine_public.decode(), str(size)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        assert self._process.stdout is not None
+        port = self._process.stdout.readline().strip()
+        self._socket = zmq.Context.instance().socket(zmq.DEALER)
+        self._socket.curve_serverkey = public.encode()
+        self._socket.curve_publickey, self._socket.curve_secretkey = mine_public, mine_secret
+        self._socket.connect(f"tcp://127.0.0.1:{port}")
+
+    def round_trip(self, header: bytes, payload: memoryview) -> None:
+        """Sends two frames and waits for the two that come back."""
+        self._socket.send_multipart([header, payload], copy=False)
+        self._socket.recv_multipart()
+
+    def close(self) -> None:
+        """Ends the other process."""
+        self._socket.close(linger=0)
+        self._process.kill()
+        self._process.communicate()
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Returns the milliseconds of one call."""
+    start = time.perf_counter()
+    work()
+    return 1000 * (time.perf_counter() - start)
+
+
+def measure(folder: Path, endpoint: str, batch: int, rounds: int) -> dict[str, float]:
+    """Returns percentiles of predict() and of its raw parts, in milliseconds."""
+    runtime = EdgeRuntime(folder / "client")
+    wire = runtime.manifest.wire
+    rng = np.random.Generator(np.random.PCG64(0))
+    shape = (batch, runtime.manifest.image.height, runtime.manifest.image.width, 3)
+    images = rng.integers(0, 256, shape, dtype=np.uint8)
+    codes = runtime.encode(images)
+    engine = OnnxEngine(folder / "server")
+    answers = engine.run(codes)
+    head, tail = runtime._head._session, runtime._tail._session
+    pieces = [(net, start) for start in range(0, batch, PART_ROWS) for net in engine.sessions]
+    echo = Echo(answers.nbytes)
+    header = bytes(120)
+    with (
+        EdgeClient(folder / "client", endpoint, timeout_ms=60_000) as client,
+        ThreadPoolExecutor(engine.threads) as pool,
+    ):
+
+        def nets() -> None:
+            list(pool.map(lambda p: p[0].run(None, {"features": codes[p[1] : p[1] + PART_ROWS]}), pieces))
+
+        def nets_in_turn() -> None:
+            for net, start in pieces:
+                net.run(None, {"features": codes[start : start + PART_ROWS]})
+
+        parts: dict[str, Callable[[], object]] = {
+            "head": lambda: head.run(None, {"image": images}),
+            "link": lambda: echo.round_trip(header, codes.reshape(-1).data),
+            "nets": nets,
+            "nets_in_turn": nets_in_turn,
+            "tail": lambda: tail.run(None, {"answers": answers}),
+        }
+        listed = list(images)
+        calls: dict[str, Callable[[], object]] = {"predict": lambda: client.predict_batch(listed), **parts}
+        times: dict[str, list[float]] = {name: [] for name in calls}
+        for index in range(rounds + 20):
+            for name, call in calls.items():
+                elapsed = timed(call)
+                if index >= 20:
+                    times[name].append(elapsed)
+    echo.close()
+    engine.close()
+    found = {f"{name}_p{p}": float(np.percentile(values, p)) for name, values in times.items() for p in (50, 99)}
+    # Of the two ways to call the nets directly, the faster one is the fair opponent.
+    found["raw_nets_p50"] = min(found["nets_p50"], found["nets_in_turn_p50"])
+    found["raw_p50"] = found["head_p50"] + found["link_p50"] + found["raw_nets_p50"] + found["tail_p50"]
+    found["ratio"] = found["predict_p50"] / found["raw_p50"]
+    found["bytes_up"], found["bytes_down"] = codes.nbytes / batch, answers.nbytes / batch
+    found["num_nets"] = wire.num_nets
+    return found
+
+
+def main() -> None:
+    """Measures and records."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
+    parser.add_argument("folder", type=Path, help="what ensembler demo or ensembler-export made")
+    parser.add_argument("--rounds", type=int, default=300)
+    parser.add_argument("--no-record", action="store_true", help="print only")
+    options = parser.parse_args()
+    figures = []
+    with server_process(options.folder / "server") as endpoint:
+        for batch in (1, 32):
+            found = measure(options.folder, endpoint, batch, options.rounds if batch == 1 else options.rounds // 3)
+            print(f"batch {batch}, N = {found['num_nets']:.0f}, milliseconds")
+            for name in ("predict", "head", "link", "nets", "nets_in_turn", "tail"):
+                print(f"  {name:13} p50 {found[f'{name}_p50']:8.3f}   p99 {found[f'{name}_p99']:8.3f}")
+            print(f"  raw parts     p50 {found['raw_p50']:8.3f}   ratio {found['ratio']:.3f}")
+            parts = (
+                f"predict {found['predict_p50']:.3f} ms p50, {found['predict_p99']:.3f} p99; raw "
+                f"{found['raw_p50']:.3f} = head {found['head_p50']:.3f} + CURVE echo {found['link_p50']:.3f} + "
+                f"{found['num_nets']:.0f} nets {found['raw_nets_p50']:.3f} + tail {found['tail_p50']:.3f}"
+            )
+            figures.append(
+                results.figure(f"sdk_overhead_ratio_b{batch}", round(found["ratio"], 4), "ratio", "<= 1.15", parts)
+            )
+    if not options.no_record:
+        command = f"python benchmarks/overhead.py {options.folder}"
+        results.record("loop", figures, command=command, seed=0)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,849 @@
+"""The three stages, the wire between the first and the second, and the run folder that they leave behind."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import inspect
+import json
+import math
+import random
+import shutil
+import stat
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from hypothesis.extra import numpy as hnp
+from torch.nn import functional
+
+from ensembler.protocol.codec import AffineCodec
+from ensembler.protocol.errors import ConfigError, DataError
+from ensembler.training import data as data_sets
+from ensembler.training.config import TrainConfig
+from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, gaussian_noise, pick_device
+from ensembler.training.losses import max_cosine, stage3_loss
+from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
+from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, restore
+from ensembler.training.stages import (
+    Client,
+    fix_wire,
+    load_bodies,
+    load_client,
+    load_stage1,
+    mixed_features,
+    stage1,
+    stage2,
+    stage3,
+    train,
+)
+from ensembler.training.wire import codec_for, fake_quantise, fake_quantise_answers
+
+SIZE = 16
+N, P = 3, 2
+STD = 0.1
+
+
+def save_pair(folder, train_count=64, test_count=32, size=SIZE):
+    """Stores random images in two classes that a net can tell apart, and returns their ``--data``."""
+    rng = np.random.default_rng(0)
+    for part, count in (("train", train_count), ("test", test_count)):
+        y = np.arange(count) % 2
+        x = rng.integers(0, 128, (count, 3, size, size), dtype=np.uint8)
+        x[y == 1, 0] += 100
+        np.savez(folder / f"{part}.npz", x=x, y=y)
+    return f"npz:{folder / 'train.npz'},{folder / 'test.npz'}"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """Tensors this small gain nothing from threads, and lose much where another program uses the other core."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="module")
+def pair(tmp_path_factory):
+    return save_pair(tmp_path_factory.mktemp("pair"))
+
+
+@pytest.fixture(scope="module")
+def settings(pair):
+    """Returns a function that builds the smallest config, with changes."""
+
+    def build(**changes):
+        smallest = {
+            "data": pair,
+            "arch": "resnet10_slim",
+            "num_nets": N,
+            "num_selected": P,
+            "noise_std": STD,
+            "epochs_stage1": 1,
+            "epochs_stage3": 1,
+            "batch_size": 16,
+            "learning_rate": 0.01,
+            "device": "cpu",
+        }
+        return TrainConfig(**(smallest | changes))
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def run_path(settings, tmp_path_factory):
+    """The folder of one finished run, which tests must leave as it is."""
+    out = tmp_path_factory.mktemp("runs") / "run"
+    train(settings(client_seed=11), out)
+    return out
+
+
+@pytest.fixture(scope="module")
+def run(run_path):
+    return RunFolder.open(run_path)
+
+
+@pytest.fixture
+def copied(run_path, tmp_path):
+    """A copy of the run that a test may damage."""
+    shutil.copytree(run_path, tmp_path / "copy")
+    return tmp_path / "copy"
+
+
+@pytest.fixture(scope="module")
+def tensors(pair):
+    return Tensors.of(data_sets.load(pair), torch.device("cpu"))
+
+
+def state(module):
+    """Returns a module's whole state, buffers too, as comparable bytes."""
+    return {name: value.contiguous().numpy().tobytes() for name, value in module.state_dict().items()}
+
+
+def mode(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def metrics(run):
+    return [json.loads(line) for line in (run.path / "metrics.jsonl").read_text().splitlines()]
+
+
+# --- stage 1 ---
+
+
+def test_stage1_noise_is_one_tensor_of_the_features_shape_per_net(run):
+    nets = load_stage1(run)
+    assert len(nets) == N
+    shape = feature_shape(run.arch)
+    for item in nets:
+        assert item.noise.shape == shape
+        assert float(item.noise.std()) == pytest.approx(STD, rel=0.1)
+        assert abs(float(item.noise.mean())) < STD / 5
+    for i, item in enumerate(nets):
+        for other in nets[i + 1 :]:
+            correlation = torch.corrcoef(torch.stack([item.noise.flatten(), other.noise.flatten()]))[0, 1]
+            assert abs(float(correlation)) < 0.2
+
+
+@pytest.mark.parametrize("std", [0.0, 0.05, 2.0])
+def test_the_noise_has_the_asked_standard_deviation(std):
+    noise = gaussian_noise((64, 32, 32), std, seed=1)
+    assert noise.shape == (64, 32, 32)
+    assert float(noise.std()) == pytest.approx(std, rel=0.01)
+    assert float(noise.mean()) == pytest.approx(0, abs=0.02 * std)
+
+
+def test_stage1_nets_are_trained_apart(run):
+    heads = [item.net.head[0].weight.flatten() for item in load_stage1(run)]
+    for i, head in enumerate(heads):
+        for other in heads[i + 1 :]:
+            assert abs(float(functional.cosine_similarity(head, other, dim=0))) < 0.5
+
+
+def test_the_same_seed_gives_the_same_stage1_bit_for_bit(run, settings, tmp_path):
+    again = RunFolder(tmp_path / "again")
+    train(settings(client_seed=12), again.path)  # another client, with another selector
+    for i in range(N):
+        first, second = (folder.load_tensors(run.stage1_file(i)) for folder in (run, again))
+        assert first.keys() == second.keys()
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_another_seed_gives_another_stage1(run, settings, tensors, tmp_path):
+    other = RunFolder.create(tmp_path / "other", settings(seed=1), run.arch, run.labels)
+    nets = stage1(other, settings(seed=1, num_nets=P), run.arch, tensors, Silent())
+    assert not torch.equal(nets[0].noise, load_stage1(run)[0].noise)
+
+
+def test_training_learns_what_can_be_learned(settings, tmp_path):
+    summary = train(settings(epochs_stage1=4, epochs_stage3=4, learning_rate=0.05, client_seed=1), tmp_path / "run")
+    assert summary["accuracy_wire"] >= 90
+    assert summary["accuracy_float"] >= 90
+
+
+# --- between stages 1 and 2 ---
+
+
+def test_the_wire_is_fixed_from_stage1_nets_and_images_alone():
+    assert list(inspect.signature(fix_wire).parameters) == ["nets", "images"]
+
+
+def test_the_wire_states_what_travels(run):
+    wire = run.read_wire()
+    assert wire.spec.feature_shape == feature_shape(run.arch)
+    assert wire.spec.num_nets == N
+    assert wire.spec.answer_width == 128
+    assert sorted(wire.order) == list(range(N))
+
+
+def test_the_order_of_the_bodies_is_drawn_each_time_and_everything_follows_it(run, tensors):
+    nets = load_stage1(run)
+    drawn = {}
+    for _ in range(20):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        wire = fix_wire(nets, tensors.train_x[:8])
+        drawn.setdefault(wire.order, wire.spec)
+        assert drawn[wire.order] == wire.spec
+    assert len(drawn) > 1  # by chance one of 6 orders twenty times: once in 10^14 runs
+    assert len({spec.bodies_id for spec in drawn.values()}) == len(drawn)
+    assert len({spec.feature_codec for spec in drawn.values()}) == 1
+    by_net = {
+        tuple(codec for _, codec in sorted(zip(order, spec.answer_codecs, strict=True), key=lambda p: p[0]))
+        for order, spec in drawn.items()
+    }
+    assert len(by_net) == 1
+
+
+def test_the_wires_range_holds_nearly_all_features_and_answers(run, tensors):
+    nets, wire = load_stage1(run), run.read_wire()
+    x = normalise(tensors.train_x)
+    codec = wire.spec.feature_codec
+    for item in nets:
+        sent = item.net.head(x) + item.noise
+        clipped = (sent < codec.low - codec.scale) | (sent > codec.high + codec.scale)
+        assert float(clipped.float().mean()) < 1e-3
+    features = mixed_features(nets, codec, tensors.train_x)
+    assert features.shape == (len(x), *wire.spec.feature_shape)
+    for body, answer_codec in zip(load_bodies(run), wire.spec.answer_codecs, strict=True):
+        assert answer_codec.low <= 0
+        assert float(body(features).max()) == pytest.approx(answer_codec.high, rel=0.05)
+
+
+def test_a_codec_ignores_single_outliers_and_refuses_what_is_not_finite():
+    values = torch.linspace(-1, 1, 100_001)
+    values[0], values[-1] = -1e6, 1e6
+    codec = codec_for(values)
+    assert codec.low == pytest.approx(-1, abs=0.02)
+    assert codec.high == pytest.approx(1, abs=0.02)
+    for bad in (math.nan, math.inf):
+        values[7] = bad
+        with pytest.raises(ConfigError, match="lower the learning rate"):
+            codec_for(values)
+    with pytest.raises(ConfigError):
+        codec_for(torch.zeros(10))
+
+
+def test_nothing_of_the_wire_depends_on_the_selector(run, settings, tmp_path):
+    secrets_drawn = {run.read_secret().selector}
+    for k in range(2):
+        other = RunFolder(tmp_path / f"client {k}")
+        summary = train(settings(num_selected=1 + k), other.path, stage1_from=run.path)
+        assert summary["num_selected"] == 1 + k
+        assert (other.path / "wire.json").read_bytes() == (run.path / "wire.json").read_bytes()
+        assert other.read_wire().spec.bodies_id == run.read_wire().spec.bodies_id
+        for i in range(N):
+            name = run.stage1_file(i)
+            assert (other.path / name).read_bytes() == (run.path / name).read_bytes()
+            assert mode(other.path / name) == 0o600
+        assert mode(other.path / "wire.json") == 0o600
+        assert state(load_client(other).head) != state(load_client(run).head)
+        secrets_drawn.add(other.read_secret().selector)
+    assert len(secrets_drawn) > 1  # of 1 and of 2 positions
+
+
+# --- stage 2 ---
+
+
+def test_the_selector_is_p_distinct_positions_and_every_position_occurs(settings):
+    config = settings(num_nets=10, num_selected=5, client_seed=7)
+    drawn = []
+    for _ in range(200):
+        random.seed(0)
+        np.random.seed(0)
+        torch.manual_seed(0)
+        drawn.append(stage2(config).selector)
+    for selector in drawn:
+        assert len(set(selector)) == 5
+        assert set(selector) <= set(range(10))
+        assert list(selector) == sorted(selector)
+    assert {position for selector in drawn for position in selector} == set(range(10))
+    # 252 selectors, 200 draws: by chance alone about 138 differ. A seed that counted would leave one.
+    assert len(set(drawn)) > 50
+    occurrences = np.bincount(np.concatenate(drawn), minlength=10)
+    assert occurrences.min() > 50  # 100 expected, standard deviation 7
+
+
+def test_all_nets_may_be_selected(settings):
+    assert stage2(settings(num_selected=N)).selector == tuple(range(N))
+
+
+def test_the_client_seed_is_the_given_one_or_drawn(settings):
+    assert stage2(settings(client_seed=5)).seed == 5
+    assert len({stage2(settings()).seed for _ in range(20)}) == 20
+
+
+# --- stage 3 ---
+
+
+def test_bodies_are_bit_identical_before_and_after_stage_3(settings, tensors, run, tmp_path):
+    config = settings(epochs_stage3=2)
+    folder = RunFolder.create(tmp_path / "run", config, run.arch, run.labels)
+    nets = stage1(folder, config, run.arch, tensors, Silent())
+    wire = fix_wire(nets, tensors.train_x)
+    before = [copy.deepcopy(state(item.net)) for item in nets]
+    client = stage3(folder, config, run.arch, tensors, nets, wire, stage2(config), Silent())
+    assert [state(item.net) for item in nets] == before
+    assert [state(item.net) for item in load_stage1(folder)] == before
+    assert all(not p.requires_grad for item in nets for p in item.net.parameters())
+    bodies = [nets[i].net.body for i in wire.order]
+    assert bodies_digest(bodies, wire.spec.feature_codec, wire.spec.answer_codecs) == wire.spec.bodies_id
+    trained = {name.split(".")[0] for name, _ in client.named_parameters()}
+    assert trained == {"head", "tail"}
+
+
+def test_the_stored_bodies_are_those_of_the_bodies_id(run):
+    spec = run.read_wire().spec
+    assert bodies_digest(load_bodies(run), spec.feature_codec, spec.answer_codecs) == spec.bodies_id
+
+
+def test_stage_3_starts_from_a_head_of_its_own(run, settings, tmp_path):
+    # Steps too small to move anything leave the head as it was initialised; equal seeds must not make equal heads.
+    config = settings(learning_rate=1e-12, weight_decay=0.0, seed=0, client_seed=0)
+    other = RunFolder(tmp_path / "run")
+    train(config, other.path, stage1_from=run.path)
+    started = load_client(other)
+    for item in load_stage1(run):
+        for mine, theirs in ((started.head, item.net.head), (started.tail, item.net.tail)):
+            a, b = next(mine.parameters()).flatten(), next(theirs.parameters()).flatten()
+            assert not torch.equal(a[: len(b)], b)
+            assert abs(float(functional.cosine_similarity(a[: len(b)], b, dim=0))) < 0.5
+        correlation = functional.cosine_similarity(started.noise.flatten(), item.noise.flatten(), dim=0)
+        assert abs(float(correlation)) < 0.2
+
+
+def test_the_clients_noise_is_fixed_by_its_seed_and_has_the_asked_deviation(run):
+    client = load_client(run)
+    assert client.noise.shape == feature_shape(run.arch)
+    assert float(client.noise.std()) == pytest.approx(STD, rel=0.1)
+
+
+def test_reg_over_all_looks_at_more_heads_than_reg_over_selected(run, settings, tmp_path):
+    cosines = {}
+    for over in ("all", "selected"):
+        # The same client seed and steps of no size: the same head meets the same images.
+        config = settings(
+            reg_over=over, num_selected=1, client_seed=3, learning_rate=1e-12, weight_decay=0.0, batch_size=64
+        )
+        other = RunFolder(tmp_path / over)
+        train(config, other.path, stage1_from=run.path)
+        cosines[over] = next(line["cosine"] for line in metrics(other) if line.get("stage") == 3)
+    assert cosines["all"] >= cosines["selected"] - 1e-6
+
+
+def test_combine_scales_by_one_over_p_concatenates_and_applies_the_tail(run):
+    client = load_client(run)
+    answers = torch.randn(4, P, 128)
+    joined = torch.cat([answers[:, 0] / P, answers[:, 1] / P], dim=1)
+    expected = joined @ client.tail.weight.T + client.tail.bias
+    torch.testing.assert_close(client.combine(answers), expected)
+
+
+def test_finish_sends_noised_codes_through_the_selected_bodies(run, tensors):
+    client, bodies, wire = load_client(run), load_bodies(run), run.read_wire().spec
+    x = normalise(tensors.test_x[:5])
+    features = client.head(x)
+    sent = wire.feature_codec.decode(wire.feature_codec.encode((features + client.noise).numpy()))
+    answers = []
+    for k in client.selector:
+        codec = wire.answer_codecs[k]
+        answers.append(torch.from_numpy(codec.decode(codec.encode(bodies[k](torch.from_numpy(sent)).numpy()))))
+    selected = [bodies[k] for k in client.selector]
+    torch.testing.assert_close(client.finish(features, selected), client.combine(torch.stack(answers, 1)))
+    without = client.combine(torch.stack([body(features + client.noise) for body in selected], 1))
+    torch.testing.assert_close(client.finish(features, selected, through_wire=False), without)
+    assert not torch.equal(client.finish(features, selected), without)
+
+
+def test_a_loaded_client_is_as_accurate_as_training_said(run, tensors):
+    client, bodies = load_client(run), load_bodies(run)
+    selected = [bodies[k] for k in client.selector]
+    summary = run.read_json("summary.json")
+    measured = accuracy(lambda x: client.finish(client.head(x), selected), tensors.test_x, tensors.test_y)
+    assert measured == pytest.approx(summary["accuracy_wire"], abs=100 / 32)  # one image: another memory layout rounds
+    assert summary["num_nets"] == N
+    assert summary["test_images"] == 32
+    assert -1 <= summary["max_cosine"] <= 1
+
+
+def answer(client, bodies, x):
+    return client.finish(client.head(x), [bodies[k] for k in client.selector], through_wire=False)
+
+
+def test_fixed_noise_gives_one_answer_and_fresh_noise_another_each_time(run, settings, tensors, tmp_path):
+    fresh = RunFolder(tmp_path / "fresh")
+    train(settings(noise_mode="fresh"), fresh.path, stage1_from=run.path)
+    x = normalise(tensors.test_x[:1]).repeat(2, 1, 1, 1)
+    client, bodies = load_client(fresh), load_bodies(fresh)
+    first, second = answer(client, bodies, x), answer(client, bodies, x)
+    assert not torch.equal(first, second)
+    assert not torch.equal(first[0], first[1])  # the same image twice in one batch
+    assert not client.noise.any()
+    noise = client.noised(torch.zeros(8, *client.noise.shape))
+    assert float(noise.std()) == pytest.approx(STD, rel=0.05)
+
+    client, bodies = load_client(run), load_bodies(run)
+    torch.testing.assert_close(answer(client, bodies, x), answer(client, bodies, x), rtol=0, atol=0)
+
+
+# --- losses ---
+
+
+def test_max_cosine_is_the_mean_over_images_of_the_largest_cosine_over_heads():
+    generator = torch.Generator().manual_seed(0)
+    mine = torch.randn(5, 4, 3, 3, generator=generator)
+    others = [torch.randn(5, 4, 3, 3, generator=generator) for _ in range(6)]
+    per_image = []
+    for b in range(5):
+        a = mine[b].double().numpy().ravel()
+        cosines = []
+        for other in others:
+            c = other[b].double().numpy().ravel()
+            cosines.append(a @ c / (np.linalg.norm(a) * np.linalg.norm(c)))
+        per_image.append(max(cosines))
+    assert float(max_cosine(mine, others)) == pytest.approx(np.mean(per_image), abs=1e-6)
+
+
+def test_max_cosine_of_an_equal_head_is_one_and_of_its_opposite_minus_one():
+    mine = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    other = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(1))
+    assert float(max_cosine(mine, [other, mine])) == pytest.approx(1, abs=1e-6)
+    assert float(max_cosine(mine, [-mine])) == pytest.approx(-1, abs=1e-6)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 0.5, 1e3])
+def test_max_cosine_does_not_depend_on_scale(scale):
+    mine = torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
+    others = [torch.rand(3, 2, 4, 4, generator=torch.Generator().manual_seed(i)) for i in (1, 2)]
+    expected = pytest.approx(float(max_cosine(mine, others)), abs=1e-6)
+    assert float(max_cosine(scale * mine, others)) == expected
+    assert float(max_cosine(mine, [others[0], scale * others[1]])) == expected
+
+
+def test_max_cosine_of_dead_features_is_zero_and_has_a_gradient():
+    dead = torch.zeros(2, 3, 4, 4, requires_grad=True)
+    cosine = max_cosine(dead, [torch.ones(2, 3, 4, 4)])
+    assert float(cosine.detach()) == 0
+    cosine.backward()
+    assert torch.isfinite(dead.grad).all()
+
+
+@pytest.mark.parametrize("weight", [0.0, 0.1, 3.0])
+def test_stage3_loss_is_cross_entropy_plus_lambda_times_the_cosine(weight):
+    logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
+    targets = torch.tensor([0, 1, 2, 3, 0, 1])
+    cross_entropy = -np.mean([float(logits[i].log_softmax(0)[t]) for i, t in enumerate(targets)])
+    loss = stage3_loss(logits, targets, torch.tensor(0.25), weight)
+    assert float(loss) == pytest.approx(cross_entropy + weight * 0.25, abs=1e-6)
+
+
+# --- the fake quantiser ---
+
+finite = st.floats(-(2.0**20), 2.0**20, width=32)
+
+
+@st.composite
+def codecs(draw):
+    low, high = sorted((draw(finite), draw(finite)))
+    return AffineCodec.from_range(low, high if max(high, 0) - min(low, 0) > 1e-3 else low + 1)
+
+
+@given(codecs(), hnp.arrays(np.float32, hnp.array_shapes(max_dims=4, max_side=4), elements=finite))
+def test_fake_quantising_is_encoding_and_decoding_bit_for_bit(codec, values):
+    arrived = fake_quantise(torch.from_numpy(values), codec).numpy()
+    assert arrived.dtype == np.float32
+    assert arrived.shape == values.shape
+    assert arrived.tobytes() == codec.decode(codec.encode(values)).tobytes()
+
+
+@pytest.mark.parametrize("zero_point", [0, 37, 255])
+def test_fake_quantising_is_the_codec_at_every_code_and_halfway_between(zero_point):
+    codec = AffineCodec(scale=float(np.float32(0.0123)), zero_point=zero_point)
+    steps = np.arange(-600, 600, dtype=np.float32) / 2
+    for values in (steps * np.float32(codec.scale), np.nextafter(steps * np.float32(codec.scale), np.float32(9))):
+        arrived = fake_quantise(torch.from_numpy(values), codec).numpy()
+        assert arrived.tobytes() == codec.decode(codec.encode(values)).tobytes()
+
+
+@given(codecs(), hnp.arrays(np.float32, 20, elements=finite))
+def test_the_gradient_is_one_inside_the_range_and_zero_outside(codec, values):
+    margin = codec.scale / 4
+    x = torch.from_numpy(values).requires_grad_()
+    fake_quantise(x, codec).sum().backward()
+    inside = (values > codec.low + margin) & (values < codec.high - margin)
+    outside = (values < codec.low - margin) | (values > codec.high + margin)
+    assert (x.grad.numpy()[inside] == 1).all()
+    assert (x.grad.numpy()[outside] == 0).all()
+
+
+def test_answers_are_quantised_with_the_codec_of_their_net():
+    codecs = (AffineCodec.from_range(0, 1), AffineCodec.from_range(-1, 5))
+    answers = torch.randn(4, 2, 7, generator=torch.Generator().manual_seed(0))
+    arrived = fake_quantise_answers(answers, codecs)
+    assert arrived.shape == answers.shape
+    for i, codec in enumerate(codecs):
+        torch.testing.assert_close(arrived[:, i], fake_quantise(answers[:, i], codec), rtol=0, atol=0)
+
+
+# --- baselines ---
+
+
+@pytest.mark.parametrize(("defense", "std"), [("none", 0.0), ("single", STD)])
+def test_a_baseline_is_one_net_cut_in_three(settings, tensors, tmp_path, defense, std):
+    folder = RunFolder(tmp_path / defense)
+    summary = train(settings(defense=defense), folder.path)
+    assert (summary["num_nets"], summary["num_selected"]) == (1, 1)
+    (item,) = load_stage1(folder)
+    client, (body,) = load_client(folder), load_bodies(folder)
+    assert client.selector == (0,)
+    assert torch.equal(client.noise, item.noise)
+    assert float(client.noise.std()) == pytest.approx(std, rel=0.1)
+    x = normalise(tensors.test_x)
+    whole = item.net.tail(item.net.body(item.net.head(x) + item.noise))
+    torch.testing.assert_close(client.finish(client.head(x), [body], through_wire=False), whole)
+
+
+# --- the run folder ---
+
+
+def test_the_run_folder_is_its_owners_alone(run_path):
+    assert mode(run_path) == 0o700
+    assert mode(run_path / "client") == 0o700
+    for name in (RunFolder.SECRET_FILE, RunFolder.CLIENT_FILE, "stage1/net_00.safetensors", "wire.json"):
+        assert mode(run_path / name) == 0o600
+    assert not list(run_path.rglob("*.tmp"))
+
+
+def test_a_secrets_repr_shows_neither_selector_nor_seed():
+    secret = ClientSecret(selector=(3, 14, 15), seed=926535)
+    for shown in (repr(secret), str(secret), f"{secret}", repr([secret])):
+        assert "ClientSecret(P=3)" in shown
+        assert not any(number in shown for number in ("14", "15", "926535"))
+
+
+def test_only_the_secret_file_and_the_client_know_the_selector(run):
+    stored = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.suffix in (".json", ".jsonl")}
+    assert stored == {"config.json", "wire.json", "client/secret.json", "metrics.jsonl", "summary.json"}
+    for name in stored - {"client/secret.json"}:
+        assert "selector" not in (run.path / name).read_text()
+
+
+def test_a_run_is_read_as_it_was_told(run, settings):
+    assert run.config == settings(client_seed=11)
+    assert run.labels == ("0", "1")
+    assert run.arch == ArchSpec(name="resnet10_slim", image_size=(SIZE, SIZE), num_classes=2)
+
+
+def test_every_epoch_of_every_stage_is_in_the_metrics(run):
+    lines = metrics(run)
+    assert [line["net"] for line in lines if line.get("stage") == 1 and "epoch" in line] == list(range(N))
+    (last,) = [line for line in lines if line.get("stage") == 3]
+    assert math.isfinite(last["loss"])
+    assert -1 <= last["cosine"] <= 1
+
+
+def test_what_is_no_run_folder_is_refused(tmp_path):
+    for path in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(DataError, match="is not a run folder"):
+            RunFolder.open(path)
+
+
+def test_an_unfinished_run_is_refused(copied):
+    (copied / "summary.json").unlink()
+    with pytest.raises(DataError, match="not finished"):
+        RunFolder.open(copied)
+
+
+@pytest.mark.parametrize(
+    "content", ["", "{", "[]", "null", "{}", '{"version": 2}', '{"version": 1}', "[" * 100_000, "\udcff"]
+)
+def test_a_damaged_config_is_refused(copied, content):
+    (copied / "config.json").write_bytes(content.encode(errors="surrogateescape"))
+    with pytest.raises(DataError):
+        RunFolder.open(copied)
+
+
+def test_a_config_of_another_version_of_the_options_is_refused(copied):
+    document = json.loads((copied / "config.json").read_text())
+    document["config"]["momentum"] = 0.9
+    (copied / "config.json").write_text(json.dumps(document))
+    with pytest.raises(ConfigError, match="momentum"):
+        _ = RunFolder.open(copied).config
+
+
+@pytest.mark.parametrize("damage", ["missing", "empty", "cut short", "text"])
+@pytest.mark.parametrize(
+    ("name", "load"), [("stage1/net_01.safetensors", load_stage1), (RunFolder.CLIENT_FILE, load_client)]
+)
+def test_damaged_tensors_are_refused_by_file_name(copied, name, load, damage):
+    path = copied / name
+    content = path.read_bytes()
+    path.unlink()
+    if damage != "missing":
+        path.write_bytes({"empty": b"", "cut short": content[: len(content) // 2], "text": b"x" * 100}[damage])
+    with pytest.raises(DataError, match=name):
+        load(RunFolder.open(copied))
+
+
+def test_tensors_of_another_architecture_are_refused(run):
+    tensors = run.load_tensors(run.stage1_file(0))
+    other = build_net(dataclasses.replace(run.arch, name="resnet18"))
+    with pytest.raises(DataError, match="stored head does not fit"):
+        restore(other.head, "head", tensors)
+
+
+def test_a_missing_secret_is_refused(copied):
+    (copied / RunFolder.SECRET_FILE).unlink()
+    with pytest.raises(DataError, match="secret"):
+        load_client(RunFolder.open(copied))
+
+
+# --- bodies_id ---
+
+
+@pytest.fixture
+def bodies():
+    torch.manual_seed(0)
+    spec = ArchSpec(name="resnet10_slim", image_size=(SIZE, SIZE), num_classes=2)
+    return [build_net(spec).body.eval() for _ in range(2)]
+
+
+CODEC, OTHER = AffineCodec.from_range(0, 1), AffineCodec.from_range(0, 2)
+
+
+def test_bodies_id_changes_with_weights_buffers_order_and_codecs(bodies):
+    ids = [
+        bodies_digest(bodies, CODEC, [CODEC, CODEC]),
+        bodies_digest(bodies[::-1], CODEC, [CODEC, CODEC]),
+        bodies_digest(bodies[:1], CODEC, [CODEC]),
+        bodies_digest(bodies, OTHER, [CODEC, CODEC]),
+        bodies_digest(bodies, CODEC, [OTHER, CODEC]),
+        bodies_digest(bodies, CODEC, [CODEC, OTHER]),
+        bodies_digest(bodies, AffineCodec(scale=CODEC.scale, zero_point=1), [CODEC, CODEC]),
+    ]
+    with torch.no_grad():
+        weight = bodies[1][0].conv1.weight
+        weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))
+    ids.append(bodies_digest(bodies, CODEC, [CODEC, CODEC]))
+    bodies[0][0].bn1.running_mean[0] += 1e-3
+    ids.append(bodies_digest(bodies, CODEC, [CODEC, CODEC]))
+    assert len(set(ids)) == len(ids)
+    assert all(len(bodies_id) == 64 and set(bodies_id) <= set("0123456789abcdef") for bodies_id in ids)
+
+
+def test_bodies_id_does_not_change_with_memory_layout_or_mode(bodies):
+    expected = bodies_digest(bodies, CODEC, [CODEC, CODEC])
+    moved = [copy.deepcopy(body).to(memory_format=torch.channels_last).train().requires_grad_(False) for body in bodies]
+    assert bodies_digest(moved, CODEC, [CODEC, CODEC]) == expected
+
+
+# --- refusals ---
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"num_nets": 2, "num_selected": 3}, "P = 3 of N = 2"),
+        ({"num_selected": 0}, "P = 0 of N = 3"),
+        ({"num_nets": 0}, "N = 0"),
+        ({"num_nets": 1025}, "N = 1025"),
+        ({"reg_over": "al"}, "--reg-over al: choose all or selected"),
+        ({"defense": "ensemble"}, "--defense ensemble: choose"),
+        ({"noise_mode": "frozen"}, "--noise-mode frozen: choose"),
+        ({"noise_std": -0.1}, "noise_std"),
+        ({"noise_std": math.nan}, "noise_std"),
+        ({"reg_weight": math.inf}, "reg_weight"),
+        ({"weight_decay": -1.0}, "weight_decay"),
+        ({"learning_rate": 0.0}, "learning_rate"),
+        ({"learning_rate": math.nan}, "learning_rate"),
+        ({"epochs_stage1": 0}, "epochs_stage1"),
+        ({"epochs_stage3": -1}, "epochs_stage3"),
+        ({"batch_size": 1}, "batch_size"),
+        ({"train_limit": 15}, "train_limit"),
+        ({"seed": -1}, "seed = -1"),
+        ({"client_seed": -1}, "client_seed = -1"),
+    ],
+)
+def test_an_impossible_option_is_refused_by_name(settings, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        settings(**changes)
+
+
+@pytest.mark.parametrize("values", [{}, {"data": "demo", "typo": 1}, {"data": "demo", "num_nets": "ten"}])
+def test_a_stored_config_that_does_not_fit_is_refused(values):
+    with pytest.raises(ConfigError, match=r"config\.json"):
+        TrainConfig.from_dict(values)
+
+
+def test_a_config_survives_its_file(settings):
+    config = settings(client_seed=2**62, train_limit=32, reg_over="selected")
+    assert TrainConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"arch": "resnet99"}, "unknown architecture 'resnet99'; known: resnet10_slim, resnet18"),
+        ({"device": "tpu"}, "--device tpu: choose"),
+    ],
+)
+def test_an_impossible_run_is_refused_before_anything_is_written(settings, tmp_path, changes, message):
+    with pytest.raises(ConfigError, match=message):
+        train(settings(**changes), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has CUDA")
+def test_cuda_is_refused_where_there_is_none(settings, tmp_path):
+    with pytest.raises(ConfigError, match="--device cpu"):
+        train(settings(device="cuda"), tmp_path / "run")
+    assert pick_device("auto") == torch.device("cpu")
+
+
+def test_images_that_are_too_small_are_refused(settings, tmp_path):
+    with pytest.raises(ConfigError, match="images of 7x7 pixels"):
+        train(settings(data=save_pair(tmp_path, 16, 4, size=7)), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("what", ["a folder with a file", "a file"])
+def test_an_out_that_holds_something_is_refused_and_kept(settings, tmp_path, what):
+    out = tmp_path / "out"
+    if what == "a file":
+        out.write_text("mine")
+    else:
+        out.mkdir()
+        (out / "thesis.tex").write_text("mine")
+    with pytest.raises(ConfigError, match="--out"):
+        train(settings(), out)
+    assert [p.read_text() for p in (tmp_path / "out", tmp_path / "out" / "thesis.tex") if p.is_file()] == ["mine"]
+
+
+def test_an_empty_folder_may_be_given(settings, run, tmp_path):
+    (tmp_path / "out").mkdir(mode=0o755)
+    RunFolder.create(tmp_path / "out", settings(), run.arch, run.labels)
+    assert mode(tmp_path / "out") == 0o700
+
+
+def test_a_diverging_training_is_refused_with_advice(settings, tmp_path):
+    with pytest.raises(ConfigError, match="lower"):
+        train(settings(learning_rate=1e20), tmp_path / "run")
+
+
+@pytest.mark.parametrize(
+    "changes", [{"num_nets": 4}, {"arch": "resnet18"}, {"stem_pool": False}, {"defense": "single"}]
+)
+def test_stage1_of_another_kind_of_run_is_refused(run, settings, tmp_path, changes):
+    with pytest.raises(ConfigError, match="--stage1"):
+        train(settings(**changes), tmp_path / "run", stage1_from=run.path)
+    assert not (tmp_path / "run").exists()
+
+
+def test_stage1_of_an_incomplete_run_is_refused_by_file_name(settings, copied, tmp_path):
+    (copied / "stage1" / "net_02.safetensors").unlink()
+    with pytest.raises(DataError, match=r"copy/stage1/net_02\.safetensors cannot be read"):
+        train(settings(), tmp_path / "run", stage1_from=copied)
+
+
+# --- data on its way into the nets ---
+
+
+def test_augmenting_only_shifts_and_mirrors():
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randint(0, 256, (12, 3, 16, 20), dtype=torch.uint8, generator=generator)
+    before = images.clone()
+    moved = augment(images, generator)
+    assert moved.shape == images.shape
+    assert moved.dtype == torch.uint8
+    assert torch.equal(images, before)
+    padded = functional.pad(images, [4] * 4, value=128)
+    moves = set()
+    for image, result in zip(padded, moved, strict=True):
+        found = [
+            (dy, dx, mirrored)
+            for dy in range(9)
+            for dx in range(9)
+            for mirrored in (False, True)
+            if torch.equal(image[:, dy : dy + 16, dx : dx + 20].flip([2] if mirrored else []), result)
+        ]
+        assert len(found) == 1
+        moves.add(found[0])
+    assert len(moves) > 6
+    assert len({mirrored for _, _, mirrored in moves}) == 2
+
+
+def test_an_epoch_shows_every_image_once_and_leaves_a_last_batch_of_one_out(tensors):
+    for count, expected in ((64, [16] * 4), (35, [16, 16, 3]), (33, [16, 16])):
+        data = Tensors(tensors.train_x[:count], torch.arange(count), tensors.test_x, tensors.test_y)
+        drawn = list(batches(data, 16, torch.Generator().manual_seed(0)))
+        assert [len(x) for x, _ in drawn] == expected
+        shown = torch.cat([y for _, y in drawn])
+        assert len(shown.unique()) == len(shown) == sum(expected)
+        assert not torch.equal(shown, shown.sort().values)
+
+
+def test_train_limit_takes_the_first_images(pair):
+    dataset = data_sets.load(pair)
+    limited = Tensors.of(dataset, torch.device("cpu"), train_limit=20)
+    np.testing.assert_array_equal(limited.train_x.numpy(), dataset.train_x[:20])
+    assert len(limited.train_y) == 20
+    assert len(limited.test_x) == 32
+
+
+def test_pixels_become_exact_8_bit_codes():
+    pixels = torch.arange(256, dtype=torch.uint8)
+    codec = AffineCodec(scale=1 / 64, zero_point=128)
+    np.testing.assert_array_equal(normalise(pixels).numpy(), codec.decode(pixels.numpy()))
+
+
+# --- the paper's settings ---
+
+
+@pytest.mark.parametrize(
+    ("size", "stem_pool", "expected"),
+    [(32, True, (64, 16, 16)), (32, False, (64, 32, 32)), (64, False, (64, 64, 64))],
+    ids=["CIFAR-10", "CIFAR-100", "faces"],
+)
+def test_resnet18_sends_features_of_the_papers_shape(size, stem_pool, expected):
+    spec = ArchSpec(name="resnet18", image_size=(size, size), num_classes=10, stem_pool=stem_pool)
+    assert feature_shape(spec) == expected
+
+
+def test_resnet18_is_cut_after_its_first_and_before_its_last_layer():
+    net = build_net(ArchSpec(name="resnet18", image_size=(32, 32), num_classes=10), num_selected=4)
+    assert sum(p.numel() for p in net.head.parameters()) == 64 * 3 * 9 + 2 * 64
+    assert sum(p.numel() for p in net.body.parameters()) == 11_166_976
+    assert net.tail.weight.shape == (10, 4 * 512)
+    with torch.no_grad():
+        assert net.body.eval()(torch.zeros(2, 64, 16, 16)).shape == (2, 512)
+
+
+def test_a_client_of_its_own_parts_registers_no_body(run):
+    wire = run.read_wire().spec
+    net = build_net(run.arch, P)
+    client = Client(net, torch.zeros(wire.feature_shape), wire, (0, 1))
+    assert {name.split(".")[0] for name in client.state_dict()} == {"head", "tail", "noise"}
