@@ -49,6 +49,8 @@ log = logging.getLogger("ensembler.server")
 # How long a drained server waits for its last replies to be taken.
 GRACE_MS = 10_000.0
 NO_ID = bytes(16)
+# Messages taken in one go: a flood must not keep the loop from replying.
+RECEIVE_BURST = 64
 
 
 class Engine(Protocol):
@@ -137,7 +139,10 @@ class Server:
     # --- the loop's parts, in the order of a request's life ---
 
     def _receive(self) -> None:
-        while (incoming := self._socket.receive()) is not None:
+        for _ in range(RECEIVE_BURST):
+            incoming = self._socket.receive()
+            if incoming is None:
+                return
             try:
                 self._accept(incoming)
             except WireError as error:

@@ -352,7 +352,8 @@ def _code_input(graph: onnx.GraphProto, name: str, codec: AffineCodec) -> None:
         for node in graph.node:
             node.input[:] = [name if i == codes else i for i in node.input]
     else:
-        graph.node.insert(0, _linear_node(graph, "DequantizeLinear", name, INPUT, codec))
+        for node in reversed(_decoding_nodes(graph, name, codec)):
+            graph.node.insert(0, node)
     _replace_value(graph.input, INPUT, helper.make_tensor_value_info(name, TensorProto.UINT8, shape))
 
 
@@ -367,19 +368,32 @@ def _code_output(graph: onnx.GraphProto, name: str, codec: AffineCodec) -> None:
             node.output[:] = [name if o == codes else o for o in node.output]
             node.input[:] = [name if i == codes else i for i in node.input]
     else:
-        graph.node.append(_linear_node(graph, "QuantizeLinear", OUTPUT, name, codec))
+        scale, zero = np.array(codec.scale, np.float32), np.array(codec.zero_point, np.uint8)
+        names = _constants(graph, {f"{name}_scale": scale, f"{name}_zero": zero})
+        graph.node.append(helper.make_node("QuantizeLinear", [OUTPUT, *names], [name]))
     _replace_value(graph.output, OUTPUT, helper.make_tensor_value_info(name, TensorProto.UINT8, shape))
 
 
-def _linear_node(graph: onnx.GraphProto, kind: str, source: str, target: str, codec: AffineCodec) -> onnx.NodeProto:
-    scale, zero = f"{target}_scale", f"{target}_zero"
-    graph.initializer.extend(
-        [
-            numpy_helper.from_array(np.array(codec.scale, np.float32), scale),
-            numpy_helper.from_array(np.array(codec.zero_point, np.uint8), zero),
-        ]
-    )
-    return helper.make_node(kind, [source, scale, zero], [target])
+def _decoding_nodes(graph: onnx.GraphProto, name: str, codec: AffineCodec) -> list[onnx.NodeProto]:
+    """Returns (code - zero_point) * scale in float operators.
+
+    Not DequantizeLinear: onnxruntime quantises the float weights of an operator that stands between it and a
+    QuantizeLinear when it loads the model, so that a float32 bundle would compute in int8.
+    """
+    scale, zero = np.array(codec.scale, np.float32), np.array(codec.zero_point, np.float32)
+    zero_name, scale_name = _constants(graph, {f"{name}_zero": zero, f"{name}_scale": scale})
+    floats, centred = f"{name}_float", f"{name}_centred"
+    return [
+        helper.make_node("Cast", [name], [floats], to=TensorProto.FLOAT),
+        helper.make_node("Sub", [floats, zero_name], [centred]),
+        helper.make_node("Mul", [centred, scale_name], [INPUT]),
+    ]
+
+
+def _constants(graph: onnx.GraphProto, values: Mapping[str, npt.NDArray[Any]]) -> list[str]:
+    """Adds initialisers and returns their names."""
+    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+    return list(values)
 
 
 def _require_scale(graph: onnx.GraphProto, node: onnx.NodeProto, codec: AffineCodec) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -29,9 +30,11 @@ from ensembler.protocol.errors import (
     ShuttingDownError,
     from_wire,
 )
+from ensembler.protocol.manifest import WireSpec
 from ensembler.protocol.messages import (
     ERROR,
     INFER,
+    LIMITS,
     REQUEST_ID_BYTES,
     RESULT,
     STATUS,
@@ -98,6 +101,7 @@ class EdgeClient:
         self._runtime = EdgeRuntime(folder, threads=threads, backend=backend)
         self._manifest = self._runtime.manifest
         self._bodies_id = bytes.fromhex(self._manifest.wire.bodies_id)
+        self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
         self._server = server
         self._transport = transport or self._open_transport(folder, server, key, plaintext=plaintext)
@@ -152,8 +156,8 @@ class EdgeClient:
         deadline = started + timeout / 1000
         pixels = [to_pixels(image, self._manifest.image) for image in images]
         predictions: list[Prediction] = []
-        for start in range(0, len(pixels), MAX_REQUEST_ROWS):
-            part = np.stack(pixels[start : start + MAX_REQUEST_ROWS])
+        for start in range(0, len(pixels), self._request_rows):
+            part = np.stack(pixels[start : start + self._request_rows])
             predictions += self._predict_part(part, started, deadline)
             started = time.monotonic()
         return predictions
@@ -331,6 +335,12 @@ class _Reply:
     message: Message
     bytes_up: int
     bytes_down: int
+
+
+def _rows_per_request(wire: WireSpec) -> int:
+    """Returns how many images fit into one request and its reply."""
+    row_bytes = max(math.prod(wire.feature_shape), wire.num_nets * wire.answer_width)
+    return max(1, min(MAX_REQUEST_ROWS, LIMITS.tensor_bytes // row_bytes))
 
 
 def _error_of(message: Message) -> EnsemblerError:

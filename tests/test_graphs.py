@@ -245,6 +245,24 @@ def test_a_float_graph_with_codes_is_quantise_after_the_graph_after_dequantise(c
     assert (difference > 0).mean() < 0.001
 
 
+OPERATORS = {
+    "Conv": plain_graph("Conv", normal(8, 3, 3, 3), normal(8)),
+    "Gemm": plain_graph("Gemm", normal(192, 5), normal(5), shape=(192,)),
+}
+
+
+@pytest.mark.parametrize("kind", OPERATORS)
+def test_one_float_operator_between_codes_stays_float(kind):
+    # onnxruntime quantises the weights of what stands between a DequantizeLinear and a QuantizeLinear.
+    plain = graphs.optimised(OPERATORS[kind])
+    shape = [d.dim_value for d in plain.graph.input[0].type.tensor_type.shape.dim[1:]]
+    x = samples(64, seed=9).reshape(64, *shape)
+    wanted = run(plain, x=x)
+    codec = AffineCodec.from_range(float(wanted.min()), float(wanted.max()))
+    coded = graphs.attach_codes(plain, "codes", IN_CODEC, output="answer", out_codec=codec)
+    assert (run(coded, codes=IN_CODEC.encode(x)) != codec.encode(wanted)).mean() < 0.001
+
+
 @pytest.mark.parametrize("batch", BATCHES)
 def test_taking_the_ends_off_a_quantised_graph_is_exact(case, batch):
     x = samples(batch, seed=9)

@@ -158,12 +158,16 @@ def test_requests_of_many_clients_are_computed_together_and_answered_apart(tiny,
     np.testing.assert_array_equal(np.stack(results), expected[:8])
 
 
-def _until_queued(edge, rows) -> None:
-    """Asks the server until so many rows wait; every question is a round trip, so this ends or the client raises."""
-    for _ in range(10_000):
-        if edge.status()["queued_rows"] >= rows:
+def _until(edge, queued) -> None:
+    """Asks the server until ``queued`` holds for the rows that wait; every question is a round trip to its loop."""
+    for _ in range(100_000):
+        if queued(edge.status()["queued_rows"]):
             return
-    raise AssertionError(f"{rows} rows were never queued")
+    raise AssertionError("the queue never got there")
+
+
+def _until_queued(edge, rows) -> None:
+    _until(edge, lambda waiting: waiting >= rows)
 
 
 def test_status_says_whether_the_server_fits(tiny, running):
@@ -287,6 +291,7 @@ def test_a_request_that_expires_in_the_queue_is_not_computed(tiny, in_thread, ti
         assert engine.entered.wait(30)
         with pytest.raises(DeadlineExceededError):
             edge.predict_batch(list(tiny_images[:5]), timeout_ms=300)
+        _until(edge, lambda rows: rows == 0)
         engine.release.set()
         first.result(60)
     assert 5 not in engine.rows

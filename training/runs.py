@@ -19,7 +19,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -163,8 +164,11 @@ class RunFolder:
 
     def read_wire(self) -> WireState:
         """Reads the wire state."""
-        document = self.read_json("wire.json")
+        with self._complete("wire.json"):
+            return self._wire_state(self.read_json("wire.json"))
 
+    @staticmethod
+    def _wire_state(document: dict[str, Any]) -> WireState:
         def codec(pair: list[Any]) -> AffineCodec:
             return AffineCodec(scale=pair[0], zero_point=pair[1])
 
@@ -186,7 +190,8 @@ class RunFolder:
     def read_secret(self) -> ClientSecret:
         """Reads selector and seed."""
         document = self.read_json(self.SECRET_FILE)
-        return ClientSecret(selector=tuple(document["selector"]), seed=document["seed"])
+        with self._complete(self.SECRET_FILE):
+            return ClientSecret(selector=tuple(document["selector"]), seed=document["seed"])
 
     def copy_stage1(self, source: RunFolder) -> None:
         """Takes stage 1 and the wire of another run as they are, so that a second client fits the same server."""
@@ -215,6 +220,8 @@ class RunFolder:
             tensors: dict[str, Tensor] = load_file(self.path / name)
         except (OSError, SafetensorError) as error:
             raise DataError(f"{self.path / name} cannot be read ({error}); train again") from error
+        if "noise" not in tensors:
+            raise DataError(f"{self.path / name} holds no net of this version; train again")
         return tensors
 
     def write_json(self, name: str, document: Mapping[str, Any], mode: int = 0o600) -> None:
@@ -235,6 +242,14 @@ class RunFolder:
         if not isinstance(document, dict):
             raise DataError(f"{self.path / name} is not a JSON object; train again")
         return document
+
+    @contextmanager
+    def _complete(self, name: str) -> Iterator[None]:
+        """Turns what a readable file lacks into an error that names it."""
+        try:
+            yield
+        except (KeyError, IndexError, TypeError, AttributeError, ConfigError) as error:
+            raise DataError(f"{self.path / name} is damaged or of another version; train again") from error
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``."""

@@ -54,6 +54,7 @@ class ZmqTransport:
     """
 
     def __init__(self, endpoint: str, *, server_key: str | None, keys: KeyPair | None) -> None:
+        _check(endpoint)
         self.endpoint = endpoint
         self._server_key = server_key
         self._keys = keys
@@ -97,6 +98,18 @@ class ZmqTransport:
             self._first.close()
             self._first = None
         self._context.term()
+
+
+def _check(endpoint: str) -> None:
+    """Refuses what libzmq would only fail to connect to, for ever and in silence."""
+    scheme, _, address = endpoint.partition("://")
+    host, _, port = address.rpartition(":")
+    if scheme == "ipc" and address:
+        return
+    if scheme != "tcp" or not host or not port.isdecimal() or not 1 <= int(port) <= 65535:
+        raise ConfigError(
+            f"the server address {endpoint!r} is not usable; give tcp://host:port with a port of 1 to 65535"
+        )
 
 
 def set_limits(socket: zmq.Socket[bytes]) -> None:

@@ -6,6 +6,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
 from typing import Any, Protocol
 
 from ensembler import __version__
@@ -76,13 +77,23 @@ def run_command(program: str, verbs: Sequence[Any], arguments: list[str] | None)
     return status
 
 
+def need(packages: Sequence[str], extra: str, purpose: str) -> None:
+    """Raises ``MissingExtraError`` unless all ``packages`` can be imported."""
+    for package in packages:
+        try:
+            import_module(package)
+        except ImportError as error:
+            raise MissingExtraError(package, extra, purpose) from error
+
+
 def need_torch() -> None:
     """Raises ``MissingExtraError`` unless the training packages are installed."""
-    from importlib.util import find_spec
+    need(("torch", "safetensors", "rich"), "train", "training")
 
-    for package in ("torch", "safetensors", "rich"):
-        if find_spec(package) is None:
-            raise MissingExtraError(package, "train", "training and exporting")
+
+def need_export() -> None:
+    """Raises ``MissingExtraError`` unless the exporting packages are installed."""
+    need(("torch", "safetensors", "rich", "onnx", "onnxscript", "onnxruntime"), "export", "exporting")
 
 
 class ProgressReporter:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ensembler.cli import export as export_verb
-from ensembler.cli.console import Console, ProgressReporter, need_torch
+from ensembler.cli.console import Console, ProgressReporter, need_export
 from ensembler.client import EdgeClient
 from ensembler.protocol.errors import ConfigError, EnsemblerError
 
@@ -40,7 +40,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Runs the demo."""
-    need_torch()
+    need_export()
     from ensembler.export.parity import Gates
     from ensembler.export.pipeline import ExportOptions, export
     from ensembler.training import data as data_sets

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from importlib.util import find_spec
+from contextlib import suppress
 from pathlib import Path
 
-from ensembler.cli.console import Console, need_torch
-from ensembler.protocol.errors import ConfigError, MissingExtraError
+from ensembler.cli.console import Console, need_export
+from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import Precision
 from ensembler.transport import keys
 
@@ -48,10 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Exports."""
-    need_torch()
-    for package in ("onnx", "onnxscript", "onnxruntime"):
-        if find_spec(package) is None:
-            raise MissingExtraError(package, "export", "exporting")
+    need_export()
     from ensembler.export.parity import Gates
     from ensembler.export.pipeline import ExportOptions, export
 
@@ -59,8 +56,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise ConfigError(f"--parity-images {options.parity_images}: at least one")
     if options.server_bundle is not None and options.server_key is None and not options.plaintext:
         raise ConfigError("--server-bundle needs --server-key: the public key of the server that serves it")
-    made_keys = None
-    server_key = None
+    made_keys, server_key = None, None
+    made_folder = not options.out.exists()
     if options.server_key is not None:
         server_key = keys.load_public(options.server_key)
     elif not options.plaintext:
@@ -86,6 +83,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     except BaseException:
         if made_keys is not None:
             shutil.rmtree(made_keys, ignore_errors=True)
+        if made_folder:
+            with suppress(OSError):  # not there, or not empty
+                options.out.rmdir()
         raise
     document = {"client": str(options.out / "client"), "parity": str(options.out / "parity.json")}
     lines = [report.table(), "", f"{options.out / 'client'}: the client bundle, secret: for the device only"]

@@ -69,7 +69,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from ensembler.cloud_runtime.server import Server
     from ensembler.transport.zmq_server import ServerSocket
 
-    pair, authorized = (None, frozenset[str]()) if options.plaintext else _identity(options)
     policy = BatchPolicy(
         max_batch_rows=options.max_batch_rows,
         max_queue_rows=options.max_queue_rows,
@@ -77,6 +76,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     )
     engine = OnnxEngine(options.bundle, threads=options.threads)
     engine.warm_up()
+    pair, authorized = (None, frozenset[str]()) if options.plaintext else _identity(options)
     socket = ServerSocket(options.bind, keys=pair, authorized=authorized)
     server = Server(engine, socket, policy)
 
