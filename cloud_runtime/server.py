@@ -46,7 +46,7 @@ Codes = npt.NDArray[np.uint8]
 
 log = logging.getLogger("ensembler.server")
 
-# How long a drained server waits for its last replies to be taken.
+# How long a server that was told to stop goes on with the work it has.
 GRACE_MS = 10_000.0
 NO_ID = bytes(16)
 # Messages taken in one go: a flood must not keep the loop from replying.
@@ -103,7 +103,7 @@ class Server:
         self._now = clock_ms
         self._todo: queue.SimpleQueue[list[Queued[_Request]] | None] = queue.SimpleQueue()
         self._done: deque[_Done] = deque()
-        self._computing = False
+        self._computing: list[Queued[_Request]] = []
         self._stopping = threading.Event()
         self.served_requests = 0
 
@@ -113,7 +113,10 @@ class Server:
         self._socket.wake()
 
     def run(self, grace_ms: float = GRACE_MS) -> None:
-        """Serves until ``stop``; what is not finished within ``grace_ms`` after it is answered with an error."""
+        """Serves until ``stop``.
+
+        What is not finished ``grace_ms`` after it is answered with an error.
+        """
         worker = threading.Thread(target=self._compute, name="compute", daemon=True)
         worker.start()
         give_up_ms = math.inf
@@ -129,7 +132,7 @@ class Server:
             if give_up_ms != math.inf and (idle or self._now() >= give_up_ms):
                 break
             self._socket.wait(self._timeout_ms(give_up_ms))
-        for request in self._batcher.drop_all():
+        for request in (*self._computing, *self._batcher.drop_all()):
             self._refuse(request.item, ShuttingDownError("the server stopped before the request was computed"))
         self._todo.put(None)
         if not self._computing:
@@ -186,7 +189,7 @@ class Server:
         if not self._computing:
             batch = self._batcher.take(self._now())
             if batch:
-                self._computing = True
+                self._computing = batch
                 self._todo.put(batch)
 
     def _compute(self) -> None:
@@ -206,7 +209,7 @@ class Server:
     def _reply_finished(self) -> None:
         while self._done:
             done = self._done.popleft()
-            self._computing = False
+            self._computing = []
             # The engine need not wait for the replies to be written.
             self._start_batch()
             start = 0

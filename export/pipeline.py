@@ -12,6 +12,7 @@ import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -36,7 +37,7 @@ from ensembler.protocol.manifest import (
 from ensembler.training import data as data_sets
 from ensembler.training.models import PIXEL_SCALE, PIXEL_ZERO_POINT, normalise
 from ensembler.training.runs import RunFolder
-from ensembler.training.stages import Client, Stage1Net, load_client, load_stage1, mixed_features
+from ensembler.training.stages import Client, load_client, load_stage1, mixed_features
 from ensembler.training.wire import fake_quantise, fake_quantise_answers
 
 CALIBRATION_IMAGES = 512
@@ -53,7 +54,8 @@ class ExportOptions:
 
     Attributes:
         client_precision: of head and tail.
-        server_precision: of the bodies; not used when ``server_bundle`` is given.
+        server_precision: of the bodies; ``auto`` is int8 where that reaches the gate, else float32. Not used when
+            ``server_bundle`` is given.
         server_bundle: an existing server bundle of the same stage 1: only a client bundle is made for it.
         server_public_key: pinned in the client bundle; None makes a bundle for plaintext connections.
         data: a data specification instead of the run's own.
@@ -62,7 +64,7 @@ class ExportOptions:
     """
 
     client_precision: Precision = "int8"
-    server_precision: Precision = "int8"
+    server_precision: Literal["auto", "int8", "float32"] = "auto"
     server_bundle: Path | None = None
     server_public_key: str | None = None
     data: str | None = None
@@ -110,13 +112,22 @@ def export(
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from error
     try:
         order = run.read_wire().order
+        bodies = [nets[i].net.body for i in order]
+        held_out = torch.from_numpy(np.ascontiguousarray(dataset.test_x[: parity.SQNR_IMAGES]))
+        features = mixed_features(nets, wire.feature_codec, held_out)
         if server is None:
             server_folder = partial / "server"
-            server = _write_server(server_folder, nets, order, wire, dataset.train_x, options, progress)
+            samples = mixed_features(
+                nets,
+                wire.feature_codec,
+                torch.from_numpy(np.ascontiguousarray(dataset.train_x[:BODY_CALIBRATION_IMAGES])),
+            )
+            server, server_stages = _make_server(server_folder, bodies, wire, samples, features, options, progress)
         else:
             assert options.server_bundle is not None
             server_folder = options.server_bundle
-        bodies = [nets[i].net.body for i in order]
+            paths = {name: server_folder / name for name in server.files}
+            server_stages = parity.measure_bodies(bodies, paths, server, features)
         progress("client: head and tail")
         manifest = _write_client(partial / "client", client, bodies, run, dataset.train_x[:CALIBRATION_IMAGES], options)
         progress("parity report")
@@ -131,9 +142,9 @@ def export(
             dataset.test_x[:count],
             dataset.test_y[:count],
             options.gates,
+            server_stages,
         )
         report.require()
-        # The report shows which bodies count: the sum over them is one of its rows.
         (partial / REPORT_NAME).touch(mode=0o600)
         (partial / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
         if options.server_bundle is None:
@@ -150,34 +161,56 @@ def export(
 # --- the server bundle: stage 1 only ---
 
 
+def _make_server(
+    folder: Path,
+    bodies: Sequence[nn.Module],
+    wire: WireSpec,
+    samples: Tensor,
+    held_out: Tensor,
+    options: ExportOptions,
+    progress: Callable[[str], None],
+) -> tuple[ServerManifest, tuple[parity.StageParity, ...]]:
+    """Writes and measures the server bundle. It is given no client, selector or stage-3 tensor, so it can use none.
+
+    With ``auto`` the bodies are float32 where int8 misses the gate on stage-1 features.
+    """
+    wanted = options.server_precision
+    for precision in ("int8", "float32") if wanted == "auto" else (wanted,):
+        shutil.rmtree(folder, ignore_errors=True)
+        manifest = _write_server(folder, bodies, wire, samples, precision, progress)
+        stages = parity.measure_bodies(bodies, {name: folder / name for name in manifest.files}, manifest, held_out)
+        if stages[-1].sqnr_db >= options.gates.min_sqnr_db:
+            break
+        if precision != wanted:
+            progress(f"server: int8 reaches {stages[-1].sqnr_db:.1f} dB, the gate is {options.gates.min_sqnr_db:g} dB")
+    return manifest, stages
+
+
 @torch.inference_mode()
 def _write_server(
     folder: Path,
-    nets: Sequence[Stage1Net],
-    order: Sequence[int],
+    bodies: Sequence[nn.Module],
     wire: WireSpec,
-    images: Pixels,
-    options: ExportOptions,
+    samples: Tensor,
+    precision: Precision,
     progress: Callable[[str], None],
 ) -> ServerManifest:
-    """Writes the bodies. The caller gives no client, selector or stage-3 tensor, and none is read here."""
     folder.mkdir(mode=0o755)
-    calibration = torch.from_numpy(np.ascontiguousarray(images[:BODY_CALIBRATION_IMAGES]))
-    samples = mixed_features(nets, wire.feature_codec, calibration).numpy()
-    example = torch.zeros(2, *wire.feature_shape)
-    template = graphs.from_torch(nets[order[0]].net.body, [example])
-    names = tuple(f"body_{position:02d}.onnx" for position in range(len(order)))
-    for position, index in enumerate(order):
-        progress(f"server: body {position + 1} of {len(order)}")
-        graph = graphs.optimised(graphs.with_weights(template, nets[index].net.body.state_dict()))
+    template = graphs.from_torch(bodies[0], [torch.zeros(2, *wire.feature_shape)])
+    names = tuple(f"body_{position:02d}.onnx" for position in range(len(bodies)))
+    for position, body in enumerate(bodies):
+        progress(f"server: body {position + 1} of {len(bodies)}, {precision}")
+        graph = graphs.optimised(graphs.with_weights(template, body.state_dict()))
         codec = wire.answer_codecs[position]
-        if options.server_precision == "int8":
-            graph = graphs.quantised(graph, {graphs.INPUT: samples}, input_codec=wire.feature_codec, output_codec=codec)
+        if precision == "int8":
+            graph = graphs.quantised(
+                graph, {graphs.INPUT: samples.numpy()}, input_codec=wire.feature_codec, output_codec=codec
+            )
         graph = graphs.attach_codes(graph, "features", wire.feature_codec, output="answer", out_codec=codec)
         (folder / names[position]).write_bytes(graphs.scrubbed(graph))
     manifest = ServerManifest(
         wire=wire,
-        precision=options.server_precision,
+        precision=precision,
         bodies=names,
         files={name: describe_file(folder / name) for name in names},
     )

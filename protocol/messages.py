@@ -32,7 +32,7 @@ NO_BODIES = bytes(BODIES_ID_BYTES)
 
 @dataclass(frozen=True, kw_only=True)
 class Limits:
-    """What a peer accepts. The defaults are the protocol's; a server may lower them."""
+    """What a peer accepts. The defaults are the protocol's."""
 
     frames: int = 2
     header_bytes: int = 4096
@@ -220,7 +220,7 @@ def _info(value: Any, limits: Limits) -> dict[str, Any]:
         for member in members:
             if isinstance(member, str) and len(member) <= limits.text_chars:
                 continue
-            if isinstance(member, int | bytes) or (isinstance(member, float) and math.isfinite(member)):
+            if isinstance(member, int) or (isinstance(member, float) and math.isfinite(member)):
                 continue
             raise ProtocolError("a value of the header's info is not a short text, number or list of them")
     return value

@@ -54,6 +54,7 @@ KEY_NAME = "device.key_secret"
 
 MAX_REQUEST_ROWS = 128
 SHUTDOWN_RETRY_MS = 100.0
+MIN_RETRY_MS = 1.0
 
 
 class EdgeClient:
@@ -310,9 +311,10 @@ class EdgeClient:
 
     def _pause(self, wait_ms: float, deadline: float, error: EnsemblerError) -> None:
         """Waits before a retry; raises ``error`` when that would be too late."""
-        if time.monotonic() + wait_ms / 1000 >= deadline:
+        wait_s = max(MIN_RETRY_MS, wait_ms) / 1000  # a server cannot make the device spin
+        if time.monotonic() + wait_s >= deadline:
             raise error
-        self._closed.wait(wait_ms / 1000)
+        self._closed.wait(wait_s)
 
     def _borrow(self) -> Connection:
         with self._lock:

@@ -84,7 +84,7 @@ def test_a_request_has_the_documented_bytes():
 
 
 def test_an_error_reply_has_the_documented_bytes():
-    info = {"code": 301, "text": "full", "retry_after_ms": 50.0}
+    info = {"code": 301, "message": "full", "retry_after_ms": 50.0}
     head, payload = encode(Message(operation="error", request_id=REQUEST_ID, info=info))
     assert head == GOLDEN_ERROR
     assert bytes(payload) == b""
@@ -97,7 +97,7 @@ def test_the_documented_bytes_are_read_as_the_messages_they_document():
     assert request.tensor.tolist() == [[[0, 1, 2]], [[3, 4, 5]]]
     reply = decode([GOLDEN_ERROR, b""])
     assert reply.tensor is None
-    assert reply.info == {"code": 301, "text": "full", "retry_after_ms": 50.0}
+    assert reply.info == {"code": 301, "message": "full", "retry_after_ms": 50.0}
 
 
 def test_the_documented_bytes_are_read_without_msgpacks_compiled_part():

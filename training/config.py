@@ -71,6 +71,8 @@ class TrainConfig:
             raise ConfigError(f"--noise-mode {self.noise_mode}: choose fixed or fresh")
         if self.reg_over not in ("all", "selected"):
             raise ConfigError(f"--reg-over {self.reg_over}: choose all or selected")
+        if self.noise_mode == "fresh" and not self.is_ensemble:
+            raise ConfigError(f"--noise-mode fresh is stage 3's, which --defense {self.defense} does not have")
         if not 1 <= self.num_nets <= MAX_NETS:
             raise ConfigError(f"N = {self.num_nets} nets: choose 1 to {MAX_NETS}")
         if not 1 <= self.num_selected <= self.num_nets:

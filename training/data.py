@@ -346,7 +346,7 @@ def _folder(path: Path) -> Dataset:
                 classes.append(index)
         parts.append((np.stack(images), np.asarray(classes, np.int64)))
     (train_x, train_y), (test_x, test_y) = parts
-    order = np.random.Generator(np.random.PCG64(0)).permutation(len(train_y))
+    order = _shuffled(len(train_y))
     return Dataset(train_x=train_x[order], train_y=train_y[order], test_x=test_x, test_y=test_y, labels=labels)
 
 
@@ -387,7 +387,15 @@ def _npz(train: Path, test: Path) -> Dataset:
         if count > MAX_LABELS:
             raise DataError(f"{train}, {test}: the label {count - 1} is not a class number below {MAX_LABELS}")
         labels = tuple(str(i) for i in range(count))
-    return Dataset(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, labels=labels)
+    if len(train_x) != len(train_y):
+        raise DataError(f"{train}: {len(train_x)} images and {len(train_y)} labels")
+    order = _shuffled(len(train_y))
+    return Dataset(train_x=train_x[order], train_y=train_y[order], test_x=test_x, test_y=test_y, labels=labels)
+
+
+def _shuffled(count: int) -> Classes:
+    """Returns a fixed random order: files may be sorted by class, and the first images calibrate the codecs."""
+    return np.random.Generator(np.random.PCG64(0)).permutation(count)
 
 
 def _npz_part(path: Path) -> tuple[Pixels, Classes, tuple[str, ...] | None]:

@@ -43,7 +43,13 @@ from ensembler.training.runs import (
     module_tensors,
     restore,
 )
-from ensembler.training.wire import codec_for, fake_quantise, fake_quantise_answers
+from ensembler.training.wire import (
+    CLIPPED_ANSWERS,
+    CLIPPED_FEATURES,
+    codec_for,
+    fake_quantise,
+    fake_quantise_answers,
+)
 
 CALIBRATION_IMAGES = 1024
 
@@ -196,9 +202,11 @@ def fix_wire(nets: Sequence[Stage1Net], images: Tensor) -> WireState:
     order = list(range(len(nets)))
     secrets.SystemRandom().shuffle(order)
     x = normalise(images).to(memory_format=torch.channels_last)
-    feature_codec = codec_for(torch.stack([_in_batches(item.net.head, x) + item.noise for item in nets]))
+    feature_codec = codec_for(
+        torch.stack([_in_batches(item.net.head, x) + item.noise for item in nets]), CLIPPED_FEATURES
+    )
     features = mixed_features(nets, feature_codec, images)
-    answer_codecs = tuple(codec_for(_in_batches(nets[i].net.body, features)) for i in order)
+    answer_codecs = tuple(codec_for(_in_batches(nets[i].net.body, features), CLIPPED_ANSWERS) for i in order)
     spec = WireSpec(
         bodies_id=bodies_digest([nets[i].net.body for i in order], feature_codec, answer_codecs),
         feature_shape=tuple(features.shape[1:]),

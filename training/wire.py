@@ -11,8 +11,10 @@ from torch import Tensor
 from ensembler.protocol.codec import CODE_MAX, AffineCodec
 from ensembler.protocol.errors import ConfigError
 
-# The share of stage-1 values that the codec's range may clip. Single outliers would cost every other value precision.
-CLIPPED_SHARE = 1e-4
+# The share of stage-1 values that a codec's range may clip at either end. Single outliers would cost every other value
+# precision; answers to foreign heads have more of them than features.
+CLIPPED_FEATURES = 1e-4
+CLIPPED_ANSWERS = 1e-3
 
 
 def fake_quantise(x: Tensor, codec: AffineCodec) -> Tensor:
@@ -31,8 +33,8 @@ def fake_quantise_answers(answers: Tensor, codecs: tuple[AffineCodec, ...]) -> T
     return torch.stack([fake_quantise(answers[:, i], codec) for i, codec in enumerate(codecs)], dim=1)
 
 
-def codec_for(values: Tensor) -> AffineCodec:
-    """Returns the codec whose range holds all but ``CLIPPED_SHARE`` of ``values`` at either end; any shape, float.
+def codec_for(values: Tensor, clipped: float) -> AffineCodec:
+    """Returns the codec whose range holds all but the share ``clipped`` of ``values`` at either end; any shape, float.
 
     Raises:
         ConfigError: the values are all equal or not finite: the net behind them did not train.
@@ -40,7 +42,7 @@ def codec_for(values: Tensor) -> AffineCodec:
     flat = values.detach().float().flatten()
     if not bool(torch.isfinite(flat).all()):
         raise ConfigError("stage-1 features are not finite: training diverged; lower the learning rate")
-    rank = max(1, int(flat.numel() * CLIPPED_SHARE))
+    rank = max(1, int(flat.numel() * clipped))
     high = float(flat.topk(rank).values[-1])
     low = float(flat.topk(rank, largest=False).values[-1])
     return AffineCodec.from_range(low, high)

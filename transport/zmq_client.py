@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -58,6 +59,7 @@ class ZmqTransport:
         self.endpoint = endpoint
         self._server_key = server_key
         self._keys = keys
+        self._lock = threading.Lock()
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             # A malformed endpoint is refused now, not at the first image, whose handshake is done by then.
@@ -68,7 +70,8 @@ class ZmqTransport:
 
     def connect(self) -> ZmqConnection:
         """See ``Transport``."""
-        first, self._first = self._first, None
+        with self._lock:
+            first, self._first = self._first, None
         return first or self._open()
 
     def _open(self) -> ZmqConnection:
@@ -132,6 +135,7 @@ class ZmqConnection:
         self._reached = False  # a TCP connection was made since the last loss
         self._ready = False  # the handshake succeeded, and the connection was not lost since
         self._ever_ready = False
+        self._losses = 0  # connections that ended before their handshake did
 
     def exchange(self, request: Frames, accept: Callable[[Frames], T | None], deadline: float) -> T:
         """See ``Connection``."""
@@ -169,6 +173,7 @@ class ZmqConnection:
                 restored = self._ever_ready and not self._ready
                 self._reached = self._ready = self._ever_ready = True
             elif kind == zmq.EVENT_DISCONNECTED:
+                self._losses += not self._ready
                 self._ready = False
             elif kind in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
                 raise self._refused()
@@ -186,8 +191,13 @@ class ZmqConnection:
             return DeadlineExceededError(
                 f"{self._endpoint} gave no answer before the deadline; raise timeout_ms, or look at the server's load"
             )
-        if self._reached and not self._ever_ready:
+        if self._losses and not self._ever_ready:
             return self._refused()
+        if self._reached:
+            return ServerUnreachableError(
+                f"{self._endpoint} accepted the connection, but the encrypted handshake did not finish before the "
+                "deadline; raise timeout_ms, or check that the address is an Ensembler server's"
+            )
         return ServerUnreachableError(
             f"{self._endpoint} could not be reached before the deadline; is the server running, is the address right, "
             "does a firewall block it?"

@@ -84,7 +84,7 @@ class ServerSocket:
 
     def wake(self) -> None:
         """Makes the current or next ``wait`` return; for other threads and signal handlers."""
-        with suppress(BlockingIOError):  # it is full of wake-ups
+        with suppress(OSError):  # full of wake-ups, or closed while a last batch was computed
             self._wake_out.send(b"\0")
 
     def wake_fileno(self) -> int:

@@ -27,9 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quantize", choices=["int8", "none"], default="int8", help="head and tail (default: int8)")
     parser.add_argument(
         "--server-precision",
-        choices=["int8", "float32"],
-        default=None,
-        help="bodies (default: as --quantize)",
+        choices=["auto", "int8", "float32"],
+        default="auto",
+        help="bodies; auto: int8 where that reaches the gate, else float32 (default: auto)",
     )
     parser.add_argument("--server-bundle", type=Path, default=None, help="make only a client, for this server bundle")
     parser.add_argument(
@@ -64,14 +64,13 @@ def run(options: argparse.Namespace, console: Console) -> int:
         made_keys = options.out / KEYS_FOLDER
         server_key = new_keys(made_keys)
     precision: Precision = "int8" if options.quantize == "int8" else "float32"
-    server_precision: Precision = options.server_precision or precision
     try:
         report = export(
             options.run,
             options.out,
             ExportOptions(
                 client_precision=precision,
-                server_precision=server_precision,
+                server_precision=options.server_precision,
                 server_bundle=options.server_bundle,
                 server_public_key=server_key,
                 data=options.data,

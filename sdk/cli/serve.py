@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--key",
         type=Path,
         default=None,
-        help=f"the server's secret key (default: ${KEY_VARIABLE}, BUNDLE/../keys, ~/.config/ensembler)",
+        help=f"the server's secret key (default: ${KEY_VARIABLE}, BUNDLE/../keys, ~/.config, /etc)",
     )
     parser.add_argument(
         "--authorized",
@@ -107,6 +107,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     finally:
         signal.set_wakeup_fd(-1)
         socket.close()
+        engine.close()
     return 0
 
 
