@@ -30,13 +30,19 @@ def main() -> None:
     parser.add_argument("--data", required=True, help="cifar10:PATH, or an npz pair of the same images")
     parser.add_argument("--run", type=Path, default=Path("runs/cifar10_slim"))
     parser.add_argument("--out", type=Path, default=Path("out/cifar10_slim"))
+    parser.add_argument("--none", type=Path, help="a run of ensembler train --defense none, to stand beside it")
+    parser.add_argument("--single", type=Path, help="a run of --defense single")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     options = parser.parse_args()
     if not (options.run / "summary.json").is_file():
         arguments = ["--data", options.data, "--arch", "resnet10_slim", "-N", "10", "-P", "4"]
         _checked(["train", *arguments, "--epochs", str(options.epochs), "--out", str(options.run)])
-    shutil.rmtree(options.out, ignore_errors=True)
-    _checked(["export", str(options.run), "--out", str(options.out), "--data", options.data])
+    _checked_export(options, options.out)
+    # What int8 bodies would do, with the SQNR gate open: auto takes float32 where they miss it.
+    int8_out = options.out.with_name(options.out.name + "_int8")
+    _checked_export(options, int8_out, "--server-precision", "int8", "--min-sqnr-db", "0")
+    int8 = json.loads((int8_out / "parity.json").read_text(encoding="utf-8"))
+    precision = json.loads((options.out / "server" / "manifest.json").read_text(encoding="utf-8"))["precision"]
     report = json.loads((options.out / "parity.json").read_text(encoding="utf-8"))
     config = json.loads((options.run / "config.json").read_text(encoding="utf-8"))["config"]
     dataset = data_sets.load(options.data)
@@ -51,7 +57,8 @@ def main() -> None:
     served = 100 * sum(p.label == label for p, label in zip(predictions, truth, strict=True)) / len(truth)
     setting = (
         f"CIFAR-10, {len(images)} test images, resnet10_slim, N = {config['num_nets']}, P = {config['num_selected']}, "
-        f"{config['epochs_stage1']} + {config['epochs_stage3']} epochs, int8 client and bodies, served over CURVE"
+        f"{config['epochs_stage1']} + {config['epochs_stage3']} epochs, "
+        f"int8 client, {precision} bodies (auto), over CURVE"
     )
     drop = report["accuracy_float"] - served
     figures = [
@@ -73,8 +80,32 @@ def main() -> None:
         results.figure("bytes_up_per_image", one.bytes_up, "bytes", "", "header included, batch of 1; 8-bit codes"),
         results.figure("bytes_down_per_image", one.bytes_down, "bytes", "", "header included, batch of 1; 8-bit codes"),
     ]
+    bodies = next(stage for stage in int8["stages"] if stage["stage"] == "bodies")
+    figures += [
+        results.figure(
+            "int8_bodies_sqnr_db", round(bodies["sqnr_db"], 2), "dB", ">= 35", "all N, held-out stage-1 features"
+        ),
+        results.figure(
+            "int8_bodies_accuracy_drop_points",
+            round(int8["accuracy_drop_points"], 4),
+            "points",
+            "<= 0.5",
+            f"int8 client and bodies, {int8['images']} images; same top-1 as torch {int8['top1_agreement']:.2f}%",
+        ),
+    ]
+    for defense, run in (("none", options.none), ("single", options.single)):
+        if run is not None:
+            summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
+            note = f"baseline --defense {defense}, the same net and epochs, torch through the wire"
+            value = round(summary["accuracy_wire"], 4)
+            figures.append(results.figure(f"accuracy_{defense}_percent", value, "%", "", note))
     command = "python benchmarks/cifar10_slim.py --data cifar10:PATH"
     results.record("loop", figures, command=command, seed=config["seed"])
+
+
+def _checked_export(options: argparse.Namespace, out: Path, *arguments: str) -> None:
+    shutil.rmtree(out, ignore_errors=True)
+    _checked(["export", str(options.run), "--out", str(out), "--data", options.data, *arguments])
 
 
 def _checked(arguments: list[str]) -> None:

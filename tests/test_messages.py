@@ -41,7 +41,7 @@ GOLDEN_ERROR = bytes.fromhex(
     "a674656e736f72 90"  # tensor: none
     "a4696e666f 83"  # info: a map of 3
     "a4636f6465 cd012d"  # code: 301
-    "a474657874 a466756c6c"  # text: full
+    "a76d657373616765 a466756c6c"  # message: full
     "ae72657472795f61667465725f6d73 cb4049000000000000"  # retry_after_ms: 50.0
 )
 

@@ -231,21 +231,22 @@ def test_the_wires_range_holds_nearly_all_features_and_answers(run, tensors):
     assert features.shape == (len(x), *wire.spec.feature_shape)
     for body, answer_codec in zip(load_bodies(run), wire.spec.answer_codecs, strict=True):
         assert answer_codec.low <= 0
-        assert float(body(features).max()) == pytest.approx(answer_codec.high, rel=0.05)
+        clipped = body(features) > answer_codec.high + answer_codec.scale
+        assert 0 < float(clipped.float().mean()) < 5e-3
 
 
 def test_a_codec_ignores_single_outliers_and_refuses_what_is_not_finite():
     values = torch.linspace(-1, 1, 100_001)
     values[0], values[-1] = -1e6, 1e6
-    codec = codec_for(values)
+    codec = codec_for(values, 1e-4)
     assert codec.low == pytest.approx(-1, abs=0.02)
     assert codec.high == pytest.approx(1, abs=0.02)
     for bad in (math.nan, math.inf):
         values[7] = bad
         with pytest.raises(ConfigError, match="lower the learning rate"):
-            codec_for(values)
+            codec_for(values, 1e-4)
     with pytest.raises(ConfigError):
-        codec_for(torch.zeros(10))
+        codec_for(torch.zeros(10), 1e-4)
 
 
 def test_nothing_of_the_wire_depends_on_the_selector(run, settings, tmp_path):

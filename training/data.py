@@ -19,7 +19,7 @@ import pickle
 import tarfile
 import tempfile
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +84,8 @@ def load(spec: str) -> Dataset:
         dataset = _npz(Path(train).expanduser(), Path(test).expanduser())
     else:
         dataset = load(_guess(Path(spec).expanduser(), spec))
-    return _checked(dataset, spec)
+    dataset = _checked(dataset, spec)
+    return _shuffled(dataset) if kind in ("folder", "npz") else dataset
 
 
 def _guess(path: Path, spec: str) -> str:
@@ -99,6 +100,12 @@ def _guess(path: Path, spec: str) -> str:
         f"--data {spec}: not a data set; give demo, cifar10:PATH, cifar100:PATH, folder:PATH (train/CLASS/x.jpg, "
         "test/CLASS/x.jpg) or npz:TRAIN.npz,TEST.npz"
     )
+
+
+def _shuffled(data: Dataset) -> Dataset:
+    """Puts the train images into a fixed random order: files come sorted by class, the first images calibrate."""
+    order = np.random.Generator(np.random.PCG64(0)).permutation(len(data.train_y))
+    return replace(data, train_x=data.train_x[order], train_y=data.train_y[order])
 
 
 def _checked(data: Dataset, spec: str) -> Dataset:
@@ -346,8 +353,7 @@ def _folder(path: Path) -> Dataset:
                 classes.append(index)
         parts.append((np.stack(images), np.asarray(classes, np.int64)))
     (train_x, train_y), (test_x, test_y) = parts
-    order = _shuffled(len(train_y))
-    return Dataset(train_x=train_x[order], train_y=train_y[order], test_x=test_x, test_y=test_y, labels=labels)
+    return Dataset(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, labels=labels)
 
 
 def _subfolders(path: Path) -> list[Path]:
@@ -387,15 +393,7 @@ def _npz(train: Path, test: Path) -> Dataset:
         if count > MAX_LABELS:
             raise DataError(f"{train}, {test}: the label {count - 1} is not a class number below {MAX_LABELS}")
         labels = tuple(str(i) for i in range(count))
-    if len(train_x) != len(train_y):
-        raise DataError(f"{train}: {len(train_x)} images and {len(train_y)} labels")
-    order = _shuffled(len(train_y))
-    return Dataset(train_x=train_x[order], train_y=train_y[order], test_x=test_x, test_y=test_y, labels=labels)
-
-
-def _shuffled(count: int) -> Classes:
-    """Returns a fixed random order: files may be sorted by class, and the first images calibrate the codecs."""
-    return np.random.Generator(np.random.PCG64(0)).permutation(count)
+    return Dataset(train_x=train_x, train_y=train_y, test_x=test_x, test_y=test_y, labels=labels)
 
 
 def _npz_part(path: Path) -> tuple[Pixels, Classes, tuple[str, ...] | None]:
