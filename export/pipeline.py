@@ -16,6 +16,7 @@ from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+import onnx
 import torch
 from torch import Tensor, nn
 
@@ -161,6 +162,7 @@ def export(
 # --- the server bundle: stage 1 only ---
 
 
+@torch.inference_mode()
 def _make_server(
     folder: Path,
     bodies: Sequence[nn.Module],
@@ -175,20 +177,23 @@ def _make_server(
     With ``auto`` the bodies are float32 where int8 misses the gate on stage-1 features.
     """
     wanted = options.server_precision
+    template = graphs.from_torch(bodies[0], [torch.zeros(2, *wire.feature_shape)])
     for precision in ("int8", "float32") if wanted == "auto" else (wanted,):
         shutil.rmtree(folder, ignore_errors=True)
-        manifest = _write_server(folder, bodies, wire, samples, precision, progress)
+        manifest = _write_server(folder, template, bodies, wire, samples, precision, progress)
         stages = parity.measure_bodies(bodies, {name: folder / name for name in manifest.files}, manifest, held_out)
         if stages[-1].sqnr_db >= options.gates.min_sqnr_db:
             break
         if precision != wanted:
-            progress(f"server: int8 reaches {stages[-1].sqnr_db:.1f} dB, the gate is {options.gates.min_sqnr_db:g} dB")
+            progress(
+                f"server: {precision} reaches {stages[-1].sqnr_db:.1f} dB, the gate is {options.gates.min_sqnr_db:g} dB"
+            )
     return manifest, stages
 
 
-@torch.inference_mode()
 def _write_server(
     folder: Path,
+    template: onnx.ModelProto,
     bodies: Sequence[nn.Module],
     wire: WireSpec,
     samples: Tensor,
@@ -196,7 +201,6 @@ def _write_server(
     progress: Callable[[str], None],
 ) -> ServerManifest:
     folder.mkdir(mode=0o755)
-    template = graphs.from_torch(bodies[0], [torch.zeros(2, *wire.feature_shape)])
     names = tuple(f"body_{position:02d}.onnx" for position in range(len(bodies)))
     for position, body in enumerate(bodies):
         progress(f"server: body {position + 1} of {len(bodies)}, {precision}")
