@@ -27,6 +27,7 @@ lint: $(INSTALLED)
 
 # Figures for docs/results/, minutes each; the goal and the command stand beside every figure.
 bench: $(INSTALLED)
+	$(BIN)/python benchmarks/demo.py
 	$(BIN)/python benchmarks/overhead.py out/demo
 	$(BIN)/python benchmarks/device.py out/demo
 

@@ -16,7 +16,7 @@ import zmq
 from ensembler import EdgeClient
 from ensembler.cloud_runtime.batcher import BatchPolicy
 from ensembler.cloud_runtime.engine import OnnxEngine
-from ensembler.cloud_runtime.server import Server
+from ensembler.cloud_runtime.server import INLINE_MS, Server
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.protocol.errors import (
     AuthenticationError,
@@ -82,7 +82,7 @@ def in_thread(tiny):
 
     def start(engine, policy=None, keys_pair=None, authorized=frozenset()):
         listening = ServerSocket("tcp://127.0.0.1:*", keys=keys_pair, authorized=authorized)
-        server = Server(engine, listening, policy)
+        server = Server(engine, listening, policy, inline_ms=0.0 if isinstance(engine, SlowEngine) else INLINE_MS)
         thread = threading.Thread(target=server.run)
         thread.start()
         started.append((server, thread, listening, engine))
