@@ -155,14 +155,13 @@ def main() -> None:
                 sessions.append(measure(options.folder, endpoint, batch, rounds))
         found = {name: float(np.median([session[name] for session in sessions])) for name in sessions[0]}
         ratios = sorted(session["ratio"] for session in sessions)
+        spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
         print(f"batch {batch}, N = {found['num_nets']:.0f}, milliseconds, medians of {options.sessions} sessions")
         for name in ("predict", "head", "link", "nets", "nets_in_turn", "tail"):
             print(f"  {name:13} p50 {found[f'{name}_p50']:8.3f}   p99 {found[f'{name}_p99']:8.3f}")
-        print(
-            f"  raw parts     p50 {found['raw_p50']:8.3f}   ratio {found['ratio']:.3f} ({ratios[0]:.3f}..{ratios[-1]:.3f})"
-        )
+        print(f"  raw parts     p50 {found['raw_p50']:8.3f}   ratio {found['ratio']:.3f} ({spread})")
         parts = (
-            f"median of {options.sessions} sessions ({ratios[0]:.3f} to {ratios[-1]:.3f}) of {rounds} calls; "
+            f"median of {options.sessions} sessions ({spread}) of {rounds} calls; "
             f"{options.folder}; predict {found['predict_p50']:.3f} ms p50, {found['predict_p99']:.3f} p99; raw "
             f"{found['raw_p50']:.3f} = head {found['head_p50']:.3f} + CURVE echo {found['link_p50']:.3f} + "
             f"{found['num_nets']:.0f} nets {found['raw_nets_p50']:.3f} + tail {found['tail_p50']:.3f}"
