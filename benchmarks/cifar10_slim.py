@@ -75,7 +75,7 @@ def main() -> None:
             round(report["min_stage_sqnr_db"], 2),
             "dB",
             ">= 35",
-            "worst of head, the P selected bodies together, tail; against torch with the same fake quantiser",
+            "worst of head, bodies on stage-1 features, tail; against torch with the same fake quantiser",
         ),
         results.figure("bytes_up_per_image", one.bytes_up, "bytes", "", "header included, batch of 1; 8-bit codes"),
         results.figure("bytes_down_per_image", one.bytes_down, "bytes", "", "header included, batch of 1; 8-bit codes"),
