@@ -32,7 +32,8 @@ with EdgeClient({bundle!r}, {endpoint!r}, timeout_ms=60000) as client:
     image = np.zeros((client._manifest.image.height, client._manifest.image.width, 3), np.uint8)
     client.predict(image)
     first = time.time() - started
-import json, resource
+import json, resource, sys
+assert sys.prefix == {prefix!r}, sys.prefix
 print(json.dumps([first, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024]))
 """
 
@@ -62,16 +63,22 @@ def main() -> None:
             check=True,
         )
         installed = folder_mb(site) - empty
+        # pip compiles as it installs; here that comes after the size is taken, which leaves bytecode out.
+        subprocess.run([sys.executable, "-m", "compileall", "-q", str(site)], check=False)
         times, memory = [], []
         with server_process(options.folder / "server") as endpoint:
-            script = FIRST.format(bundle=str(options.folder.resolve() / "client"), endpoint=endpoint)
+            script = FIRST.format(bundle=str(options.folder.resolve() / "client"), endpoint=endpoint, prefix=str(venv))
             for _ in range(RUNS):
-                # exec keeps the clock: STARTED is read before the device's own interpreter starts.
+                # exec keeps the clock: STARTED is read before the device's own interpreter starts. argv[0] is the whole
+                # path: a bare name is looked up in PATH, and another environment would be measured.
+                python = str(venv / "bin" / "python")
                 launch = (
                     "import os, time; os.environ['STARTED'] = repr(time.time()); "
-                    f"os.execv({str(venv / 'bin' / 'python')!r}, ['python', '-c', {script!r}])"
+                    f"os.execv({python!r}, [{python!r}, '-c', {script!r}])"
                 )
-                out = subprocess.run([sys.executable, "-S", "-c", launch], check=True, capture_output=True, text=True)
+                out = subprocess.run(
+                    [sys.executable, "-S", "-c", launch], check=True, stdout=subprocess.PIPE, text=True
+                )
                 first, rss = json.loads(out.stdout)
                 times.append(first)
                 memory.append(rss)
