@@ -172,6 +172,10 @@ class Server:
         if tensor is None or tensor.shape[1:] != self._wire.feature_shape:
             shape = None if tensor is None else tensor.shape[1:]
             raise BadRequestError(f"the features have shape {shape}, the nets take {self._wire.feature_shape}")
+        if message.bits != self._wire.feature_codec.bits:
+            raise BadRequestError(
+                f"the features have {message.bits} bits a code, the nets take {self._wire.feature_codec.bits}"
+            )
         if self._stopping.is_set():
             raise ShuttingDownError("the server is draining and takes no new requests")
         now = self._now()
@@ -247,6 +251,7 @@ class Server:
                         request_id=request.item.message.request_id,
                         bodies_id=self._bodies_id,
                         tensor=done.answers[rows],
+                        bits=self._wire.answer_bits,
                         info=info,
                     ),
                 )

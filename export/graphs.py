@@ -364,13 +364,19 @@ def _code_output(graph: onnx.GraphProto, name: str, codec: AffineCodec) -> None:
         _require_scale(graph, producer, codec)
         codes = producer.input[0]
         graph.node.remove(producer)
-        for node in graph.node:
-            node.output[:] = [name if o == codes else o for o in node.output]
-            node.input[:] = [name if i == codes else i for i in node.input]
     else:
         scale, zero = np.array(codec.scale, np.float32), np.array(codec.zero_point, np.uint8)
         names = _constants(graph, {f"{name}_scale": scale, f"{name}_zero": zero})
-        graph.node.append(helper.make_node("QuantizeLinear", [OUTPUT, *names], [name]))
+        codes = f"{name}_codes"
+        graph.node.append(helper.make_node("QuantizeLinear", [OUTPUT, *names], [codes]))
+    if codec.bits < 8:
+        # QuantizeLinear saturates at 255; codes of fewer bits end earlier.
+        ends = _constants(graph, {f"{name}_least": np.uint8(0), f"{name}_most": np.uint8(codec.code_max)})
+        graph.node.append(helper.make_node("Clip", [codes, *ends], [name]))
+    else:
+        for node in graph.node:
+            node.output[:] = [name if o == codes else o for o in node.output]
+            node.input[:] = [name if i == codes else i for i in node.input]
     _replace_value(graph.output, OUTPUT, helper.make_tensor_value_info(name, TensorProto.UINT8, shape))
 
 
@@ -390,9 +396,9 @@ def _decoding_nodes(graph: onnx.GraphProto, name: str, codec: AffineCodec) -> li
     ]
 
 
-def _constants(graph: onnx.GraphProto, values: Mapping[str, npt.NDArray[Any]]) -> list[str]:
+def _constants(graph: onnx.GraphProto, values: Mapping[str, npt.NDArray[Any] | np.generic]) -> list[str]:
     """Adds initialisers and returns their names."""
-    graph.initializer.extend(numpy_helper.from_array(value, name) for name, value in values.items())
+    graph.initializer.extend(numpy_helper.from_array(np.asarray(value), name) for name, value in values.items())
     return list(values)
 
 

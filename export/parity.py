@@ -44,7 +44,8 @@ class Gates:
     """What an export must reach.
 
     Attributes:
-        min_sqnr_db: of head, all bodies together on stage-1 features, and tail.
+        min_sqnr_db: of head, all bodies together on stage-1 features, and tail. A stage whose codes have fewer than 8
+            bits need not be better than its codec: a tiny error before the quantiser moves a value by a whole step.
         max_accuracy_drop_points: from torch in float to the artifacts, on held-out images.
     """
 
@@ -61,6 +62,7 @@ class StageParity:
             on this client's features; no gate, since it would depend on the client); ``tail``.
         sqnr_db: signal to quantisation noise; infinite when bit-identical.
         max_error: the largest difference, in units of what the stage puts out.
+        wire_sqnr_db: what the codec of fewer than 8 bits after this stage loses by itself; infinite with 8 bits.
         size_bytes: of the artifact.
         batch1_ms: median time of one image on one thread; None for rows over several bodies.
     """
@@ -68,8 +70,13 @@ class StageParity:
     stage: str
     sqnr_db: float
     max_error: float
+    wire_sqnr_db: float
     size_bytes: int
     batch1_ms: float | None
+
+    def required_db(self, min_sqnr_db: float) -> float:
+        """Returns the SQNR that the gate ``min_sqnr_db`` asks of this stage."""
+        return min(min_sqnr_db, self.wire_sqnr_db)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -86,8 +93,11 @@ class ParityReport:
 
     @property
     def accuracy_drop_points(self) -> float:
-        """Torch in float minus the artifacts; negative when the artifacts are better."""
-        return self.accuracy_float - self.accuracy_artifact
+        """The better of torch in float and torch through the wire, minus the artifacts.
+
+        A client that was trained through a wire of few bits may well be worse without it.
+        """
+        return max(self.accuracy_float, self.accuracy_wire) - self.accuracy_artifact
 
     @property
     def min_stage_sqnr_db(self) -> float:
@@ -98,9 +108,9 @@ class ParityReport:
     def failures(self) -> list[str]:
         """What is worse than the gates allow, as sentences."""
         found = [
-            f"{stage.stage}: SQNR {stage.sqnr_db:.1f} dB is below {self.gates.min_sqnr_db:g} dB"
+            f"{stage.stage}: SQNR {stage.sqnr_db:.1f} dB is below {stage.required_db(self.gates.min_sqnr_db):.3g} dB"
             for stage in self.stages
-            if stage.stage in GATED and not stage.sqnr_db >= self.gates.min_sqnr_db
+            if stage.stage in GATED and not stage.sqnr_db >= stage.required_db(self.gates.min_sqnr_db)
         ]
         if not self.accuracy_drop_points <= self.gates.max_accuracy_drop_points:
             found.append(
@@ -126,7 +136,8 @@ class ParityReport:
             "min_stage_sqnr_db": _finite(self.min_stage_sqnr_db),
         }
         for stage in document["stages"]:
-            stage["sqnr_db"] = _finite(stage["sqnr_db"])
+            for name in ("sqnr_db", "wire_sqnr_db"):
+                stage[name] = _finite(stage[name])
         document["gates"] = {name: _finite(value) for name, value in document["gates"].items()}
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
@@ -179,10 +190,11 @@ def measure_bodies(
     tally = _Tally()
     for part in torch.split(features, BATCH):
         codes = wire.feature_codec.encode(part.numpy())
-        wanted, found = _answers(bodies, nets, wire, part, codes)
+        plain, wanted, found = _answers(bodies, nets, wire, part, codes)
         for i in range(wire.num_nets):
             tally.add(f"body {i}", wanted[:, i], found[:, i])
         tally.add("bodies", wanted, found)
+        tally.add_wire("bodies", plain, wanted, wire.answer_bits)
     sizes = [manifest.files[name].size_bytes for name in manifest.bodies]
     rows = [tally.stage(f"body {i}", sizes[i], _median_ms(net, {"features": codes[:1]})) for i, net in enumerate(nets)]
     return (*rows, tally.stage("bodies", sum(sizes), None))
@@ -232,7 +244,8 @@ def measure(
         if start < SQNR_IMAGES:
             arrived = torch.from_numpy(wire.feature_codec.decode(codes))
             tally.add("head", sent.numpy(), arrived.numpy())
-            wanted, found = _answers(bodies, nets, wire, arrived, codes)
+            tally.add_wire("head", (features + noise).numpy(), sent.numpy(), wire.feature_codec.bits)
+            _, wanted, found = _answers(bodies, nets, wire, arrived, codes)
             tally.add(ON_CLIENT, wanted, found)
             tally.add("tail", client.combine(torch.from_numpy(found[:, selected])).numpy(), logits)
         plain = torch.stack([body(features + noise) for body in chosen], dim=1)
@@ -263,11 +276,12 @@ def measure(
 
 def _answers(
     bodies: Sequence[nn.Module], nets: Sequence[Session], wire: WireSpec, features: Tensor, codes: Codes
-) -> tuple[Floats, Floats]:
-    """Returns what torch and the artifacts answer to the same features, ``(B, N, F)`` float32 each."""
-    wanted = fake_quantise_answers(torch.stack([body(features) for body in bodies], dim=1), wire.answer_codecs)
+) -> tuple[Floats, Floats, Floats]:
+    """Returns what torch (in float, and through the codec) and the artifacts answer, ``(B, N, F)`` float32 each."""
+    plain = torch.stack([body(features) for body in bodies], dim=1)
+    wanted = fake_quantise_answers(plain, wire.answer_codecs)
     found = [codec.decode(net.run({"features": codes})) for net, codec in zip(nets, wire.answer_codecs, strict=True)]
-    return wanted.numpy(), np.stack(found, axis=1)
+    return plain.numpy(), wanted.numpy(), np.stack(found, axis=1)
 
 
 def _finite(value: float) -> float | None:
@@ -284,6 +298,7 @@ class _Tally:
         self.max_error: dict[str, float] = defaultdict(float)
         self.low: dict[str, float] = defaultdict(lambda: math.inf)
         self.high: dict[str, float] = defaultdict(lambda: -math.inf)
+        self.wire: dict[str, tuple[float, float]] = {}
         self.hits = dict.fromkeys(("float", "wire", "artifact", "agree"), 0)
         self.images = 0
 
@@ -294,6 +309,20 @@ class _Tally:
         self.max_error[stage] = max(self.max_error[stage], float(np.abs(difference).max()))
         self.low[stage] = min(self.low[stage], float(found.min()))
         self.high[stage] = max(self.high[stage], float(found.max()))
+
+    def add_wire(self, stage: str, plain: Floats, arrived: Floats, bits: int) -> None:
+        """Counts what a codec of fewer than 8 bits does to ``plain`` by itself."""
+        if bits < 8:
+            signal, error = self.wire.get(stage, (0.0, 0.0))
+            signal += float(np.square(plain.astype(np.float64)).sum())
+            error += float(np.square(plain.astype(np.float64) - arrived).sum())
+            self.wire[stage] = signal, error
+
+    def wire_sqnr(self, stage: str) -> float:
+        if stage not in self.wire:
+            return math.inf
+        signal, error = self.wire[stage]
+        return 10 * math.log10(signal / error) if signal > 0 and error > 0 else math.inf
 
     def sqnr(self, stage: str) -> float:
         if self.low[stage] == self.high[stage]:
@@ -307,6 +336,7 @@ class _Tally:
             stage=stage,
             sqnr_db=self.sqnr(stage),
             max_error=self.max_error[stage],
+            wire_sqnr_db=self.wire_sqnr(stage),
             size_bytes=size_bytes,
             batch1_ms=batch1_ms,
         )

@@ -182,12 +182,11 @@ def _make_server(
         shutil.rmtree(folder, ignore_errors=True)
         manifest = _write_server(folder, template, bodies, wire, samples, precision, progress)
         stages = parity.measure_bodies(bodies, {name: folder / name for name in manifest.files}, manifest, held_out)
-        if stages[-1].sqnr_db >= options.gates.min_sqnr_db:
+        required_db = stages[-1].required_db(options.gates.min_sqnr_db)
+        if stages[-1].sqnr_db >= required_db:
             break
         if precision != wanted:
-            progress(
-                f"server: {precision} reaches {stages[-1].sqnr_db:.1f} dB, the gate is {options.gates.min_sqnr_db:g} dB"
-            )
+            progress(f"server: {precision} reaches {stages[-1].sqnr_db:.1f} dB, the gate is {required_db:.3g} dB")
     return manifest, stages
 
 

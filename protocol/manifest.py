@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
-from ensembler.protocol.codec import AffineCodec
+from ensembler.protocol.codec import CODEC_BITS, AffineCodec, packed_row_bytes
 from ensembler.protocol.errors import (
     BundleError,
     BundleTamperedError,
@@ -69,6 +69,21 @@ class WireSpec:
     def num_nets(self) -> int:
         """N, the number of bodies."""
         return len(self.answer_codecs)
+
+    @property
+    def answer_bits(self) -> int:
+        """Of one code of an answer; one number for all bodies."""
+        return self.answer_codecs[0].bits
+
+    @property
+    def bytes_up(self) -> int:
+        """One image's features on the wire, without the header."""
+        return packed_row_bytes(self.feature_shape, self.feature_codec.bits)
+
+    @property
+    def bytes_down(self) -> int:
+        """One image's N answers on the wire, without the header."""
+        return packed_row_bytes((self.num_nets, self.answer_width), self.answer_bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +166,7 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
 
 
 def _codec_json(codec: AffineCodec) -> dict[str, Any]:
-    return {"codec": "u8", "scale": codec.scale, "zero_point": codec.zero_point}
+    return {"codec": codec.name, "scale": codec.scale, "zero_point": codec.zero_point}
 
 
 def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
@@ -328,10 +343,10 @@ class _Reader:
         reader = _Reader(value, self.source, f"{self.prefix}{name}.")
         if not isinstance(value, dict):
             raise self.error(name, "is not an object")
-        reader.choice("codec", ("u8",))
+        bits = CODEC_BITS[reader.choice("codec", tuple(CODEC_BITS))]
         scale = reader.get("scale", lambda v: isinstance(v, int | float))
         try:
-            return AffineCodec(scale=float(scale), zero_point=reader.integer("zero_point", 0, 255))
+            return AffineCodec(scale=float(scale), zero_point=reader.integer("zero_point", 0, 2**bits - 1), bits=bits)
         except (ConfigError, OverflowError) as error:
             raise reader.error("scale", "is not a positive float32 value") from error
 
@@ -342,10 +357,13 @@ class _Reader:
             lambda v: isinstance(v, list) and 1 <= len(v) <= 4 and all(type(n) is int and 0 < n <= MAX_AXIS for n in v),
         )
         codecs = wire.get("answer_codecs", lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_NETS)
+        answer_codecs = tuple(wire.codec(codec, f"answer_codecs[{i}]") for i, codec in enumerate(codecs))
+        if len({codec.bits for codec in answer_codecs}) > 1:
+            raise wire.error("answer_codecs", "mixes codecs of several bits; the answers travel as one tensor")
         return WireSpec(
             bodies_id=wire.hexadecimal("bodies_id"),
             feature_shape=tuple(shape),
             feature_codec=wire.codec(wire.document.get("feature_codec"), "feature_codec"),
             answer_width=wire.integer("answer_width", 1, MAX_AXIS),
-            answer_codecs=tuple(wire.codec(codec, f"answer_codecs[{i}]") for i, codec in enumerate(codecs)),
+            answer_codecs=answer_codecs,
         )

@@ -14,7 +14,7 @@ from typing import Any
 import msgpack
 import numpy as np
 
-from ensembler.protocol.codec import U8, Codes
+from ensembler.protocol.codec import CODEC_BITS, Codes, pack, packed_row_bytes, unpack
 from ensembler.protocol.errors import LimitExceededError, ProtocolError, UnsupportedVersionError
 
 VERSION = 1
@@ -59,7 +59,8 @@ class Message:
         request_id: 16 random bytes that the reply repeats; a retry repeats them too.
         bodies_id: 32 bytes, which nets; zeros in ``status`` requests.
         budget_ms: how long the sender will still wait, at the moment of sending; 0 in replies.
-        tensor: the codes, uint8, first axis is the batch; None when the operation has none.
+        tensor: the codes, uint8, one a byte, first axis is the batch; None when the operation has none.
+        bits: of one code of the tensor on the wire.
         info: small facts beside it: timings of a result, code and text of an error. Texts, numbers, lists of them.
     """
 
@@ -68,17 +69,17 @@ class Message:
     bodies_id: bytes = NO_BODIES
     budget_ms: float = 0.0
     tensor: Codes | None = None
+    bits: int = 8
     info: dict[str, Any] = field(default_factory=dict)
 
 
 def encode(message: Message) -> list[bytes | memoryview]:
-    """Returns the two frames of ``message``. The payload is the tensor's own memory, not a copy."""
+    """Returns the two frames of ``message``. The payload of 8-bit codes is the tensor's own memory, not a copy."""
     descriptor: list[Any] = []
     payload: bytes | memoryview = b""
     if message.tensor is not None:
-        tensor = np.ascontiguousarray(message.tensor)
-        descriptor = [U8, list(tensor.shape)]
-        payload = tensor.reshape(-1).data
+        descriptor = [f"u{message.bits}", list(message.tensor.shape)]
+        payload = np.ascontiguousarray(pack(message.tensor, message.bits)).reshape(-1).data
     header: bytes = msgpack.packb(
         {
             "v": VERSION,
@@ -120,12 +121,14 @@ def decode(frames: Sequence[bytes | memoryview], limits: Limits = LIMITS) -> Mes
         raise UnsupportedVersionError(f"the peer speaks protocol version {version}, this side speaks {VERSION}")
     if set(header) != {"v", "op", "id", "bodies", "budget_ms", "tensor", "info"}:
         raise ProtocolError("the header's fields are not those of version 1")
+    tensor, bits = _tensor(header["tensor"], payload, limits)
     return Message(
         operation=_operation(header["op"]),
         request_id=_fixed_bytes(header["id"], REQUEST_ID_BYTES, "id"),
         bodies_id=_fixed_bytes(header["bodies"], BODIES_ID_BYTES, "bodies"),
         budget_ms=_budget(header["budget_ms"]),
-        tensor=_tensor(header["tensor"], payload, limits),
+        tensor=tensor,
+        bits=bits,
         info=_info(header["info"], limits),
     )
 
@@ -191,25 +194,33 @@ def _budget(value: Any) -> float:
     return value
 
 
-def _tensor(descriptor: Any, payload: bytes | memoryview, limits: Limits) -> Codes | None:
+def _tensor(descriptor: Any, payload: bytes | memoryview, limits: Limits) -> tuple[Codes | None, int]:
     if not isinstance(descriptor, list):
         raise ProtocolError("the header's tensor is not a list")
     if not descriptor:
         if len(payload):
             raise ProtocolError("the message has a payload but describes no tensor")
-        return None
-    if len(descriptor) != 2 or descriptor[0] != U8 or not isinstance(descriptor[1], list):
-        raise ProtocolError("the header's tensor is not [codec, shape] with a known codec")
-    shape = descriptor[1]
+        return None, 8
+    if len(descriptor) != 2 or not isinstance(descriptor[0], str) or not isinstance(descriptor[1], list):
+        raise ProtocolError("the header's tensor is not [codec, shape]")
+    if descriptor[0] not in CODEC_BITS:
+        raise ProtocolError(f"the header's tensor has a codec other than {', '.join(CODEC_BITS)}")
+    shape, bits = descriptor[1], CODEC_BITS[descriptor[0]]
     if not 1 <= len(shape) <= limits.rank:
         raise LimitExceededError(f"the tensor has {len(shape)} axes, not 1 to {limits.rank}")
     if not all(type(axis) is int and 1 <= axis <= limits.tensor_bytes for axis in shape):
         raise ProtocolError("an axis of the tensor is not a positive integer within the limits")
     if shape[0] > limits.rows:
         raise LimitExceededError(f"the tensor has {shape[0]} rows, more than {limits.rows}; send smaller batches")
-    if math.prod(shape) != len(payload):
-        raise ProtocolError(f"the payload has {len(payload)} bytes, the shape {shape} needs {math.prod(shape)}")
-    return np.frombuffer(payload, np.uint8).reshape(shape)
+    if math.prod(shape) > limits.tensor_bytes:
+        raise LimitExceededError(f"the tensor has {math.prod(shape)} codes, more than {limits.tensor_bytes}")
+    expected = shape[0] * packed_row_bytes(shape[1:], bits)
+    if expected != len(payload):
+        raise ProtocolError(f"the payload has {len(payload)} bytes, the shape {shape} in {bits} bits needs {expected}")
+    try:
+        return unpack(np.frombuffer(payload, np.uint8).reshape(shape[0], -1), shape[1:], bits), bits
+    except ValueError as error:
+        raise ProtocolError(f"the payload is not packed as the protocol says: {error}") from error
 
 
 def _info(value: Any, limits: Limits) -> dict[str, Any]:

@@ -214,6 +214,7 @@ class EdgeClient:
             bodies_id=self._bodies_id,
             budget_ms=max(0.0, 1000 * (deadline - sent)),
             tensor=codes,
+            bits=self._manifest.wire.feature_codec.bits,
         )
         reply = self._exchange(request, deadline)
         received = time.monotonic()
@@ -242,10 +243,11 @@ class EdgeClient:
         """
         wire = self._manifest.wire
         expected = (rows, wire.num_nets, wire.answer_width)
-        if message.tensor is None or message.tensor.shape != expected:
+        if message.tensor is None or message.tensor.shape != expected or message.bits != wire.answer_bits:
             shape = None if message.tensor is None else message.tensor.shape
             raise ProtocolError(
-                f"the server answered with shape {shape}, {expected} was asked for; is it the right server?"
+                f"the server answered with shape {shape} in {message.bits} bits, {expected} in {wire.answer_bits} "
+                "was asked for; is it the right server?"
             )
         if message.bodies_id != self._bodies_id:
             raise ProtocolError("the server answered for other nets than were asked for")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import json
+import math
 import os
 import pwd
 import re
@@ -24,6 +25,8 @@ from onnx import helper, numpy_helper
 from torch.nn.utils.fusion import fuse_conv_bn_weights
 
 from ensembler.cli import main
+from ensembler.cli.export import new_keys
+from ensembler.client import EdgeClient
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.export import parity
 from ensembler.export.parity import Gates
@@ -563,7 +566,9 @@ def test_the_report_has_every_stage_with_the_size_of_its_file(tiny):
         assert rows[stage]["batch1_ms"] is None
     assert report["min_stage_sqnr_db"] == min(rows[stage]["sqnr_db"] for stage in ("head", "bodies", "tail"))
     assert report["gates"] == {"min_sqnr_db": 0.0, "max_accuracy_drop_points": 100.0}
-    assert report["accuracy_drop_points"] == report["accuracy_float"] - report["accuracy_artifact"]
+    assert report["accuracy_drop_points"] == (
+        max(report["accuracy_float"], report["accuracy_wire"]) - report["accuracy_artifact"]
+    )
 
 
 def test_no_row_of_the_report_is_about_the_selected_bodies_alone(tiny, second):
@@ -720,6 +725,64 @@ def test_sqnr_is_signal_over_error():
     assert tally.sqnr("tail") == np.inf
     tally.add("bodies", reference, np.array([[np.nan, 4.0]], np.float32))
     assert not tally.sqnr("bodies") >= -np.inf  # which fails any gate
+
+
+# --- fewer bits on the wire ---
+
+
+@pytest.fixture(scope="module")
+def low_bits(tiny, tmp_path_factory):
+    """A client of the tiny run's stage-1 nets, 3-bit features, 4-bit answers, the default SQNR gate: (out, report)."""
+    folder = tmp_path_factory.mktemp("low-bits")
+    config = dataclasses.replace(RunFolder.open(tiny.run).config, wire_bits=3, answer_bits=4)
+    train(config, folder / "run", stage1_from=tiny.run)
+    key = new_keys(folder / "keys")
+    gates = Gates(max_accuracy_drop_points=100.0)
+    report = exported(folder / "run", folder, gates=gates, server_public_key=key, server_precision="int8")
+    return folder, report
+
+
+def test_codes_of_fewer_bits_stay_within_them_on_both_ways(low_bits, tiny_images):
+    out, _ = low_bits
+    codes = EdgeRuntime(out / "client").encode(tiny_images)
+    assert 3 < codes.max() <= 7
+    answers = answers_of(out / "server", codes)
+    assert 7 < answers.max() <= 15
+
+
+def test_few_bits_are_packed_on_a_real_connection_and_the_answer_is_the_same(low_bits, tiny_images, serve):
+    out, _ = low_bits
+    wire = load_server(out / "server").wire
+    with (
+        serve(out / "server", "--key", str(out / "keys" / "server.key_secret")) as (endpoint, _),
+        EdgeClient(out / "client", endpoint, timeout_ms=60_000) as client,
+    ):
+        one = client.predict(tiny_images[0])
+        batch = client.predict_batch(list(tiny_images))
+    assert wire.bytes_up == math.prod(wire.feature_shape) * 3 // 8
+    assert wire.bytes_down == wire.num_nets * wire.answer_width // 2
+    assert 0 < one.bytes_up - wire.bytes_up < 200
+    assert 0 < one.bytes_down - wire.bytes_down < 250
+    np.testing.assert_allclose(
+        [p.logits for p in batch], logits_of(out, out / "server", tiny_images), rtol=1e-5, atol=1e-5
+    )
+
+
+def test_the_gate_asks_of_few_bits_no_more_than_the_codec_itself_keeps(low_bits):
+    rows = {stage.stage: stage for stage in low_bits[1].stages}
+    for name in ("head", "bodies"):
+        assert rows[name].wire_sqnr_db < 35
+        assert rows[name].sqnr_db >= rows[name].wire_sqnr_db == rows[name].required_db(35.0)
+    assert rows["tail"].wire_sqnr_db == np.inf
+
+
+def test_a_client_of_another_width_does_not_fit_the_first_ones_server(low_bits, tiny):
+    assert load_server(low_bits[0] / "server").wire.bodies_id != load_server(tiny.server).wire.bodies_id
+
+
+def test_with_8_bits_the_gate_is_the_one_that_was_asked_for(tiny):
+    for row in report_of(tiny.out)["stages"]:
+        assert row["wire_sqnr_db"] is None
 
 
 # --- noise and baselines ---

@@ -83,6 +83,31 @@ def test_a_request_has_the_documented_bytes():
     assert bytes(payload) == b"\x00\x01\x02\x03\x04\x05"
 
 
+def test_a_tensor_of_four_bits_travels_packed_each_image_from_a_byte_of_its_own():
+    tensor = np.array([[[1, 2, 3]], [[4, 5, 15]]], np.uint8)
+    message = Message(
+        operation="infer", request_id=REQUEST_ID, bodies_id=BODIES_ID, budget_ms=1500.0, tensor=tensor, bits=4
+    )
+    head, payload = encode(message)
+    assert head == GOLDEN_REQUEST.replace(b"\xa2u8", b"\xa2u4")
+    assert bytes(payload).hex(" ") == "21 03 54 0f"
+    arrived = decode([head, payload])
+    assert arrived.bits == 4
+    assert arrived.tensor.tolist() == tensor.tolist()
+
+
+def test_packed_bytes_with_a_bit_beyond_the_last_code_are_refused():
+    with pytest.raises(ProtocolError, match="packed"):
+        decode(frames(bytes([0x21, 0x03, 0x54, 0xFF]), tensor=["u4", [2, 1, 3]]))
+
+
+def test_codes_that_would_unpack_beyond_the_limit_are_refused_before_that():
+    limits = Limits(tensor_bytes=8)
+    decode(frames(bytes(2), tensor=["u2", [1, 2, 4]]), limits)
+    with pytest.raises(LimitExceededError, match="9 codes"):
+        decode(frames(bytes(3), tensor=["u2", [1, 3, 3]]), limits)
+
+
 def test_an_error_reply_has_the_documented_bytes():
     info = {"code": 301, "message": "full", "retry_after_ms": 50.0}
     head, payload = encode(Message(operation="error", request_id=REQUEST_ID, info=info))

@@ -29,6 +29,7 @@ from ensembler.training.models import ArchSpec, build_net, feature_shape, normal
 from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, restore
 from ensembler.training.stages import (
     Client,
+    fewest_bits,
     fix_wire,
     load_bodies,
     load_client,
@@ -188,7 +189,7 @@ def test_training_learns_what_can_be_learned(settings, tmp_path):
 
 
 def test_the_wire_is_fixed_from_stage1_nets_and_images_alone():
-    assert list(inspect.signature(fix_wire).parameters) == ["nets", "images"]
+    assert list(inspect.signature(fix_wire).parameters) == ["nets", "images", "wire_bits", "answer_bits"]
 
 
 def test_the_wire_states_what_travels(run):
@@ -233,6 +234,37 @@ def test_the_wires_range_holds_nearly_all_features_and_answers(run, tensors):
         assert answer_codec.low <= 0
         clipped = body(features) > answer_codec.high + answer_codec.scale
         assert 0 < float(clipped.float().mean()) < 5e-3
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4])
+def test_a_codec_of_few_bits_clips_where_the_squared_error_is_least(bits):
+    values = torch.randn(100_000, generator=torch.Generator().manual_seed(0)).relu()
+
+    def error(codec):
+        return float((fake_quantise(values, codec) - values).square().mean())
+
+    codec = codec_for(values, 1e-4, bits)
+    assert codec.bits == bits
+    whole = AffineCodec.from_range(0.0, float(values.max()), bits)
+    assert error(codec) < 0.9 * error(whole)
+    for factor in (0.9, 1.1):
+        assert error(codec) < error(AffineCodec.from_range(0.0, factor * codec.high, bits))
+
+
+def test_auto_takes_the_fewest_bits_that_cost_the_stage_1_nets_little(run, tensors):
+    nets = load_stage1(run)
+    assert fewest_bits(nets, tensors.train_x, tensors.train_y, max_drop_points=100.0) == 2
+    assert fewest_bits(nets, tensors.train_x, tensors.train_y, max_drop_points=-100.0) == 8
+
+
+def test_a_client_with_other_bits_gets_a_wire_of_its_own_and_one_with_the_same_keeps_it(run, settings, tmp_path):
+    wires = {}
+    for bits in (8, 4):
+        train(settings(wire_bits=bits), tmp_path / str(bits), stage1_from=run.path)
+        wires[bits] = RunFolder.open(tmp_path / str(bits)).read_wire()
+    assert wires[8] == run.read_wire()
+    assert wires[4].spec.feature_codec.bits == 4
+    assert wires[4].spec.bodies_id != wires[8].spec.bodies_id
 
 
 def test_a_codec_ignores_single_outliers_and_refuses_what_is_not_finite():
@@ -672,6 +704,9 @@ def test_bodies_id_does_not_change_with_memory_layout_or_mode(bodies):
         ({"num_selected": 0}, "P = 0 of N = 3"),
         ({"num_nets": 0}, "N = 0"),
         ({"num_nets": 1025}, "N = 1025"),
+        ({"wire_bits": 5}, "--wire-bits 5: choose 8, 4, 3, 2 or auto"),
+        ({"answer_bits": 2}, "--answer-bits 2: choose 8 or 4"),
+        ({"max_wire_drop_points": -1.0}, "max_wire_drop_points"),
         ({"reg_over": "al"}, "--reg-over al: choose all or selected"),
         ({"defense": "ensemble"}, "--defense ensemble: choose"),
         ({"noise_mode": "frozen"}, "--noise-mode frozen: choose"),

@@ -7,6 +7,7 @@ import math
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from ensembler.protocol.codec import CODEC_BITS, known_bits
 from ensembler.protocol.errors import ConfigError
 
 Defense = Literal["ensembler", "single", "none"]
@@ -32,6 +33,10 @@ class TrainConfig:
             always fixed (Eq. 2).
         reg_weight: lambda of Eq. 3.
         reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
+        wire_bits: of one code of the features on the wire; ``auto`` takes the fewest that cost the stage-1 nets no
+            more than ``max_wire_drop_points``, see ``training.wire``.
+        answer_bits: of one code of the answers, 8 or 4.
+        max_wire_drop_points: what ``auto`` may cost.
         epochs_stage1: passes over the data for each stage-1 net.
         epochs_stage3: passes over the data for the client.
         batch_size: images in a step.
@@ -54,6 +59,9 @@ class TrainConfig:
     noise_mode: NoiseMode = "fixed"
     reg_weight: float = 0.1
     reg_over: RegOver = "all"
+    wire_bits: int | Literal["auto"] = 8
+    answer_bits: int = 8
+    max_wire_drop_points: float = 0.5
     epochs_stage1: int = 30
     epochs_stage3: int = 30
     batch_size: int = 128
@@ -71,6 +79,10 @@ class TrainConfig:
             raise ConfigError(f"--noise-mode {self.noise_mode}: choose fixed or fresh")
         if self.reg_over not in ("all", "selected"):
             raise ConfigError(f"--reg-over {self.reg_over}: choose all or selected")
+        if self.wire_bits != "auto" and self.wire_bits not in CODEC_BITS.values():
+            raise ConfigError(f"--wire-bits {self.wire_bits}: choose {known_bits()} or auto")
+        if self.answer_bits not in (8, 4):
+            raise ConfigError(f"--answer-bits {self.answer_bits}: choose 8 or 4")
         if self.noise_mode == "fresh" and not self.is_ensemble:
             raise ConfigError(f"--noise-mode fresh is stage 3's, which --defense {self.defense} does not have")
         if not 1 <= self.num_nets <= MAX_NETS:
@@ -79,6 +91,7 @@ class TrainConfig:
             raise ConfigError(f"P = {self.num_selected} of N = {self.num_nets}: choose 1 <= P <= N")
         not_negative = {
             "noise_std": self.noise_std,
+            "max_wire_drop_points": self.max_wire_drop_points,
             "reg_weight": self.reg_weight,
             "weight_decay": self.weight_decay,
             "seed": self.seed,

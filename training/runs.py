@@ -155,9 +155,9 @@ class RunFolder:
             {
                 "bodies_id": spec.bodies_id,
                 "feature_shape": list(spec.feature_shape),
-                "feature_codec": [spec.feature_codec.scale, spec.feature_codec.zero_point],
+                "feature_codec": _codec_json(spec.feature_codec),
                 "answer_width": spec.answer_width,
-                "answer_codecs": [[codec.scale, codec.zero_point] for codec in spec.answer_codecs],
+                "answer_codecs": [_codec_json(codec) for codec in spec.answer_codecs],
                 "order": list(state.order),
             },
         )
@@ -169,8 +169,9 @@ class RunFolder:
 
     @staticmethod
     def _wire_state(document: dict[str, Any]) -> WireState:
-        def codec(pair: list[Any]) -> AffineCodec:
-            return AffineCodec(scale=pair[0], zero_point=pair[1])
+        def codec(triple: list[Any]) -> AffineCodec:
+            scale, zero_point, bits = triple
+            return AffineCodec(scale=scale, zero_point=zero_point, bits=bits)
 
         return WireState(
             spec=WireSpec(
@@ -194,9 +195,8 @@ class RunFolder:
             return ClientSecret(selector=tuple(document["selector"]), seed=document["seed"])
 
     def copy_stage1(self, source: RunFolder) -> None:
-        """Takes stage 1 and the wire of another run as they are, so that a second client fits the same server."""
-        names = [self.stage1_file(index) for index in range(source.config.trained_nets)]
-        for name in (*names, "wire.json"):
+        """Takes the stage-1 nets of another run as they are."""
+        for name in (self.stage1_file(index) for index in range(source.config.trained_nets)):
             try:
                 content = (source.path / name).read_bytes()
             except OSError as error:
@@ -248,7 +248,7 @@ class RunFolder:
         """Turns what a readable file lacks into an error that names it."""
         try:
             yield
-        except (KeyError, IndexError, TypeError, AttributeError, ConfigError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, ConfigError) as error:
             raise DataError(f"{self.path / name} is damaged or of another version; train again") from error
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -268,6 +268,10 @@ class RunFolder:
         except OSError as error:
             temporary.unlink(missing_ok=True)
             raise DataError(f"{path} cannot be written: {error.strerror}") from error
+
+
+def _codec_json(codec: AffineCodec) -> list[float | int]:
+    return [codec.scale, codec.zero_point, codec.bits]
 
 
 def _write_bytes(content: bytes, path: Path) -> None:
@@ -299,7 +303,7 @@ def bodies_digest(bodies: Sequence[nn.Module], feature_codec: AffineCodec, answe
     """
     digest = hashlib.sha256(b"ensembler bodies v1\n")
     for codec in (feature_codec, *answers):
-        digest.update(f"{codec.scale!r} {codec.zero_point}\n".encode())
+        digest.update(f"{codec.name} {codec.scale!r} {codec.zero_point}\n".encode())
     for body in bodies:
         for name, value in sorted(body.state_dict().items()):
             digest.update(f"{name} {value.dtype} {tuple(value.shape)}\n".encode())

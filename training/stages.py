@@ -9,6 +9,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -16,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensembler.protocol.codec import AffineCodec
+from ensembler.protocol.codec import CODEC_BITS, AffineCodec
 from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import WireSpec
 from ensembler.training import data as data_sets
@@ -52,6 +53,7 @@ from ensembler.training.wire import (
 )
 
 CALIBRATION_IMAGES = 1024
+BITS_IMAGES = 4096
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -187,7 +189,7 @@ def _freeze(net: Net) -> Net:
 
 
 @torch.inference_mode()
-def fix_wire(nets: Sequence[Stage1Net], images: Tensor) -> WireState:
+def fix_wire(nets: Sequence[Stage1Net], images: Tensor, *, wire_bits: int = 8, answer_bits: int = 8) -> WireState:
     """Fixes everything the server gets: the bodies' order and the codecs, from stage-1 features alone.
 
     The features' range covers all N heads with their noise. A body's answers are taken on the features of all N heads
@@ -198,15 +200,17 @@ def fix_wire(nets: Sequence[Stage1Net], images: Tensor) -> WireState:
     Args:
         nets: the N trained nets.
         images: ``(M, 3, H, W)`` uint8 train images.
+        wire_bits: of the features' codec.
+        answer_bits: of the answers' codecs.
     """
     order = list(range(len(nets)))
     secrets.SystemRandom().shuffle(order)
     x = normalise(images).to(memory_format=torch.channels_last)
-    feature_codec = codec_for(
-        torch.stack([_in_batches(item.net.head, x) + item.noise for item in nets]), CLIPPED_FEATURES
-    )
+    feature_codec = codec_for(_all_features(nets, x), CLIPPED_FEATURES, wire_bits)
     features = mixed_features(nets, feature_codec, images)
-    answer_codecs = tuple(codec_for(_in_batches(nets[i].net.body, features), CLIPPED_ANSWERS) for i in order)
+    answer_codecs = tuple(
+        codec_for(_in_batches(nets[i].net.body, features), CLIPPED_ANSWERS, answer_bits) for i in order
+    )
     spec = WireSpec(
         bodies_id=bodies_digest([nets[i].net.body for i in order], feature_codec, answer_codecs),
         feature_shape=tuple(features.shape[1:]),
@@ -236,6 +240,43 @@ def mixed_features(nets: Sequence[Stage1Net], codec: AffineCodec, images: Tensor
             features = _in_batches(item.net.head, normalise(chosen).to(memory_format=torch.channels_last))
             parts.append(fake_quantise(features + item.noise, codec))
     return torch.cat(parts)
+
+
+def _all_features(nets: Sequence[Stage1Net], x: Tensor) -> Tensor:
+    """Returns what all N stage-1 heads send for the normalised images ``x``, ``(N, M, C, h, w)``."""
+    return torch.stack([_in_batches(item.net.head, x) + item.noise for item in nets])
+
+
+@torch.inference_mode()
+def fewest_bits(nets: Sequence[Stage1Net], images: Tensor, labels: Tensor, max_drop_points: float) -> int:
+    """Returns the fewest bits of the features' codec that cost the stage-1 nets little accuracy: ``--wire-bits auto``.
+
+    Like everything that the server gets to know it is decided from stage 1. It is a careful choice, because the client
+    is then trained through the codec and the stage-1 nets were not.
+
+    Args:
+        nets: the N trained nets.
+        images: ``(M, 3, H, W)`` uint8; train images, whose accuracy is not used for anything else.
+        labels: ``(M,)``.
+        max_drop_points: of the mean accuracy over the N nets, in points.
+    """
+    x = normalise(images[:CALIBRATION_IMAGES]).to(memory_format=torch.channels_last)
+    values = _all_features(nets, x)
+
+    def mean_accuracy(codec: AffineCodec | None) -> float:
+        def predict(item: Stage1Net, x: Tensor) -> Tensor:
+            sent = item.net.head(x) + item.noise
+            logits: Tensor = item.net.tail(item.net.body(sent if codec is None else fake_quantise(sent, codec)))
+            return logits
+
+        return sum(accuracy(partial(predict, item), images, labels) for item in nets) / len(nets)
+
+    floor = mean_accuracy(None) - max_drop_points
+    widths = sorted(CODEC_BITS.values())
+    for bits in widths[:-1]:
+        if mean_accuracy(codec_for(values, CLIPPED_FEATURES, bits)) >= floor:
+            return bits
+    return widths[-1]
 
 
 def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
@@ -349,11 +390,11 @@ def train(
     data = Tensors.of(dataset, device, config.train_limit)
     if source is None:
         nets = stage1(run, config, arch, data, reporter)
-        wire = fix_wire(nets, data.train_x[:CALIBRATION_IMAGES])
-        run.write_wire(wire)
     else:
         run.copy_stage1(source)
-        nets, wire = load_stage1(run, device), run.read_wire()
+        nets = load_stage1(run, device)
+    wire = _wire(config, source, nets, data)
+    run.write_wire(wire)
     secret = stage2(config)
     run.write_secret(secret)
     if config.is_ensemble:
@@ -367,6 +408,20 @@ def train(
     summary = _summary(run, config, client, nets, wire, data)
     run.write_json("summary.json", {**summary, "feature_shape": list(shape)})
     return summary
+
+
+def _wire(config: TrainConfig, source: RunFolder | None, nets: Sequence[Stage1Net], data: Tensors) -> WireState:
+    """Takes the wire of ``source`` where its codecs are the wanted ones, so that the client fits its server."""
+    if config.wire_bits == "auto":
+        chosen = slice(0, BITS_IMAGES)
+        bits = fewest_bits(nets, data.train_x[chosen], data.train_y[chosen], config.max_wire_drop_points)
+    else:
+        bits = config.wire_bits
+    if source is not None:
+        wire = source.read_wire()
+        if (wire.spec.feature_codec.bits, wire.spec.answer_bits) == (bits, config.answer_bits):
+            return wire
+    return fix_wire(nets, data.train_x[:CALIBRATION_IMAGES], wire_bits=bits, answer_bits=config.answer_bits)
 
 
 def _require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:

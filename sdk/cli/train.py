@@ -26,6 +26,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-mode", default="fixed", help="fixed as in the paper, or fresh for every image")
     parser.add_argument("--reg-weight", type=float, default=0.1, help="lambda of Eq. 3 (default: 0.1)")
     parser.add_argument("--reg-over", default="all", help="maximum of Eq. 3 over all heads, or the selected ones")
+    parser.add_argument(
+        "--wire-bits", type=_bits, default=8, help="of a feature's code on the wire: 8, 4, 3, 2 or auto (default: 8)"
+    )
+    parser.add_argument("--answer-bits", type=int, default=8, help="of an answer's code: 8 or 4 (default: 8)")
     parser.add_argument("--epochs", type=int, default=None, help="of both stages")
     parser.add_argument("--epochs-stage1", type=int, default=30, help="(default: 30)")
     parser.add_argument("--epochs-stage3", type=int, default=30, help="(default: 30)")
@@ -40,6 +44,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--stage1", type=Path, default=None, help="reuse stage 1 of this run: a further client for its server"
     )
+
+
+def _bits(text: str) -> int | str:
+    return text if text == "auto" else int(text)
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -59,6 +67,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         noise_mode=options.noise_mode,
         reg_weight=options.reg_weight,
         reg_over=options.reg_over,
+        wire_bits=options.wire_bits,
+        answer_bits=options.answer_bits,
         epochs_stage1=options.epochs_stage1 if options.epochs is None else options.epochs,
         epochs_stage3=options.epochs_stage3 if options.epochs is None else options.epochs,
         batch_size=options.batch_size,
