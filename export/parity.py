@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ensembler.edge_runtime.backends import Session, open_session
 from ensembler.protocol.errors import GateFailedError
 from ensembler.protocol.manifest import ClientManifest, ServerManifest, WireSpec
+from ensembler.protocol.text import aligned
 from ensembler.training.models import normalise
 from ensembler.training.stages import Client
 from ensembler.training.wire import fake_quantise, fake_quantise_answers
@@ -155,14 +156,7 @@ class ParityReport:
                     ms,
                 )
             )
-        widths = [max(len(row[i]) for row in rows) for i in range(5)]
-        lines = [
-            "  ".join(
-                cell.ljust(w) if i == 0 else cell.rjust(w) for i, (cell, w) in enumerate(zip(row, widths, strict=True))
-            )
-            for row in rows
-        ]
-        lines.insert(1, "-" * len(lines[0]))
+        lines = aligned(rows)
         lines += [
             "",
             f"accuracy on {self.images} held-out images: torch float {self.accuracy_float:.2f}%, "

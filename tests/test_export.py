@@ -80,6 +80,14 @@ def initialisers(folder):
 # --- the runs and bundles that the tests share ---
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _own_nets():
+    """``--arch own_nets:NAME`` finds tests/own_nets.py."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(Path(__file__).parent))
+        yield
+
+
 @pytest.fixture(scope="module")
 def second_run(tiny, tmp_path_factory):
     """Another client of the tiny run's stage 1: another selector, fresh noise. Its data has moved since."""
@@ -224,7 +232,7 @@ def server_haystacks(tiny, in_float):
 def test_no_secret_tensor_is_in_the_server_bundle(precision, server_haystacks, tiny):
     haystack = server_haystacks[precision]
     tensors = {n: t for n, t in trained_secrets(RunFolder.open(tiny.run)) if t.dtype == np.float32}
-    assert {"client head.0.weight", "client tail.weight", "client noise", "net 2 noise"} <= tensors.keys()
+    assert {"client head.stem.conv.weight", "client tail.fc.weight", "client noise", "net 2 noise"} <= tensors.keys()
     assert min(tensor.nbytes for tensor in tensors.values()) >= SHORTEST
     assert [name for name, tensor in tensors.items() if haystack.holds(tensor)] == []
 
@@ -249,7 +257,7 @@ def test_the_server_bundle_has_no_constant_of_a_heads_or_tails_shape(tiny, in_fl
 
 def test_the_search_finds_what_is_there(server_haystacks, tiny, in_float):
     # The control: a body's first convolution with its batch norm folded in, and the noise in the float head.
-    body = load_bodies(RunFolder.open(tiny.run))[1][0]
+    body = load_bodies(RunFolder.open(tiny.run))[1].get_submodule("layer1.0")
     norm = body.bn1
     folded, _ = fuse_conv_bn_weights(
         body.conv1.weight, None, norm.running_mean, norm.running_var, norm.eps, norm.weight, norm.bias
@@ -258,8 +266,8 @@ def test_the_search_finds_what_is_there(server_haystacks, tiny, in_float):
     client = load_trained(RunFolder.open(tiny.run))
     head, tail = (Haystack((in_float[0] / "client" / name).read_bytes()) for name in ("head.onnx", "tail.onnx"))
     assert head.holds(client.noise.numpy())
-    assert tail.holds(client.tail.weight.detach().numpy())
-    assert tail.holds(client.tail.bias.detach().numpy())
+    assert tail.holds(client.tail.fc.weight.detach().numpy())
+    assert tail.holds(client.tail.fc.bias.detach().numpy())
     assert not tail.holds(client.noise.numpy())
 
 
@@ -783,6 +791,44 @@ def test_a_client_of_another_width_does_not_fit_the_first_ones_server(low_bits, 
 def test_with_8_bits_the_gate_is_the_one_that_was_asked_for(tiny):
     for row in report_of(tiny.out)["stages"]:
         assert row["wire_sqnr_db"] is None
+
+
+# --- own nets ---
+
+
+@pytest.fixture(scope="module")
+def own(tiny, tmp_path_factory):
+    """A user's own net, cut behind its shortcut, with a bottleneck of 4 channels in 4 bits: (out, report)."""
+    folder = tmp_path_factory.mktemp("own")
+    config = dataclasses.replace(
+        RunFolder.open(tiny.run).config,
+        arch="own_nets:skipping",
+        head_end="add",
+        tail_start="gelu",
+        bottleneck=(4, 2, 4),
+        num_nets=2,
+        num_selected=2,
+        epochs_stage1=1,
+        epochs_stage3=1,
+    )
+    train(config, folder / "run")
+    report = exported(folder / "run", folder, server_precision="int8")
+    return folder, report
+
+
+def test_an_own_net_with_a_bottleneck_goes_all_the_way(own, tiny, tiny_images):
+    out, report = own
+    wire = load_server(out / "server").wire
+    assert wire.feature_shape == (4, 4, 4)
+    assert wire.bytes_up == 32
+    logits = logits_of(out, out / "server", tiny_images)
+    assert report.accuracy_artifact == 100 * (logits.argmax(1) == held_out_classes(tiny)).mean()
+    assert report.top1_agreement > 90
+
+
+def test_the_bottlenecks_codec_is_the_wires(own):
+    config = RunFolder.open(own[0] / "run").config
+    assert load_server(own[0] / "server").wire.feature_codec == config.squeezed.codec
 
 
 # --- noise and baselines ---

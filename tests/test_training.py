@@ -158,7 +158,7 @@ def test_the_noise_has_the_asked_standard_deviation(std):
 
 
 def test_stage1_nets_are_trained_apart(run):
-    heads = [item.net.head[0].weight.flatten() for item in load_stage1(run)]
+    heads = [item.net.head.stem.conv.weight.flatten() for item in load_stage1(run)]
     for i, head in enumerate(heads):
         for other in heads[i + 1 :]:
             assert abs(float(functional.cosine_similarity(head, other, dim=0))) < 0.5
@@ -189,7 +189,9 @@ def test_training_learns_what_can_be_learned(settings, tmp_path):
 
 
 def test_the_wire_is_fixed_from_stage1_nets_and_images_alone():
-    assert list(inspect.signature(fix_wire).parameters) == ["nets", "images", "wire_bits", "answer_bits"]
+    assert list(inspect.signature(fix_wire).parameters) == [
+        *("nets", "images", "wire_bits", "answer_bits", "bottleneck")
+    ]
 
 
 def test_the_wire_states_what_travels(run):
@@ -392,7 +394,7 @@ def test_combine_scales_by_one_over_p_concatenates_and_applies_the_tail(run):
     client = load_client(run)
     answers = torch.randn(4, P, 128)
     joined = torch.cat([answers[:, 0] / P, answers[:, 1] / P], dim=1)
-    expected = joined @ client.tail.weight.T + client.tail.bias
+    expected = joined @ client.tail.fc.weight.T + client.tail.fc.bias
     torch.testing.assert_close(client.combine(answers), expected)
 
 
@@ -612,7 +614,7 @@ def test_an_unfinished_run_is_refused(copied):
 
 
 @pytest.mark.parametrize(
-    "content", ["", "{", "[]", "null", "{}", '{"version": 2}', '{"version": 1}', "[" * 100_000, "\udcff"]
+    "content", ["", "{", "[]", "null", "{}", '{"version": 3}', '{"version": 2}', "[" * 100_000, "\udcff"]
 )
 def test_a_damaged_config_is_refused(copied, content):
     (copied / "config.json").write_bytes(content.encode(errors="surrogateescape"))
@@ -679,7 +681,7 @@ def test_bodies_id_changes_with_weights_buffers_order_and_codecs(bodies):
         bodies_digest(bodies, AffineCodec(scale=CODEC.scale, zero_point=1), [CODEC, CODEC]),
     ]
     with torch.no_grad():
-        weight = bodies[1][0].conv1.weight
+        weight = bodies[1].get_submodule("layer1.0").conv1.weight
         weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))
     ids.append(bodies_digest(bodies, CODEC, [CODEC, CODEC]))
     bodies[0][0].bn1.running_mean[0] += 1e-3
@@ -743,7 +745,7 @@ def test_a_config_survives_its_file(settings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arch": "resnet99"}, "unknown architecture 'resnet99'; known: resnet10_slim, resnet18"),
+        ({"arch": "resnet99"}, "unknown architecture 'resnet99'; known: alexnet, mobilenet_v2, resnet10_slim"),
         ({"device": "tpu"}, "--device tpu: choose"),
     ],
 )
@@ -873,7 +875,7 @@ def test_resnet18_is_cut_after_its_first_and_before_its_last_layer():
     net = build_net(ArchSpec(name="resnet18", image_size=(32, 32), num_classes=10), num_selected=4)
     assert sum(p.numel() for p in net.head.parameters()) == 64 * 3 * 9 + 2 * 64
     assert sum(p.numel() for p in net.body.parameters()) == 11_166_976
-    assert net.tail.weight.shape == (10, 4 * 512)
+    assert net.tail.fc.weight.shape == (10, 4 * 512)
     with torch.no_grad():
         assert net.body.eval()(torch.zeros(2, 64, 16, 16)).shape == (2, 512)
 

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from ensembler.protocol.codec import CODEC_BITS, known_bits
 from ensembler.protocol.errors import ConfigError
+from ensembler.training.models import ArchSpec, Bottleneck
 
 Defense = Literal["ensembler", "single", "none"]
 NoiseMode = Literal["fixed", "fresh"]
@@ -23,8 +24,11 @@ class TrainConfig:
 
     Attributes:
         data: a data specification, see ``training.data``.
-        arch: a name of ``training.models.ARCHS``.
-        stem_pool: max-pool after the first convolution.
+        arch: a name of ``training.architectures.ARCHITECTURES``, or ``package.module:function``.
+        stem_pool: max-pool after a ResNet's first convolution.
+        head_end: the last part on the device; None takes the architecture's own.
+        tail_start: the first part that is on the device again; None takes the architecture's own.
+        bottleneck: (channels, stride, bits) of a trained bottleneck at the cut, or None. Its bits are the wire's.
         defense: ``ensembler``; or a baseline: ``single`` (one net with fixed noise), ``none`` (one net, no noise).
         num_nets: N.
         num_selected: P.
@@ -52,6 +56,9 @@ class TrainConfig:
     data: str
     arch: str = "resnet18"
     stem_pool: bool = True
+    head_end: str | None = None
+    tail_start: str | None = None
+    bottleneck: tuple[int, ...] | None = None
     defense: Defense = "ensembler"
     num_nets: int = 10
     num_selected: int = 4
@@ -79,10 +86,7 @@ class TrainConfig:
             raise ConfigError(f"--noise-mode {self.noise_mode}: choose fixed or fresh")
         if self.reg_over not in ("all", "selected"):
             raise ConfigError(f"--reg-over {self.reg_over}: choose all or selected")
-        if self.wire_bits != "auto" and self.wire_bits not in CODEC_BITS.values():
-            raise ConfigError(f"--wire-bits {self.wire_bits}: choose {known_bits()} or auto")
-        if self.answer_bits not in (8, 4):
-            raise ConfigError(f"--answer-bits {self.answer_bits}: choose 8 or 4")
+        self._check_wire()
         if self.noise_mode == "fresh" and not self.is_ensemble:
             raise ConfigError(f"--noise-mode fresh is stage 3's, which --defense {self.defense} does not have")
         if not 1 <= self.num_nets <= MAX_NETS:
@@ -110,6 +114,15 @@ class TrainConfig:
         if self.train_limit is not None and self.train_limit < self.batch_size:
             raise ConfigError(f"train_limit = {self.train_limit}: at least one batch of {self.batch_size}")
 
+    def _check_wire(self) -> None:
+        bottleneck = self.squeezed
+        if bottleneck is not None and self.wire_bits not in (8, bottleneck.bits):
+            raise ConfigError("--wire-bits and --bottleneck: the bottleneck's third number is the wire's bits")
+        if self.wire_bits != "auto" and self.wire_bits not in CODEC_BITS.values():
+            raise ConfigError(f"--wire-bits {self.wire_bits}: choose {known_bits()} or auto")
+        if self.answer_bits not in (8, 4):
+            raise ConfigError(f"--answer-bits {self.answer_bits}: choose 8 or 4")
+
     @property
     def is_ensemble(self) -> bool:
         """Whether stages 2 and 3 run; a baseline is one stage-1 net."""
@@ -125,6 +138,28 @@ class TrainConfig:
         """The standard deviation of stage 1's noise: 0 without a defence."""
         return 0.0 if self.defense == "none" else self.noise_std
 
+    @property
+    def squeezed(self) -> Bottleneck | None:
+        """The bottleneck, if there is one."""
+        if self.bottleneck is None:
+            return None
+        if len(self.bottleneck) != 3:
+            raise ConfigError("--bottleneck: give channels,stride,bits, for instance 8,4,2")
+        channels, stride, bits = self.bottleneck
+        return Bottleneck(channels=channels, stride=stride, bits=bits)
+
+    def arch_spec(self, image_size: tuple[int, int], num_classes: int) -> ArchSpec:
+        """Returns which net this is, for images of (H, W) pixels in K classes."""
+        return ArchSpec(
+            name=self.arch,
+            image_size=image_size,
+            num_classes=num_classes,
+            stem_pool=self.stem_pool,
+            head_end=self.head_end,
+            tail_start=self.tail_start,
+            bottleneck=self.squeezed,
+        )
+
     def to_dict(self) -> dict[str, Any]:
         """Returns what ``config.json`` holds."""
         return dataclasses.asdict(self)
@@ -136,6 +171,8 @@ class TrainConfig:
         Raises:
             ConfigError: unknown or impossible values.
         """
+        if isinstance(values.get("bottleneck"), list):  # JSON has no tuples
+            values = values | {"bottleneck": tuple(values["bottleneck"])}
         try:
             return cls(**values)
         except TypeError as error:

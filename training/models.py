@@ -1,23 +1,33 @@
-"""Nets, already cut into head, body and tail.
+"""From an architecture's name to a net cut into head, body and tail: ``build_net``.
 
-The paper (Section IV-A) keeps h = 1 and t = 1 layers of a ResNet-18 on the device: the first convolution (with its
-batch norm, ReLU and, for CIFAR-10, max-pooling) and the last linear layer.
+A net is one of ``architectures.ARCHITECTURES`` or a user's own, ``package.module:function``. ``splits`` cuts it by the
+names of its parts; a bottleneck, if asked for, is put at the cut.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import importlib
+import inspect
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
+from ensembler.protocol.codec import AffineCodec, known_bits
 from ensembler.protocol.errors import ConfigError
+from ensembler.training.architectures import ARCHITECTURES
+from ensembler.training.splits import NodeFacts, TracedNet, traced, widened
 
 # The device hands uint8 pixels to the head: x = (pixel - 128) / 64 is an exact 8-bit affine code (scale 2^-6, zero
 # point 128), so the quantised head takes the pixels as they are, and zero padding is mid-grey.
 PIXEL_SCALE = 1 / 64
 PIXEL_ZERO_POINT = 128
+# The step between two codes that loses least of a normal variable (J. Max, 1960), in standard deviations; for 8 bits
+# the range is +-4, beyond which a step more precise gains nothing.
+NORMAL_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 8 / 255}
 
 
 def normalise(pixels: Tensor) -> Tensor:
@@ -26,20 +36,62 @@ def normalise(pixels: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True, kw_only=True)
-class ArchSpec:
-    """Which net, for which images.
+class Bottleneck:
+    """What a trained bottleneck at the cut leaves of the features.
 
     Attributes:
-        name: a key of ``ARCHS``.
+        channels: k.
+        stride: of the convolution, and of the transposed one that opens each body.
+        bits: of one code.
+    """
+
+    channels: int
+    stride: int
+    bits: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.channels <= 4096 or not 1 <= self.stride <= 64 or self.bits not in NORMAL_STEP:
+            raise ConfigError(
+                f"--bottleneck {self.channels},{self.stride},{self.bits}: give channels (1 to 4096), stride (1 to 64) "
+                f"and bits ({known_bits()}), for instance 8,4,2"
+            )
+
+    @property
+    def codec(self) -> AffineCodec:
+        """The codec of its output: fixed by construction, so it says nothing of anybody.
+
+        Batch norm makes each channel a variable of about unit deviation around the middle of the codes.
+        """
+        return AffineCodec(
+            scale=float(np.float32(NORMAL_STEP[self.bits])), zero_point=2 ** (self.bits - 1) - 1, bits=self.bits
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class ArchSpec:
+    """Which net, for which images, cut where.
+
+    Attributes:
+        name: a key of ``ARCHITECTURES``, or ``package.module:function``.
         image_size: height and width in pixels.
         num_classes: K.
-        stem_pool: max-pool after the first convolution; off in the paper's CIFAR-100 and face settings.
+        stem_pool: max-pool after a ResNet's first convolution; off in the paper's CIFAR-100 and face settings.
+        head_end: the head's last part; None takes the architecture's.
+        tail_start: the tail's first part; None takes the architecture's, or the last that is possible.
+        bottleneck: at the cut, or None.
     """
 
     name: str
     image_size: tuple[int, int]
     num_classes: int
     stem_pool: bool = True
+    head_end: str | None = None
+    tail_start: str | None = None
+    bottleneck: Bottleneck | None = None
+
+
+# What a net's first build told, so that the next N of the same kind need not be run.
+_FACTS: dict[ArchSpec, tuple[NodeFacts, ...]] = {}
 
 
 class Net(nn.Module):
@@ -58,56 +110,6 @@ class Net(nn.Module):
         self.tail = tail
 
 
-class BasicBlock(nn.Module):
-    """The residual block of ResNet-18: two 3x3 convolutions and a shortcut."""
-
-    def __init__(self, channels_in: int, channels_out: int, stride: int) -> None:
-        super().__init__()
-        self.conv1 = nn.Conv2d(channels_in, channels_out, 3, stride, 1, bias=False)
-        self.bn1 = nn.BatchNorm2d(channels_out)
-        self.conv2 = nn.Conv2d(channels_out, channels_out, 3, 1, 1, bias=False)
-        self.bn2 = nn.BatchNorm2d(channels_out)
-        self.shortcut: nn.Module = nn.Identity()
-        if stride != 1 or channels_in != channels_out:
-            self.shortcut = nn.Sequential(
-                nn.Conv2d(channels_in, channels_out, 1, stride, bias=False), nn.BatchNorm2d(channels_out)
-            )
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Maps ``(B, channels_in, H, W)`` to ``(B, channels_out, H / stride, W / stride)``."""
-        y = torch.relu(self.bn1(self.conv1(x)))
-        return torch.relu(self.bn2(self.conv2(y)) + self.shortcut(x))
-
-
-def _resnet(width: int, blocks: tuple[int, ...]) -> Callable[[ArchSpec, int], Net]:
-    def build(spec: ArchSpec, num_selected: int) -> Net:
-        head = nn.Sequential(
-            nn.Conv2d(3, width, 3, 1, 1, bias=False),
-            nn.BatchNorm2d(width),
-            nn.ReLU(),
-            *([nn.MaxPool2d(3, 2, 1)] if spec.stem_pool else []),
-        )
-        layers: list[nn.Module] = []
-        channels = width
-        for stage, count in enumerate(blocks):
-            for index in range(count):
-                wider = width * 2**stage
-                layers.append(BasicBlock(channels, wider, 2 if stage > 0 and index == 0 else 1))
-                channels = wider
-        body = nn.Sequential(*layers, nn.AdaptiveAvgPool2d(1), nn.Flatten())
-        return Net(head, body, nn.Linear(num_selected * channels, spec.num_classes))
-
-    return build
-
-
-# name -> (spec, number of concatenated answers) -> net. The paper's ResNet-18, and a slim ResNet-10 (one block per
-# stage, a quarter of the width) that a laptop trains in minutes.
-ARCHS: dict[str, Callable[[ArchSpec, int], Net]] = {
-    "resnet18": _resnet(64, (2, 2, 2, 2)),
-    "resnet10_slim": _resnet(16, (1, 1, 1, 1)),
-}
-
-
 def build_net(spec: ArchSpec, num_selected: int = 1) -> Net:
     """Builds a freshly initialised net from torch's global generator.
 
@@ -116,17 +118,86 @@ def build_net(spec: ArchSpec, num_selected: int = 1) -> Net:
         num_selected: how many answers the tail takes side by side: 1 in stage 1, P in stage 3.
 
     Raises:
-        ConfigError: an unknown name, or images too small for the net.
+        ConfigError: an unknown name, images too small for the net, or a cut that cannot be made.
     """
-    if spec.name not in ARCHS:
-        raise ConfigError(f"unknown architecture {spec.name!r}; known: {', '.join(sorted(ARCHS))}")
+    net = traced_net(spec)
+    known = ARCHITECTURES.get(spec.name)
+    head_end = spec.head_end or (known.head_end if known else None)
+    if head_end is None:
+        names = ", ".join(cut.names[0] for cut in net.cuts)
+        raise ConfigError(f"--arch {spec.name} needs --head-end, the last part of the head; valid: {names}")
+    tail_start = spec.tail_start or (known.tail_start if known else next(reversed(net.tail_starts), None))
+    if tail_start is None:
+        raise ConfigError(
+            f"--arch {spec.name} has no tail that could be cut off: it must end in nn.Linear on one vector an image"
+        )
+    head, body, tail = net.split(head_end, tail_start)
+    parts = Net(head, body, widened(tail, num_selected))
+    return parts if spec.bottleneck is None else _squeezed(parts, spec, spec.bottleneck)
+
+
+def traced_net(spec: ArchSpec) -> TracedNet:
+    """Builds the whole net, freshly initialised, and finds where it can be cut; errors as ``build_net``."""
     if min(spec.image_size) < 8 or max(spec.image_size) > 1024:
         raise ConfigError(f"images of {spec.image_size[0]}x{spec.image_size[1]} pixels: 8 to 1024 a side are supported")
-    return ARCHS[spec.name](spec, num_selected)
+    if spec.name in ARCHITECTURES:
+        try:
+            module = ARCHITECTURES[spec.name].build(spec.image_size, spec.num_classes, spec.stem_pool)
+        except Exception as error:
+            raise ConfigError(f"--arch {spec.name} cannot be built for such images: {error}") from error
+    else:
+        module = _own(spec)
+    whole = replace(spec, head_end=None, tail_start=None, bottleneck=None)
+    net = traced(module, f"--arch {spec.name}", spec.image_size, spec.num_classes, _FACTS.get(whole))
+    _FACTS[whole] = net.facts
+    return net
 
 
 def feature_shape(spec: ArchSpec) -> tuple[int, ...]:
     """Returns the shape of one image's features at the cut, for instance ``(64, 16, 16)``."""
     head = build_net(spec).head.eval()
     with torch.no_grad():
-        return tuple(head(torch.zeros(1, 3, *spec.image_size)).shape[1:])
+        return tuple(head(torch.zeros(2, 3, *spec.image_size)).shape[1:])
+
+
+def _own(spec: ArchSpec) -> nn.Module:
+    """Calls the user's function."""
+    module_name, separator, function_name = spec.name.partition(":")
+    if not separator or not module_name or not function_name:
+        raise ConfigError(
+            f"unknown architecture {spec.name!r}; known: {', '.join(sorted(ARCHITECTURES))}, or your own as "
+            "package.module:function"
+        )
+    here = str(Path.cwd())
+    if here not in sys.path:  # as python -m has it; a console script does not look here by itself
+        sys.path.insert(0, here)
+    try:
+        function = getattr(importlib.import_module(module_name), function_name)
+        takes_classes = "num_classes" in inspect.signature(function).parameters
+        module = function(num_classes=spec.num_classes) if takes_classes else function()
+    except Exception as error:  # user code
+        raise ConfigError(f"--arch {spec.name}: {type(error).__name__}: {error}") from error
+    if not isinstance(module, nn.Module):
+        raise ConfigError(f"--arch {spec.name} returned {type(module).__name__}, not a torch nn.Module")
+    return module
+
+
+def _squeezed(net: Net, spec: ArchSpec, bottleneck: Bottleneck) -> Net:
+    """Puts the bottleneck at the cut: strided convolution and batch norm in the head, the expansion in the body."""
+    with torch.no_grad():
+        shape = tuple(net.head.eval()(torch.zeros(2, 3, *spec.image_size)).shape[1:])
+    net.train()
+    stride, channels = bottleneck.stride, bottleneck.channels
+    if len(shape) != 3 or shape[1] % stride or shape[2] % stride:
+        raise ConfigError(
+            f"--bottleneck: features of shape {shape} cannot be cut by a stride of {stride}; (C, h, w) with h and w "
+            "divisible by it is needed"
+        )
+    norm = nn.BatchNorm2d(channels)
+    # The codes' middle lies half a step above 0.0, whose code is a whole one.
+    nn.init.constant_(norm.bias, bottleneck.codec.scale / 2)
+    squeeze = nn.Sequential(nn.Conv2d(shape[0], channels, stride, stride, bias=False), norm)
+    expand = nn.Sequential(
+        nn.ConvTranspose2d(channels, shape[0], stride, stride, bias=False), nn.BatchNorm2d(shape[0]), nn.ReLU()
+    )
+    return Net(nn.Sequential(net.head, squeeze), nn.Sequential(expand, net.body), net.tail)

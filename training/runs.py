@@ -37,7 +37,7 @@ from ensembler.protocol.manifest import WireSpec
 from ensembler.training.config import TrainConfig
 from ensembler.training.models import ArchSpec
 
-RUN_VERSION = 1
+RUN_VERSION = 2
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,12 +133,7 @@ class RunFolder:
         """Which net."""
         config, document = self.config, self.read_json("config.json")
         height, width = document["image_size"]
-        return ArchSpec(
-            name=config.arch,
-            image_size=(height, width),
-            num_classes=len(document["labels"]),
-            stem_pool=config.stem_pool,
-        )
+        return config.arch_spec((height, width), len(document["labels"]))
 
     def stage1_file(self, index: int) -> str:
         """Returns the name of one stage-1 net's file."""

@@ -35,7 +35,7 @@ from ensembler.training.fit import (
     pick_device,
 )
 from ensembler.training.losses import max_cosine, stage3_loss
-from ensembler.training.models import ArchSpec, Net, build_net, feature_shape, normalise
+from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise
 from ensembler.training.runs import (
     ClientSecret,
     RunFolder,
@@ -147,10 +147,13 @@ def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, r
 def _train_stage1_net(
     run: RunFolder, config: TrainConfig, item: Stage1Net, index: int, data: Tensors, reporter: Reporter
 ) -> None:
-    net, noise = item.net, item.noise
+    net, noise, bottleneck = item.net, item.noise, config.squeezed
 
     def forward(x: Tensor) -> Tensor:
-        logits: Tensor = net.tail(net.body(net.head(x) + noise))
+        sent = net.head(x) + noise
+        if bottleneck is not None:  # its quantiser is part of the net from the first step on
+            sent = fake_quantise(sent, bottleneck.codec)
+        logits: Tensor = net.tail(net.body(sent))
         return logits
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
@@ -189,7 +192,14 @@ def _freeze(net: Net) -> Net:
 
 
 @torch.inference_mode()
-def fix_wire(nets: Sequence[Stage1Net], images: Tensor, *, wire_bits: int = 8, answer_bits: int = 8) -> WireState:
+def fix_wire(
+    nets: Sequence[Stage1Net],
+    images: Tensor,
+    *,
+    wire_bits: int = 8,
+    answer_bits: int = 8,
+    bottleneck: Bottleneck | None = None,
+) -> WireState:
     """Fixes everything the server gets: the bodies' order and the codecs, from stage-1 features alone.
 
     The features' range covers all N heads with their noise. A body's answers are taken on the features of all N heads
@@ -202,11 +212,15 @@ def fix_wire(nets: Sequence[Stage1Net], images: Tensor, *, wire_bits: int = 8, a
         images: ``(M, 3, H, W)`` uint8 train images.
         wire_bits: of the features' codec.
         answer_bits: of the answers' codecs.
+        bottleneck: of the nets; its codec is the features'.
     """
     order = list(range(len(nets)))
     secrets.SystemRandom().shuffle(order)
     x = normalise(images).to(memory_format=torch.channels_last)
-    feature_codec = codec_for(_all_features(nets, x), CLIPPED_FEATURES, wire_bits)
+    if bottleneck is None:
+        feature_codec = codec_for(_all_features(nets, x), CLIPPED_FEATURES, wire_bits)
+    else:
+        feature_codec = bottleneck.codec
     features = mixed_features(nets, feature_codec, images)
     answer_codecs = tuple(
         codec_for(_in_batches(nets[i].net.body, features), CLIPPED_ANSWERS, answer_bits) for i in order
@@ -377,12 +391,7 @@ def train(
     device = pick_device(config.device)
     source = RunFolder.open(stage1_from) if stage1_from is not None else None
     dataset = data_sets.load(config.data)
-    arch = ArchSpec(
-        name=config.arch,
-        image_size=dataset.image_size,
-        num_classes=len(dataset.labels),
-        stem_pool=config.stem_pool,
-    )
+    arch = config.arch_spec(dataset.image_size, len(dataset.labels))
     if source is not None:
         _require_same_nets(source, config, arch, dataset.labels)
     shape = feature_shape(arch)  # refuses an impossible net before anything is written
@@ -412,7 +421,10 @@ def train(
 
 def _wire(config: TrainConfig, source: RunFolder | None, nets: Sequence[Stage1Net], data: Tensors) -> WireState:
     """Takes the wire of ``source`` where its codecs are the wanted ones, so that the client fits its server."""
-    if config.wire_bits == "auto":
+    bottleneck = config.squeezed
+    if bottleneck is not None:
+        bits = bottleneck.bits
+    elif config.wire_bits == "auto":
         chosen = slice(0, BITS_IMAGES)
         bits = fewest_bits(nets, data.train_x[chosen], data.train_y[chosen], config.max_wire_drop_points)
     else:
@@ -421,7 +433,13 @@ def _wire(config: TrainConfig, source: RunFolder | None, nets: Sequence[Stage1Ne
         wire = source.read_wire()
         if (wire.spec.feature_codec.bits, wire.spec.answer_bits) == (bits, config.answer_bits):
             return wire
-    return fix_wire(nets, data.train_x[:CALIBRATION_IMAGES], wire_bits=bits, answer_bits=config.answer_bits)
+    return fix_wire(
+        nets,
+        data.train_x[:CALIBRATION_IMAGES],
+        wire_bits=bits,
+        answer_bits=config.answer_bits,
+        bottleneck=bottleneck,
+    )
 
 
 def _require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:

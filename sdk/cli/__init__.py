@@ -17,9 +17,9 @@ __all__ = ["export_main", "main"]
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs ``ensembler VERB ...``; returns the exit status."""
-    from ensembler.cli import demo, export, keys, predict, serve, train
+    from ensembler.cli import cuts, demo, export, keys, predict, serve, train
 
-    return run_command("ensembler", (demo, train, export, serve, predict, keys), arguments)
+    return run_command("ensembler", (demo, cuts, train, export, serve, predict, keys), arguments)
 
 
 def export_main() -> int:

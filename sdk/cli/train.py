@@ -17,7 +17,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--data", required=True, help="demo, cifar10:PATH, cifar100:PATH, folder:PATH or npz:TRAIN,TEST"
     )
     parser.add_argument("--out", type=Path, required=True, help="the run folder to make")
-    parser.add_argument("--arch", default="resnet18", help="resnet18 or resnet10_slim (default: resnet18)")
+    parser.add_argument(
+        "--arch",
+        default="resnet18",
+        help="resnet18, another name that ensembler cuts lists, or package.module:function",
+    )
+    parser.add_argument("--head-end", default=None, help="the last part on the device; ensembler cuts ARCH lists them")
+    parser.add_argument("--tail-start", default=None, help="the first part that is on the device again")
+    parser.add_argument(
+        "--bottleneck", type=_bottleneck, default=None, metavar="K,S,B", help="at the cut: channels,stride,bits"
+    )
     parser.add_argument("-N", "--num-nets", type=int, default=10, help="server nets (default: 10)")
     parser.add_argument("-P", "--num-selected", type=int, default=4, help="nets that count (default: 4)")
     parser.add_argument("--defense", default="ensembler", help="ensembler, or a baseline: single, none")
@@ -50,6 +59,10 @@ def _bits(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
+def _bottleneck(text: str) -> tuple[int, ...]:
+    return tuple(int(part) for part in text.split(","))
+
+
 def run(options: argparse.Namespace, console: Console) -> int:
     """Trains."""
     need_torch()
@@ -60,6 +73,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
         data=options.data,
         arch=options.arch,
         stem_pool=not options.no_stem_pool,
+        head_end=options.head_end,
+        tail_start=options.tail_start,
+        bottleneck=options.bottleneck,
         defense=options.defense,
         num_nets=options.num_nets,
         num_selected=options.num_selected,
