@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.edge_runtime.images import ImageLike, to_pixels
+from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
 from ensembler.prediction import Prediction, Timings
 from ensembler.protocol.errors import (
@@ -42,6 +42,7 @@ from ensembler.protocol.messages import (
     decode,
     encode,
 )
+from ensembler.streaming import answers, checked_in_flight
 from ensembler.transport import keys as key_files
 from ensembler.transport.base import Connection, Frames, Transport
 from ensembler.transport.zmq_client import ZmqTransport
@@ -155,13 +156,49 @@ class EdgeClient:
         started = time.monotonic()
         timeout = self._timeout_ms if timeout_ms is None else _checked_timeout(timeout_ms)
         deadline = started + timeout / 1000
-        pixels = [to_pixels(image, self._manifest.image) for image in images]
+        pixels = [to_pixels(image, self._manifest.image) for image in several(images)]
         predictions: list[Prediction] = []
         for start in range(0, len(pixels), self._request_rows):
             part = np.stack(pixels[start : start + self._request_rows])
             predictions += self._predict_part(part, started, deadline)
             started = time.monotonic()
         return predictions
+
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        in_flight: int = 4,
+        newest: bool = False,
+        timeout_ms: float | None = None,
+    ) -> Generator[tuple[int, Prediction], None, None]:
+        """Classifies the images of an iterable, several at once, and yields ``(index, prediction)`` in their order.
+
+        ``images`` is read in a thread of its own, never more than ``in_flight`` images ahead of what was taken from
+        here. The first error of an image or of ``images`` itself is raised at its place in the order and ends the
+        generator. However it ends (also by ``break`` or ``close()``), it first waits for the calls in flight, by their
+        deadline at the latest, and leaves no thread behind. The one exception: ``images`` that block cannot be
+        interrupted; after a second their thread is left, which does not keep the program alive.
+
+        Args:
+            images: any iterable of what ``predict`` takes; may be endless.
+            in_flight: how many images may be on their way, or answered and not yet taken.
+            newest: for cameras. ``images`` is read all the time, and an image that cannot start at once is replaced by
+                the next, so what starts is always the newest; the index, its position in ``images``, then skips. With
+                ``in_flight=1`` an answer waits for nobody but you.
+            timeout_ms: the deadline of each image, from when it starts.
+
+        Raises:
+            ConfigError: an impossible option, at once; otherwise errors as ``predict``, from the generator.
+            ImageError: one image was given instead of several, at once.
+        """
+        timeout = self._timeout_ms if timeout_ms is None else _checked_timeout(timeout_ms)
+        return answers(
+            lambda image: self.predict(image, timeout_ms=timeout),
+            several(images),
+            in_flight=checked_in_flight(in_flight),
+            newest=newest,
+        )
 
     def status(self, *, timeout_ms: float | None = None) -> dict[str, Any]:
         """Asks the server which nets it holds and whether it is ready; errors as ``predict``.
