@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
 from ensembler.prediction import Prediction, Timings
+from ensembler.process import OwnProcess
 from ensembler.protocol.errors import (
     BusyError,
     ConfigError,
@@ -63,6 +64,9 @@ class EdgeClient:
 
     Thread-safe: calls from several threads run side by side, each on its own connection.
 
+    Belongs to the process that made it. In a forked child every call raises ``ConfigError``, ``close`` does nothing,
+    and the parent's client goes on working; make a new client in the child.
+
     Args:
         bundle: the folder of a client bundle.
         server: ``tcp://host:port``.
@@ -98,7 +102,8 @@ class EdgeClient:
     ) -> None:
         if top_k < 1:
             raise ConfigError(f"top_k = {top_k}: at least 1")
-        self._timeout_ms = _checked_timeout(timeout_ms)
+        self._process = OwnProcess()
+        self._timeout_ms = checked_timeout(timeout_ms)
         folder = Path(bundle).expanduser()
         self._runtime = EdgeRuntime(folder, threads=threads, backend=backend)
         self._manifest = self._runtime.manifest
@@ -154,7 +159,8 @@ class EdgeClient:
         Either every image gets its answer or the call raises.
         """
         started = time.monotonic()
-        timeout = self._timeout_ms if timeout_ms is None else _checked_timeout(timeout_ms)
+        self._process.require()
+        timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
         deadline = started + timeout / 1000
         pixels = [to_pixels(image, self._manifest.image) for image in several(images)]
         predictions: list[Prediction] = []
@@ -192,7 +198,8 @@ class EdgeClient:
             ConfigError: an impossible option, at once; otherwise errors as ``predict``, from the generator.
             ImageError: one image was given instead of several, at once.
         """
-        timeout = self._timeout_ms if timeout_ms is None else _checked_timeout(timeout_ms)
+        self._process.require()
+        timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
         return answers(
             lambda image: self.predict(image, timeout_ms=timeout),
             several(images),
@@ -207,7 +214,8 @@ class EdgeClient:
             ``bodies_id``, ``num_nets``, ``precision``, ``state``, ``queued_rows``, and ``fits``: whether the nets are
             those of this bundle.
         """
-        timeout = self._timeout_ms if timeout_ms is None else _checked_timeout(timeout_ms)
+        self._process.require()
+        timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
         request = Message(operation=STATUS, request_id=os.urandom(REQUEST_ID_BYTES))
         reply = self._exchange(request, time.monotonic() + timeout / 1000)
         return {
@@ -216,12 +224,22 @@ class EdgeClient:
         }
 
     @property
+    def timeout_ms(self) -> float:
+        """The deadline of a call that gives none itself, in milliseconds."""
+        return self._timeout_ms
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The class names, index = class."""
         return self._manifest.labels
 
     def close(self) -> None:
-        """Closes all connections; calls in other threads end with an error. Further calls raise."""
+        """Closes all connections; calls in other threads end with an error. Further calls raise.
+
+        Does nothing in a forked child: the connections are the parent's.
+        """
+        if not self._process.here:
+            return
         self._closed.set()
         with self._lock:
             idle, self._idle = self._idle, []
@@ -394,7 +412,12 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _checked_timeout(timeout_ms: float) -> float:
+def checked_timeout(timeout_ms: float) -> float:
+    """Returns ``timeout_ms`` if it can be a deadline.
+
+    Raises:
+        ConfigError: not above 0, or more than a day.
+    """
     if not 0 < timeout_ms <= 24 * 3600 * 1000:
         raise ConfigError(f"timeout_ms = {timeout_ms}: give more than 0 and at most a day (86,400,000)")
     return float(timeout_ms)

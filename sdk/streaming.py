@@ -70,8 +70,10 @@ class Stream(Generic[Answer]):
             The image's position in the source and its answer; None when the source has ended or the stream was closed.
 
         Raises:
+            ConfigError: this is a forked child of the process that began the stream.
             Exception: what ``predict`` or the source raised, after the answers of the images before it.
         """
+        self._process.require()
         with self._changed:
             self._changed.wait_for(lambda: self._started or self._ended or self._closed)
             if self._closed:
