@@ -17,6 +17,7 @@ import numpy.typing as npt
 
 from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
+from ensembler.fallback import Fallback, answer_locally, cloud_is_away
 from ensembler.prediction import Prediction, Timings
 from ensembler.process import OwnProcess
 from ensembler.protocol.errors import (
@@ -78,6 +79,9 @@ class EdgeClient:
         threads: of one run of head or tail.
         backend: a name of ``ensembler.edge_runtime.backends.BACKENDS``.
         top_k: how many classes ``Prediction.top_k`` holds.
+        fallback: called with ``(image, error)`` when the cloud is away (``fallback.cloud_is_away``: no connection, no
+            answer before the deadline, a full or a stopping server); its ``Prediction`` is the answer. See
+            ``Prediction.local``. It may be called from several threads. None raises the error.
         transport: moves the frames instead of ZeroMQ; for tests.
 
     Raises:
@@ -98,8 +102,11 @@ class EdgeClient:
         threads: int = 1,
         backend: str = "onnxruntime",
         top_k: int = 5,
+        fallback: Fallback | None = None,
         transport: Transport | None = None,
     ) -> None:
+        if fallback is not None and not callable(fallback):
+            raise ConfigError(f"fallback is {type(fallback).__name__}; give a function of an image and an error")
         if top_k < 1:
             raise ConfigError(f"top_k = {top_k}: at least 1")
         self._process = OwnProcess()
@@ -111,6 +118,7 @@ class EdgeClient:
         self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
         self._server = server
+        self._fallback = fallback
         self._transport = transport or self._open_transport(folder, server, key, plaintext=plaintext)
         self._idle: list[Connection] = []
         self._lock = threading.Lock()
@@ -156,17 +164,26 @@ class EdgeClient:
     def predict_batch(self, images: Sequence[ImageLike], *, timeout_ms: float | None = None) -> list[Prediction]:
         """Classifies several images, in order; arguments and errors as ``predict``, the deadline is for all of them.
 
-        Either every image gets its answer or the call raises.
+        Either every image gets its answer or the call raises. With a ``fallback``: once the cloud is away, it answers
+        the rest of the images.
         """
-        started = time.monotonic()
+        begun = started = time.monotonic()
         self._process.require()
         timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
         deadline = started + timeout / 1000
-        pixels = [to_pixels(image, self._manifest.image) for image in several(images)]
+        given = list(several(images))
+        pixels = [to_pixels(image, self._manifest.image) for image in given]
         predictions: list[Prediction] = []
         for start in range(0, len(pixels), self._request_rows):
             part = np.stack(pixels[start : start + self._request_rows])
-            predictions += self._predict_part(part, started, deadline)
+            try:
+                predictions += self._predict_part(part, started, deadline)
+            except EnsemblerError as error:
+                # A client that is closed has no server either, but nobody wants its answers any more.
+                if self._fallback is None or self._closed.is_set() or not cloud_is_away(error):
+                    raise
+                fallback = self._fallback
+                return predictions + [answer_locally(fallback, image, error, begun) for image in given[start:]]
             started = time.monotonic()
         return predictions
 
