@@ -37,6 +37,7 @@ class OnnxSession:
             import onnxruntime as ort
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "onnx", f"running {path.name}") from error
+        ort.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
         self._name = path.name
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads

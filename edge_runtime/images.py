@@ -10,6 +10,7 @@ from __future__ import annotations
 import io
 import os
 import stat
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias
 
@@ -60,6 +61,20 @@ def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
     if hasattr(image, "convert") and hasattr(image, "resize"):
         return _fit(image, spec, "the PIL image")
     raise ImageError(f"an image is a path, bytes, a PIL image or an (H, W, 3) uint8 array, not {type(image).__name__}")
+
+
+def several(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
+    """Returns an iterator over images; a single image is refused, whose letters, bytes or rows would be taken for some.
+
+    Raises:
+        ImageError: one image, or nothing to iterate over.
+    """
+    one = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(images, "convert")
+    if isinstance(images, np.ndarray):
+        one = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
+    if one or not isinstance(images, Iterable):
+        raise ImageError(f"several images are an iterable of them, not {type(images).__name__}; for one give [image]")
+    return iter(images)
 
 
 def _array(array: npt.NDArray[Any]) -> Pixels:

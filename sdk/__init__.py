@@ -14,6 +14,7 @@ if __name__ != "ensembler":
     raise ImportError(f"import ensembler, not {__name__}: a second copy of its classes would not match")
 
 if TYPE_CHECKING:
+    from ensembler.async_client import AsyncEdgeClient as AsyncEdgeClient
     from ensembler.client import EdgeClient as EdgeClient
     from ensembler.prediction import Prediction as Prediction
     from ensembler.prediction import Timings as Timings
@@ -22,13 +23,14 @@ if TYPE_CHECKING:
 __version__ = "0.1.0"
 
 _LAZY = {
+    "AsyncEdgeClient": "ensembler.async_client",
     "EdgeClient": "ensembler.client",
     "EnsemblerError": "ensembler.protocol.errors",
     "Prediction": "ensembler.prediction",
     "Timings": "ensembler.prediction",
 }
 
-__all__ = ["EdgeClient", "EnsemblerError", "Prediction", "Timings", "__version__"]
+__all__ = ["AsyncEdgeClient", "EdgeClient", "EnsemblerError", "Prediction", "Timings", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -15,9 +15,11 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.edge_runtime.images import ImageLike, to_pixels
+from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
+from ensembler.fallback import Fallback, answer_locally, cloud_is_away
 from ensembler.prediction import Prediction, Timings
+from ensembler.process import OwnProcess
 from ensembler.protocol.errors import (
     BusyError,
     ConfigError,
@@ -42,6 +44,7 @@ from ensembler.protocol.messages import (
     decode,
     encode,
 )
+from ensembler.streaming import answers, checked_in_flight
 from ensembler.transport import keys as key_files
 from ensembler.transport.base import Connection, Frames, Transport
 from ensembler.transport.zmq_client import ZmqTransport
@@ -62,6 +65,9 @@ class EdgeClient:
 
     Thread-safe: calls from several threads run side by side, each on its own connection.
 
+    Belongs to the process that made it. In a forked child every call raises ``ConfigError``, ``close`` does nothing,
+    and the parent's client goes on working; make a new client in the child.
+
     Args:
         bundle: the folder of a client bundle.
         server: ``tcp://host:port``.
@@ -73,6 +79,9 @@ class EdgeClient:
         threads: of one run of head or tail.
         backend: a name of ``ensembler.edge_runtime.backends.BACKENDS``.
         top_k: how many classes ``Prediction.top_k`` holds.
+        fallback: called with ``(image, error)`` when the cloud is away (``fallback.cloud_is_away``: no connection, no
+            answer before the deadline, a full or a stopping server); its ``Prediction`` is the answer. See
+            ``Prediction.local``. It may be called from several threads. None raises the error.
         transport: moves the frames instead of ZeroMQ; for tests.
 
     Raises:
@@ -93,11 +102,15 @@ class EdgeClient:
         threads: int = 1,
         backend: str = "onnxruntime",
         top_k: int = 5,
+        fallback: Fallback | None = None,
         transport: Transport | None = None,
     ) -> None:
+        if fallback is not None and not callable(fallback):
+            raise ConfigError(f"fallback is {type(fallback).__name__}; give a function of an image and an error")
         if top_k < 1:
             raise ConfigError(f"top_k = {top_k}: at least 1")
-        self._timeout_ms = _checked_timeout(timeout_ms)
+        self._process = OwnProcess()
+        self._timeout_ms = checked_timeout(timeout_ms)
         folder = Path(bundle).expanduser()
         self._runtime = EdgeRuntime(folder, threads=threads, backend=backend)
         self._manifest = self._runtime.manifest
@@ -105,6 +118,7 @@ class EdgeClient:
         self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
         self._server = server
+        self._fallback = fallback
         self._transport = transport or self._open_transport(folder, server, key, plaintext=plaintext)
         self._idle: list[Connection] = []
         self._lock = threading.Lock()
@@ -150,18 +164,65 @@ class EdgeClient:
     def predict_batch(self, images: Sequence[ImageLike], *, timeout_ms: float | None = None) -> list[Prediction]:
         """Classifies several images, in order; arguments and errors as ``predict``, the deadline is for all of them.
 
-        Either every image gets its answer or the call raises.
+        Either every image gets its answer or the call raises. With a ``fallback``: once the cloud is away, it answers
+        the rest of the images.
         """
-        started = time.monotonic()
-        timeout = self._timeout_ms if timeout_ms is None else _checked_timeout(timeout_ms)
+        begun = started = time.monotonic()
+        self._process.require()
+        timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
         deadline = started + timeout / 1000
-        pixels = [to_pixels(image, self._manifest.image) for image in images]
+        given = list(several(images))
+        pixels = [to_pixels(image, self._manifest.image) for image in given]
         predictions: list[Prediction] = []
         for start in range(0, len(pixels), self._request_rows):
             part = np.stack(pixels[start : start + self._request_rows])
-            predictions += self._predict_part(part, started, deadline)
+            try:
+                predictions += self._predict_part(part, started, deadline)
+            except EnsemblerError as error:
+                # A client that is closed has no server either, but nobody wants its answers any more.
+                if self._fallback is None or self._closed.is_set() or not cloud_is_away(error):
+                    raise
+                fallback = self._fallback
+                return predictions + [answer_locally(fallback, image, error, begun) for image in given[start:]]
             started = time.monotonic()
         return predictions
+
+    def stream(
+        self,
+        images: Iterable[ImageLike],
+        *,
+        in_flight: int = 4,
+        newest: bool = False,
+        timeout_ms: float | None = None,
+    ) -> Generator[tuple[int, Prediction], None, None]:
+        """Classifies the images of an iterable, several at once, and yields ``(index, prediction)`` in their order.
+
+        ``images`` is read in a thread of its own, never more than ``in_flight`` images ahead of what was taken from
+        here. The first error of an image or of ``images`` itself is raised at its place in the order and ends the
+        generator. However it ends (also by ``break`` or ``close()``), it first waits for the calls in flight, by their
+        deadline at the latest, and leaves no thread behind. The one exception: ``images`` that block cannot be
+        interrupted; after a second their thread is left, which does not keep the program alive.
+
+        Args:
+            images: any iterable of what ``predict`` takes; may be endless.
+            in_flight: how many images may be on their way, or answered and not yet taken.
+            newest: for cameras. ``images`` is read all the time, and an image that cannot start at once is replaced by
+                the next, so what starts is always the newest; the index, its position in ``images``, then skips. With
+                ``in_flight=1`` an answer waits for nobody but you.
+            timeout_ms: the deadline of each image, from when it starts.
+
+        Raises:
+            ConfigError: an impossible option, at once; otherwise errors as ``predict``, from the generator.
+            ImageError: one image was given instead of several, at once.
+        """
+        self._process.require()
+        timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
+        return answers(
+            lambda image: self.predict(image, timeout_ms=timeout),
+            several(images),
+            in_flight=checked_in_flight(in_flight),
+            newest=newest,
+        )
 
     def status(self, *, timeout_ms: float | None = None) -> dict[str, Any]:
         """Asks the server which nets it holds and whether it is ready; errors as ``predict``.
@@ -170,7 +231,8 @@ class EdgeClient:
             ``bodies_id``, ``num_nets``, ``precision``, ``state``, ``queued_rows``, and ``fits``: whether the nets are
             those of this bundle.
         """
-        timeout = self._timeout_ms if timeout_ms is None else _checked_timeout(timeout_ms)
+        self._process.require()
+        timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
         request = Message(operation=STATUS, request_id=os.urandom(REQUEST_ID_BYTES))
         reply = self._exchange(request, time.monotonic() + timeout / 1000)
         return {
@@ -179,12 +241,22 @@ class EdgeClient:
         }
 
     @property
+    def timeout_ms(self) -> float:
+        """The deadline of a call that gives none itself, in milliseconds."""
+        return self._timeout_ms
+
+    @property
     def labels(self) -> tuple[str, ...]:
         """The class names, index = class."""
         return self._manifest.labels
 
     def close(self) -> None:
-        """Closes all connections; calls in other threads end with an error. Further calls raise."""
+        """Closes all connections; calls in other threads end with an error. Further calls raise.
+
+        Does nothing in a forked child: the connections are the parent's.
+        """
+        if not self._process.here:
+            return
         self._closed.set()
         with self._lock:
             idle, self._idle = self._idle, []
@@ -359,7 +431,12 @@ def _number(value: Any) -> float:
     return float(value) if isinstance(value, int | float) else 0.0
 
 
-def _checked_timeout(timeout_ms: float) -> float:
+def checked_timeout(timeout_ms: float) -> float:
+    """Returns ``timeout_ms`` if it can be a deadline.
+
+    Raises:
+        ConfigError: not above 0, or more than a day.
+    """
     if not 0 < timeout_ms <= 24 * 3600 * 1000:
         raise ConfigError(f"timeout_ms = {timeout_ms}: give more than 0 and at most a day (86,400,000)")
     return float(timeout_ms)

@@ -3,9 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal
 
 import numpy as np
 import numpy.typing as npt
+
+from ensembler.protocol.errors import ConfigError
+
+Source = Literal["cloud", "fallback"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +34,9 @@ class Timings:
     total: float
 
 
+_NO_TIME = Timings(head=0.0, queue=0.0, server=0.0, network=0.0, tail=0.0, total=0.0)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Prediction:
     """The answer for one image.
@@ -43,6 +51,7 @@ class Prediction:
         timings: of the call; the images of a batch share it.
         bytes_up: payload and header bytes sent for the whole request.
         bytes_down: received for it.
+        source: ``cloud``, or ``fallback``: what the client's ``fallback`` answered while the cloud was away.
     """
 
     label: str
@@ -54,3 +63,34 @@ class Prediction:
     timings: Timings
     bytes_up: int
     bytes_down: int
+    source: Source = "cloud"
+
+    @classmethod
+    def local(cls, label: str, score: float) -> Prediction:
+        """Makes the answer of a ``fallback``, which knows a label and how sure it is.
+
+        ``probabilities`` and ``logits`` are empty, ``(0,)``, and ``request_id`` is the empty text.
+
+        Args:
+            label: any text; it need not be one of the bundle's labels.
+            score: in 0..1.
+
+        Raises:
+            ConfigError: not a text, or not a probability.
+        """
+        if not isinstance(label, str):
+            raise ConfigError(f"the label of a local prediction is a text, not {type(label).__name__}")
+        if not 0 <= score <= 1:
+            raise ConfigError(f"score = {score} for {label!r}: give a probability, 0 to 1")
+        return cls(
+            label=label,
+            score=float(score),
+            top_k=((label, float(score)),),
+            probabilities=np.zeros(0, np.float32),
+            logits=np.zeros(0, np.float32),
+            request_id="",
+            timings=_NO_TIME,
+            bytes_up=0,
+            bytes_down=0,
+            source="fallback",
+        )

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,3 +133,57 @@ def _serving(bundle: Path, *arguments: str, bind: str = "tcp://127.0.0.1:*") -> 
             if process.poll() is None:
                 process.terminate()
             process.communicate()
+
+
+@pytest.fixture(scope="session")
+def expected(tiny, tiny_images) -> np.ndarray:
+    """The logits that bundle and engine give without any network, one row per image."""
+    from ensembler.cloud_runtime.engine import OnnxEngine
+    from ensembler.edge_runtime.runtime import EdgeRuntime
+
+    runtime, engine = EdgeRuntime(tiny.client), OnnxEngine(tiny.server, threads=1)
+    logits = runtime.finish(engine.run(runtime.encode(tiny_images)))
+    engine.close()
+    return logits
+
+
+class Gate:
+    """A server in this process whose handler can be held: makes 'in flight' certain instead of likely.
+
+    ``arrived`` counts requests; each then waits for ``open``.
+    """
+
+    def __init__(self, bundle: Path):
+        from ensembler.cloud_runtime.engine import OnnxEngine
+
+        self.engine = OnnxEngine(bundle, threads=1)
+        self.open = threading.Event()
+        self.open.set()
+        self.arrived = threading.Semaphore(0)
+        self.at_once = self.most_at_once = 0
+        self._lock = threading.Lock()
+
+    def __call__(self, frames):
+        from ensembler.protocol.messages import RESULT, Message, decode, encode
+
+        with self._lock:
+            self.at_once += 1
+            self.most_at_once = max(self.most_at_once, self.at_once)
+        self.arrived.release()
+        assert self.open.wait(60)
+        message = decode(frames)
+        with self._lock:
+            self.at_once -= 1
+            tensor = self.engine.run(message.tensor)
+        info = {"queue_ms": 0.0, "compute_ms": 0.0}
+        ids = {"request_id": message.request_id, "bodies_id": message.bodies_id}
+        return [encode(Message(operation=RESULT, **ids, tensor=tensor, info=info))]
+
+
+@pytest.fixture
+def gate(tiny) -> Iterator[Gate]:
+    """See ``Gate``; ``EdgeClient(..., transport=InProcessTransport(gate))`` uses it."""
+    held = Gate(tiny.server)
+    yield held
+    held.open.set()
+    held.engine.close()

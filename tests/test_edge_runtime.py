@@ -123,6 +123,13 @@ def test_inputs_that_the_model_does_not_take_are_one_typed_error(backend, inputs
         session.run(inputs)
 
 
+def test_onnxruntime_is_told_to_report_nothing_to_its_maker(tiny, monkeypatch):
+    told = []
+    monkeypatch.setattr("onnxruntime.disable_telemetry_events", lambda: told.append(True))
+    open_session(tiny.client / "head.onnx")
+    assert told
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones(tiny):
     with pytest.raises(ConfigError, match=r"unknown backend 'abacus'; known: .*onnxruntime"):
         open_session(tiny.client / "head.onnx", backend="abacus")

@@ -49,15 +49,6 @@ def running(tiny, serve):
         yield endpoint
 
 
-@pytest.fixture(scope="module")
-def expected(tiny, tiny_images):
-    """The logits that bundle and engine give without any network, one row per image."""
-    runtime, engine = EdgeRuntime(tiny.client), OnnxEngine(tiny.server, threads=1)
-    logits = runtime.finish(engine.run(runtime.encode(tiny_images)))
-    engine.close()
-    return logits
-
-
 class SlowEngine:
     """The real engine, held until it is released: makes 'busy' and 'in flight' certain instead of likely."""
 

@@ -130,7 +130,8 @@ class Blocker:
 sys.meta_path.insert(0, Blocker())
 from pathlib import Path
 import numpy as np
-import ensembler, ensembler.client, ensembler.prediction, ensembler.transport.zmq_client, ensembler.cli.predict
+import ensembler, ensembler.async_client
+import ensembler.client, ensembler.prediction, ensembler.transport.zmq_client, ensembler.cli.predict
 from ensembler.edge_runtime.images import to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime
 runtime = EdgeRuntime(Path(sys.argv[1]))
@@ -188,7 +189,14 @@ def test_a_folder_under_its_bare_name_is_refused():
 
 
 def test_the_public_names_are_these():
-    assert ensembler.__all__ == ["EdgeClient", "EnsemblerError", "Prediction", "Timings", "__version__"]
+    assert ensembler.__all__ == [
+        "AsyncEdgeClient",
+        "EdgeClient",
+        "EnsemblerError",
+        "Prediction",
+        "Timings",
+        "__version__",
+    ]
     assert dir(ensembler) == sorted(ensembler.__all__)
 
 

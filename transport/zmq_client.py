@@ -72,10 +72,18 @@ class ZmqTransport:
         """See ``Transport``."""
         with self._lock:
             first, self._first = self._first, None
-        return first or self._open()
+        with mapped_errors(self.endpoint):  # the transport may be closed meanwhile, by another thread
+            return first or self._open()
 
     def _open(self) -> ZmqConnection:
         socket = self._context.socket(zmq.DEALER)
+        try:
+            return self._connected(socket)
+        except BaseException:
+            socket.close(linger=0)  # one that is left open would keep the context from ending
+            raise
+
+    def _connected(self, socket: zmq.Socket[bytes]) -> ZmqConnection:
         set_limits(socket)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
@@ -97,9 +105,10 @@ class ZmqTransport:
 
     def close(self) -> None:
         """See ``Transport``."""
-        if self._first is not None:
-            self._first.close()
-            self._first = None
+        with self._lock:
+            first, self._first = self._first, None
+        if first is not None:
+            first.close()
         self._context.term()
 
 
