@@ -24,6 +24,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--resume", type=Path, metavar="RUN", help="go on with an interrupted run; its options are those it began with"
     )
+    parser.add_argument(
+        "--dry-run",
+        action="store_true",
+        default=None,
+        help="print the plan with time, memory and disk, from a few real steps; keep nothing",
+    )
     parser.add_argument("--arch", help="resnet18 or resnet10_slim (default: resnet18)")
     parser.add_argument("-N", "--num-nets", type=int, help="server nets (default: 10)")
     parser.add_argument("-P", "--num-selected", type=int, help="nets that count (default: 4)")
@@ -56,8 +62,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Trains."""
     need_torch()
+    from ensembler.training.plan import make_plan
     from ensembler.training.stages import resume, train
 
+    if options.dry_run and options.resume is None:
+        if options.data is None:
+            raise ConfigError("train --dry-run needs --data")
+        plan = make_plan(_config(options), stage1_is_given=options.stage1 is not None)
+        console.result(plan.to_dict(), plan.text())
+        return 0
     out: Path | None = options.resume or options.out
     reporter = ProgressReporter(console)
     try:
