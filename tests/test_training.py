@@ -684,7 +684,7 @@ def test_bodies_id_changes_with_weights_buffers_order_and_codecs(bodies):
         weight = bodies[1].get_submodule("layer1.0").conv1.weight
         weight[0, 0, 0, 0] = torch.nextafter(weight[0, 0, 0, 0], torch.tensor(9.0))
     ids.append(bodies_digest(bodies, CODEC, [CODEC, CODEC]))
-    bodies[0][0].bn1.running_mean[0] += 1e-3
+    bodies[0].get_submodule("layer1.0").bn1.running_mean[0] += 1e-3
     ids.append(bodies_digest(bodies, CODEC, [CODEC, CODEC]))
     assert len(set(ids)) == len(ids)
     assert all(len(bodies_id) == 64 and set(bodies_id) <= set("0123456789abcdef") for bodies_id in ids)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ensembler.protocol.errors import ConfigError
+from ensembler.training.checkpoint import Checkpoint, Progress
 from ensembler.training.config import TrainConfig
 from ensembler.training.data import Dataset
 from ensembler.training.models import PIXEL_ZERO_POINT, normalise
@@ -154,8 +155,9 @@ def fit(
     seed: int,
     reporter: Reporter,
     label: str,
+    checkpoint: Checkpoint | None = None,
 ) -> Iterator[EpochMetrics]:
-    """Trains ``parameters``, yielding after each epoch.
+    """Trains ``parameters``, yielding after each epoch; the checkpoint is written once the caller asks for the next.
 
     Args:
         parameters: what is trained.
@@ -166,9 +168,11 @@ def fit(
         seed: of shuffling and augmentation.
         reporter: told of every step.
         label: what the reporter calls it.
+        checkpoint: where this piece stands; what it knows is not trained again.
 
     Raises:
         ConfigError: the loss is no longer finite.
+        DataError: the checkpoint is damaged.
     """
     device = data.train_x.device
     generator = torch.Generator().manual_seed(seed)
@@ -179,8 +183,11 @@ def fit(
     schedule = torch.optim.lr_scheduler.OneCycleLR(
         optimizer, max_lr=config.learning_rate, total_steps=epochs * steps + 1, pct_start=0.3
     )
-    reporter.begin(label, epochs * steps)
-    for epoch in range(epochs):
+    done = checkpoint.restore(optimizer, schedule, generator) if checkpoint is not None else Progress()
+    if done.epochs:
+        label = f"{label}, resumed after epoch {done.epochs} of {epochs}"
+    reporter.begin(label, (epochs - done.epochs) * steps)
+    for epoch in range(done.epochs, epochs):
         seen, loss_sum, hits, cosine_sum = 0, 0.0, 0, 0.0
         has_cosine = False
         for images, targets in batches(data, config.batch_size, generator):
@@ -200,8 +207,11 @@ def fit(
             reporter.step(f"loss {loss_sum / seen:.3f}, accuracy {100 * hits / seen:.1f}%")
         if not np.isfinite(loss_sum):
             raise ConfigError(f"{label}: the loss is no longer finite; lower --learning-rate")
+        done = Progress(epoch + 1, 100 * hits / seen)
         yield EpochMetrics(epoch + 1, loss_sum / seen, 100 * hits / seen, cosine_sum / seen if has_cosine else None)
-    reporter.end(f"train accuracy {100 * hits / seen:.1f}%")
+        if checkpoint is not None:
+            checkpoint.save(done, optimizer, schedule, generator)
+    reporter.end(f"train accuracy {done.train_accuracy:.1f}%")
 
 
 @torch.inference_mode()

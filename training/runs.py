@@ -8,6 +8,7 @@
       wire.json                codecs, shapes, the bodies' order; fixed before the selector is drawn
       client/secret.json       0600: selector and seed
       client/client.safetensors       head, noise, tail of stage 3
+      *.checkpoint.safetensors while training: where a stage-1 net or the client stands, see ``checkpoint``
       metrics.jsonl            one JSON object per line, appended as training goes
       summary.json             final accuracies; written last, so its presence means the run is complete
 
@@ -71,8 +72,25 @@ class RunFolder:
         self.path = path
 
     @classmethod
-    def create(cls, path: Path, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> RunFolder:
+    def create(
+        cls,
+        path: Path,
+        config: TrainConfig,
+        arch: ArchSpec,
+        labels: Sequence[str],
+        *,
+        data_digest: str | None = None,
+        stage1_from: Path | None = None,
+    ) -> RunFolder:
         """Makes the folder and writes ``config.json``.
+
+        Args:
+            path: must not exist, or be empty.
+            config: the options.
+            arch: which net.
+            labels: the class names.
+            data_digest: of the data, without which the run cannot be resumed.
+            stage1_from: the run whose stage 1 this one takes.
 
         Raises:
             ConfigError: the folder exists and is not empty, or cannot be made.
@@ -94,6 +112,8 @@ class RunFolder:
                 "config": config.to_dict(),
                 "image_size": list(arch.image_size),
                 "labels": list(labels),
+                "data_digest": data_digest,
+                "stage1_from": str(stage1_from.absolute()) if stage1_from is not None else None,
             },
         )
         return run
@@ -105,6 +125,32 @@ class RunFolder:
         Raises:
             DataError: not a run folder, of another version, or its training was not finished.
         """
+        run = cls._of_this_version(path)
+        if not run.has("summary.json"):
+            raise DataError(f"{path}: training was not finished; ensembler train --resume {path} continues it")
+        return run
+
+    @classmethod
+    def open_unfinished(cls, path: Path) -> RunFolder:
+        """Opens a run whose training was interrupted.
+
+        Raises:
+            DataError: not a run folder, or of another version.
+            ConfigError: its training is finished.
+        """
+        run = cls._of_this_version(path)
+        if run.has("summary.json"):
+            run.remove(run.CLIENT_CHECKPOINT)  # where the kill came between the summary and the end
+            raise ConfigError(
+                f"--resume {path}: training is finished; there is nothing to resume. "
+                f"Next: ensembler-export {path} --out bundles"
+            )
+        if not run.data_digest:
+            raise DataError(f"--resume {path}: was begun by a version that could not resume; train again")
+        return run
+
+    @classmethod
+    def _of_this_version(cls, path: Path) -> RunFolder:
         run = cls(path)
         if not (path / "config.json").is_file():
             raise DataError(f"{path} is not a run folder; ensembler train --out {path} makes one")
@@ -112,8 +158,6 @@ class RunFolder:
         complete = {"config", "image_size", "labels"} <= document.keys()
         if document.get("version") != RUN_VERSION or not complete:
             raise DataError(f"{path} was written by another version; train again, or install the matching version")
-        if not (path / "summary.json").is_file():
-            raise DataError(f"{path}: training was not finished; run ensembler train again into a new folder")
         return run
 
     # --- the parts ---
@@ -135,11 +179,27 @@ class RunFolder:
         height, width = document["image_size"]
         return config.arch_spec((height, width), len(document["labels"]))
 
+    @property
+    def data_digest(self) -> str:
+        """The digest of the data; empty where none was stored."""
+        return str(self.read_json("config.json").get("data_digest") or "")
+
+    @property
+    def stage1_source(self) -> Path | None:
+        """The run whose stage 1 this one takes."""
+        source = self.read_json("config.json").get("stage1_from")
+        return Path(str(source)) if source else None
+
     def stage1_file(self, index: int) -> str:
         """Returns the name of one stage-1 net's file."""
         return f"stage1/net_{index:02d}.safetensors"
 
+    def stage1_checkpoint(self, index: int) -> str:
+        """Returns the name of the file that says where one stage-1 net stands."""
+        return f"stage1/net_{index:02d}.checkpoint.safetensors"
+
     CLIENT_FILE = "client/client.safetensors"
+    CLIENT_CHECKPOINT = "client/client.checkpoint.safetensors"
     SECRET_FILE = "client/secret.json"  # noqa: S105 (a file name)
 
     def write_wire(self, state: WireState) -> None:
@@ -200,10 +260,19 @@ class RunFolder:
 
     # --- files ---
 
-    def save_tensors(self, name: str, tensors: Mapping[str, Tensor]) -> None:
-        """Stores named tensors."""
+    def has(self, name: str) -> bool:
+        """Whether a part is there."""
+        return (self.path / name).is_file()
+
+    def remove(self, name: str) -> None:
+        """Removes a part, if it is there."""
+        (self.path / name).unlink(missing_ok=True)
+
+    def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
+        """Stores named tensors, and texts beside them."""
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
-        self._replace(name, lambda path: save_file(plain, path), 0o600)
+        texts = dict(metadata) if metadata else None
+        self._replace(name, lambda path: save_file(plain, path, metadata=texts), 0o600)
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """Reads named tensors.
@@ -251,6 +320,29 @@ class RunFolder:
         with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
             stream.write(json.dumps(record) + "\n")
 
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Returns the records of ``metrics.jsonl`` up to the first torn line, if there is one."""
+        try:
+            lines = (self.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+        except FileNotFoundError:
+            return []
+        records: list[dict[str, Any]] = []
+        for line in lines:
+            try:
+                record: object = json.loads(line)
+            except ValueError:
+                break
+            if not isinstance(record, dict) or not line.endswith(b"\n"):
+                break
+            records.append(record)
+        return records
+
+    def cut_metrics(self, count: int) -> None:
+        """Keeps the first ``count`` records of ``metrics.jsonl`` and drops the rest, a torn line too."""
+        if self.has("metrics.jsonl"):
+            text = "".join(json.dumps(record) + "\n" for record in self.read_metrics()[:count])
+            self._replace("metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"), 0o600)
+
     def _replace(self, name: str, write: Callable[[Path], object], mode: int) -> None:
         path = self.path / name
         temporary = path.with_name(path.name + ".tmp")
@@ -259,6 +351,7 @@ class RunFolder:
             os.close(os.open(temporary, os.O_CREAT | os.O_WRONLY | os.O_TRUNC, mode))
             write(temporary)
             temporary.chmod(mode)
+            _flush(temporary)
             temporary.replace(path)
         except OSError as error:
             temporary.unlink(missing_ok=True)
@@ -267,6 +360,15 @@ class RunFolder:
 
 def _codec_json(codec: AffineCodec) -> list[float | int]:
     return [codec.scale, codec.zero_point, codec.bits]
+
+
+def _flush(path: Path) -> None:
+    """Has the disk hold the file's content, so that no power cut leaves a name without it."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
 
 
 def _write_bytes(content: bytes, path: Path) -> None:

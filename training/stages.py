@@ -1,14 +1,15 @@
 """The three stages of Ensembler (Section III-C) and the fixing of the wire between the first and the second.
 
-``train()`` runs them into a run folder; ``load_client()`` and ``load_bodies()`` read the result back for export,
-tests and attacks. The algorithm is the three functions ``stage1``, ``stage2``, ``stage3``, in this order.
+``train()`` runs them into a run folder, ``resume()`` goes on with one that was interrupted; ``load_client()`` and
+``load_bodies()`` read the result back for export, tests and attacks. The algorithm is the three functions ``stage1``,
+``stage2``, ``stage3``, in this order.
 """
 
 from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -18,9 +19,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ensembler.protocol.codec import CODEC_BITS, AffineCodec
-from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.protocol.manifest import WireSpec
 from ensembler.training import data as data_sets
+from ensembler.training.checkpoint import Checkpoint, data_digest, training_lock
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import (
     EVALUATION_BATCH,
@@ -121,10 +123,17 @@ class Client(nn.Module):
 
 
 def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, reporter: Reporter) -> list[Stage1Net]:
-    """Trains N nets, each on its own with its own fixed noise after the head (Eq. 2)."""
+    """Trains N nets, each on its own with its own fixed noise after the head (Eq. 2); a stored one is kept."""
     shape = feature_shape(arch)
     trained = []
     for index in range(config.trained_nets):
+        if run.has(run.stage1_file(index)):
+            run.remove(run.stage1_checkpoint(index))
+            stored = _stored_stage1_net(run, index)
+            # In the layout that it was trained in: another one rounds differently.
+            net = _placed(stored.net, data.train_x.device)
+            trained.append(Stage1Net(net, stored.noise.to(data.train_x.device)))
+            continue
         torch.manual_seed(derived_seed(config.seed, 1, index, 0))
         net = _placed(build_net(arch), data.train_x.device)
         noise = gaussian_noise(shape, config.stage1_noise_std, derived_seed(config.seed, 1, index, 1))
@@ -140,6 +149,7 @@ def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, r
                 "noise": noise,
             },
         )
+        run.remove(run.stage1_checkpoint(index))
         trained.append(Stage1Net(_freeze(net), noise))
     return trained
 
@@ -170,6 +180,12 @@ def _train_stage1_net(
         seed=derived_seed(config.seed, 1, index, 2),
         reporter=reporter,
         label=f"stage 1, net {index + 1} of {config.trained_nets}",
+        checkpoint=Checkpoint(
+            run,
+            run.stage1_checkpoint(index),
+            {**module_tensors("net", net), "noise": noise},
+            {"stage": 1, "net": index},
+        ),
     ):
         run.append_metrics({"stage": 1, "net": index, **asdict(metrics)})
     net.eval()
@@ -353,6 +369,7 @@ def stage3(
         seed=derived_seed(secret.seed, 3, 2),
         reporter=reporter,
         label="stage 3, the client",
+        checkpoint=Checkpoint(run, run.CLIENT_CHECKPOINT, module_tensors("client", client), {"stage": 3}),
     ):
         run.append_metrics({"stage": 3, **asdict(metrics)})
     client.eval()
@@ -394,18 +411,61 @@ def train(
     arch = config.arch_spec(dataset.image_size, len(dataset.labels))
     if source is not None:
         _require_same_nets(source, config, arch, dataset.labels)
-    shape = feature_shape(arch)  # refuses an impossible net before anything is written
-    run = RunFolder.create(out, config, arch, dataset.labels)
-    data = Tensors.of(dataset, device, config.train_limit)
-    if source is None:
+    feature_shape(arch)  # refuses an impossible net before anything is written
+    run = RunFolder.create(out, config, arch, dataset.labels, data_digest=data_digest(dataset), stage1_from=stage1_from)
+    with training_lock(run):
+        return _run_stages(run, config, arch, Tensors.of(dataset, device, config.train_limit), reporter)
+
+
+def resume(path: Path, *, device: str | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+    """Goes on with an interrupted run at its last finished epoch.
+
+    On the CPU, with the same number of threads, it ends in the same bits as a run that nobody interrupted.
+
+    Args:
+        path: the run folder; every option comes from its ``config.json``.
+        device: ``auto``, ``cpu`` or ``cuda`` in place of the stored one.
+        reporter: told of the progress.
+
+    Returns:
+        As ``train``.
+
+    Raises:
+        ConfigError: the run is finished, or another process trains it.
+        DataError: not a run folder, a damaged file in it, or other data than it began with.
+    """
+    run = RunFolder.open_unfinished(path)
+    with training_lock(run):
+        config = run.config
+        config = replace(config, device=device or config.device)
+        placed = pick_device(config.device)
+        dataset = data_sets.load(config.data)
+        if data_digest(dataset) != run.data_digest:
+            raise DataError(
+                f"--resume {path}: --data {config.data} now holds other images or labels than the run began with; "
+                "put those back, or train again into a new folder"
+            )
+        data = Tensors.of(dataset, placed, config.train_limit)
+        return _run_stages(run, config, run.arch, data, reporter or Silent())
+
+
+def _run_stages(
+    run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, reporter: Reporter
+) -> dict[str, Any]:
+    """Does what is missing in the run folder; what is there is taken as it is. Returns the summary."""
+    if run.has("wire.json"):
+        _require_stage1(run, config)
         nets = stage1(run, config, arch, data, reporter)
     else:
-        run.copy_stage1(source)
-        nets = load_stage1(run, device)
-    wire = _wire(config, source, nets, data)
-    run.write_wire(wire)
-    secret = stage2(config)
-    run.write_secret(secret)
+        source = RunFolder.open(run.stage1_source) if run.stage1_source is not None else None
+        if source is not None:
+            run.copy_stage1(source)
+        nets = stage1(run, config, arch, data, reporter)
+        run.write_wire(_wire(config, source, nets, data))
+    wire = run.read_wire()
+    if not run.has(run.SECRET_FILE):
+        run.write_secret(stage2(config))
+    secret = run.read_secret()
     if config.is_ensemble:
         client = stage3(run, config, arch, data, nets, wire, secret, reporter)
     else:
@@ -415,7 +475,9 @@ def train(
         {**module_tensors("head", client.head), **module_tensors("tail", client.tail), "noise": client.noise},
     )
     summary = _summary(run, config, client, nets, wire, data)
-    run.write_json("summary.json", {**summary, "feature_shape": list(shape)})
+    run.write_json("summary.json", {**summary, "feature_shape": list(wire.spec.feature_shape)})
+    # Only now: with fresh noise the summary depends on the generator's state, which the checkpoint has.
+    run.remove(run.CLIENT_CHECKPOINT)
     return summary
 
 
@@ -440,6 +502,16 @@ def _wire(config: TrainConfig, source: RunFolder | None, nets: Sequence[Stage1Ne
         answer_bits=config.answer_bits,
         bottleneck=bottleneck,
     )
+
+
+def _require_stage1(run: RunFolder, config: TrainConfig) -> None:
+    """The wire was fixed for nets that are stored: others must not take their place in silence."""
+    for index in range(config.trained_nets):
+        if not run.has(run.stage1_file(index)):
+            raise DataError(
+                f"{run.path / run.stage1_file(index)} is missing, and wire.json was made with it; put it back, or "
+                "train again into a new folder"
+            )
 
 
 def _require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:
@@ -480,6 +552,8 @@ def _summary(
             # What two heads that never met have in common: the cosine of the paper means little without it.
             across = [max_cosine(head, heads[:i] + heads[i + 1 :]) for i, head in enumerate(heads)]
             summary["max_cosine_between_stage1_heads"] = float(torch.stack(across).mean())
+    lines = run.read_metrics()
+    run.cut_metrics(next((i for i, line in enumerate(lines) if "summary" in line), len(lines)))
     run.append_metrics({"summary": summary})
     return summary
 
@@ -489,14 +563,17 @@ def _summary(
 
 def load_stage1(run: RunFolder, device: torch.device | None = None) -> list[Stage1Net]:
     """Reads the N stage-1 nets, frozen, in training order."""
-    nets = []
-    for index in range(run.config.trained_nets):
-        tensors = run.load_tensors(run.stage1_file(index))
-        net = build_net(run.arch)
-        for name, module in (("head", net.head), ("body", net.body), ("tail", net.tail)):
-            restore(module, name, tensors)
-        nets.append(Stage1Net(_freeze(net).to(device or "cpu"), tensors["noise"].to(device or "cpu")))
-    return nets
+    nets = [_stored_stage1_net(run, index) for index in range(run.config.trained_nets)]
+    return [Stage1Net(item.net.to(device or "cpu"), item.noise.to(device or "cpu")) for item in nets]
+
+
+def _stored_stage1_net(run: RunFolder, index: int) -> Stage1Net:
+    """Reads one stage-1 net, frozen, on the CPU."""
+    tensors = run.load_tensors(run.stage1_file(index))
+    net = build_net(run.arch)
+    for name, module in (("head", net.head), ("body", net.body), ("tail", net.tail)):
+        restore(module, name, tensors)
+    return Stage1Net(_freeze(net), tensors["noise"])
 
 
 def load_client(run: RunFolder) -> Client:

@@ -1,0 +1,88 @@
+"""The plan of a run: what ``ensembler train --dry-run`` prints, and that it leaves nothing."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ensembler.cli import main
+from ensembler.protocol.errors import ConfigError
+from ensembler.training.config import TrainConfig
+from ensembler.training.plan import duration, make_plan
+from ensembler.training.stages import train
+
+
+@pytest.fixture(scope="module")
+def settings(tiny_data):
+    def build(**changes):
+        smallest = {
+            "data": tiny_data,
+            "arch": "resnet10_slim",
+            "num_nets": 3,
+            "num_selected": 2,
+            "epochs_stage1": 2,
+            "epochs_stage3": 4,
+            "batch_size": 16,
+            "device": "cpu",
+        }
+        return TrainConfig(**(smallest | changes))
+
+    return build
+
+
+def test_the_plan_counts_what_the_run_will_do(settings):
+    plan = make_plan(settings(train_limit=40))
+    first, third = plan.stages["stage1"], plan.stages["stage3"]
+    assert (plan.train_images, plan.test_images, plan.image_size, plan.num_classes) == (40, 96, (16, 16), 3)
+    assert (first.pieces, first.epochs, first.steps_per_epoch) == (3, 2, 3)
+    assert (third.pieces, third.epochs, third.steps_per_epoch) == (1, 4, 3)
+    assert first.trained_parameters == sum(plan.parameters.values())
+    assert third.trained_parameters == plan.parameters["head"] + 2 * 128 * 3 + 3
+    assert plan.time_s == pytest.approx(first.time_s + third.time_s)
+    assert plan.time_s > 0
+    assert plan.peak_memory_mib >= plan.peak_memory_measured_mib > 0
+
+
+def test_the_planned_disk_holds_the_run(settings, tmp_path):
+    plan = make_plan(settings())
+    train(settings(epochs_stage1=1, epochs_stage3=1), tmp_path / "run")
+    used = sum(path.stat().st_size for path in (tmp_path / "run").rglob("*.safetensors")) / 2**20
+    assert used <= plan.disk_mib <= 3 * used
+
+
+def test_what_is_not_trained_is_not_planned(settings):
+    assert make_plan(settings(defense="none")).stages.keys() == {"stage1"}
+    plan = make_plan(settings(), stage1_is_given=True)
+    assert plan.stages.keys() == {"stage3"}
+    assert "stage 1   not trained" in plan.text()
+
+
+def test_a_plan_of_the_impossible_is_refused_as_the_run_would_be(settings):
+    with pytest.raises(ConfigError, match="unknown architecture"):
+        make_plan(settings(arch="resnet99"))
+
+
+@pytest.mark.parametrize(
+    ("seconds", "text"), [(0.4, "0 s"), (89, "89 s"), (90, "2 min"), (5000, "83 min"), (36_059, "10 h 1 min")]
+)
+def test_durations_are_written_for_people(seconds, text):
+    assert duration(seconds) == text
+
+
+def test_a_dry_run_prints_the_plan_and_leaves_nothing(tiny_data, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    arguments = ["train", "--data", tiny_data, "--arch", "resnet10_slim", "-N", "2", "-P", "1", "--dry-run"]
+    assert main([*arguments, "--out", str(tmp_path / "run")]) == 0
+    printed = capsys.readouterr().out
+    for word in ("stage 1   2 nets", "stage 2   a secret 1 of 2", "stage 3   1 client", "time", "memory", "disk"):
+        assert word in printed
+    assert main([*arguments, "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["stages"]["stage1"]["epochs"] == 30
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_beside_resume_is_refused(tmp_path, capsys):
+    assert main(["train", "--resume", str(tmp_path), "--dry-run"]) == 2
+    assert "--dry-run: not with --resume" in capsys.readouterr().err

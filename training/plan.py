@@ -1,0 +1,239 @@
+"""What a run will cost, before it is started: a few real steps of stages 1 and 3, in a folder that goes away again."""
+
+from __future__ import annotations
+
+import math
+import resource
+import statistics
+import tempfile
+import time
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from ensembler.training import data as data_sets
+from ensembler.training.config import TrainConfig
+from ensembler.training.fit import Tensors, pick_device
+from ensembler.training.models import build_net
+from ensembler.training.runs import ClientSecret, RunFolder
+from ensembler.training.stages import CALIBRATION_IMAGES, Stage1Net, fix_wire, stage1, stage3
+
+MEASURED_STEPS = 4  # of each stage; the first one warms up and does not count
+WIRE_IMAGES = 32
+# A held-out image costs the forward pass alone: about a third of a training step's share for one image.
+EVALUATION_SHARE = 1 / 3
+MIB = 2**20
+
+
+@dataclass(frozen=True, kw_only=True)
+class StagePlan:
+    """One stage that trains.
+
+    Attributes:
+        pieces: nets of stage 1, or the one client of stage 3.
+        trained_parameters: of one piece.
+        epochs: passes over the data.
+        steps_per_epoch: batches.
+        step_ms: the median of a few real steps, in milliseconds.
+        time_s: of the whole stage, in seconds.
+    """
+
+    pieces: int
+    trained_parameters: int
+    epochs: int
+    steps_per_epoch: int
+    step_ms: float
+    time_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """What ``ensembler train --dry-run`` prints.
+
+    Attributes:
+        device: ``cpu`` or ``cuda``.
+        train_images: how many.
+        test_images: how many.
+        image_size: height and width in pixels.
+        num_classes: K.
+        num_nets: N, or 1 for a baseline.
+        num_selected: P, or 1 for a baseline.
+        parameters: of one net: head, body, tail.
+        stages: by name, ``stage1`` and ``stage3``; the one that is not trained is absent.
+        time_s: all stages, in seconds.
+        peak_memory_mib: the measured peak of this process, and an estimate of what a whole run adds.
+        peak_memory_measured_mib: the measured part.
+        disk_mib: the run folder at its largest, from the sizes of files that were really written.
+    """
+
+    device: str
+    train_images: int
+    test_images: int
+    image_size: tuple[int, int]
+    num_classes: int
+    num_nets: int
+    num_selected: int
+    parameters: dict[str, int]
+    stages: dict[str, StagePlan]
+    time_s: float
+    peak_memory_mib: float
+    peak_memory_measured_mib: float
+    disk_mib: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """Returns it for JSON."""
+        return asdict(self)
+
+    def text(self) -> str:
+        """Returns it for people."""
+        height, width = self.image_size
+        lines = [
+            f"data      {self.train_images} train and {self.test_images} held-out images of {height}x{width} pixels, "
+            f"{self.num_classes} classes",
+            "net       " + ", ".join(f"{name} {count:,}" for name, count in self.parameters.items()) + " parameters",
+        ]
+        for name, what in (("stage1", "nets"), ("stage3", "client")):
+            stage = self.stages.get(name)
+            if stage is None:
+                lines.append(f"{name[:-1]} {name[-1]}   not trained")
+            else:
+                lines.append(
+                    f"{name[:-1]} {name[-1]}   {stage.pieces} {what}, each {stage.epochs} epochs of "
+                    f"{stage.steps_per_epoch} steps of {stage.step_ms:.0f} ms: {duration(stage.time_s)}"
+                )
+            if name == "stage1":
+                lines.append(f"stage 2   a secret {self.num_selected} of {self.num_nets}")
+        return "\n".join(
+            [
+                *lines,
+                f"time      {duration(self.time_s)} on {self.device}, from real steps on this machine, as busy "
+                "as it is now",
+                f"memory    {self.peak_memory_mib:,.0f} MiB at its peak: {self.peak_memory_measured_mib:,.0f} measured "
+                "here, the rest estimated",
+                f"disk      {self.disk_mib:,.1f} MiB, from the files of one net and one client",
+                "nothing was kept; without --dry-run the run starts",
+            ]
+        )
+
+
+def duration(seconds: float) -> str:
+    """Returns a time for people, for instance ``1 h 20 min``."""
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 90 else f"{minutes // 60} h {minutes % 60} min"
+
+
+class _Clock:
+    """A Reporter that notes when the steps were done."""
+
+    def __init__(self) -> None:
+        self._times: list[float] = []
+
+    def begin(self, label: str, total: int) -> None:  # noqa: ARG002 (the protocol's)
+        self._times = [time.perf_counter()]
+
+    def step(self, detail: str) -> None:  # noqa: ARG002
+        self._times.append(time.perf_counter())
+
+    def end(self, summary: str) -> None:
+        pass
+
+    @property
+    def step_s(self) -> float:
+        """The median of the steps after the first, in seconds."""
+        steps = [b - a for a, b in zip(self._times, self._times[1:], strict=False)]
+        return statistics.median(steps[1:] or steps)
+
+
+def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
+    """Measures a few steps of what ``config`` asks for; nothing of it stays.
+
+    Args:
+        config: the options.
+        stage1_is_given: another run's stage 1 is taken (``--stage1``).
+
+    Raises:
+        ConfigError: an impossible option.
+        DataError: the data.
+    """
+    device = pick_device(config.device)
+    dataset = data_sets.load(config.data)
+    arch = config.arch_spec(dataset.image_size, len(dataset.labels))
+    net = build_net(arch)
+    data = Tensors.of(dataset, device, config.train_limit)
+    selected = config.num_selected if config.is_ensemble else 1
+    steps = math.ceil(len(data.train_x) / config.batch_size)
+    few = MEASURED_STEPS * config.batch_size
+    brief = Tensors(data.train_x[:few], data.train_y[:few], data.test_x[:2], data.test_y[:2])
+    # One net stands for all N: they cost the same.
+    tried = replace(config, epochs_stage1=1, epochs_stage3=1, num_nets=1, num_selected=1)
+    stages: dict[str, StagePlan] = {}
+    with tempfile.TemporaryDirectory(prefix="ensembler-plan-") as folder:
+        run = RunFolder.create(Path(folder) / "run", tried, arch, dataset.labels)
+        clock = _Clock()
+        nets = stage1(run, tried, arch, brief, clock) * config.trained_nets
+        evaluation = len(data.test_x) / config.batch_size * EVALUATION_SHARE
+        if not stage1_is_given:
+            seconds = (config.epochs_stage1 * steps + evaluation) * clock.step_s * config.trained_nets
+            stages["stage1"] = _stage(config.trained_nets, net, config.epochs_stage1, steps, clock, seconds)
+        if config.is_ensemble:
+            wire = fix_wire(nets, brief.train_x[:WIRE_IMAGES])
+            secret = ClientSecret(selector=tuple(range(selected)), seed=0)
+            tried = replace(config, epochs_stage3=1)
+            client = stage3(run, tried, arch, brief, nets, wire, secret, clock)
+            # The summary evaluates twice: in float and through the wire.
+            seconds = (config.epochs_stage3 * steps + 2 * evaluation) * clock.step_s
+            stages["stage3"] = _stage(1, client, config.epochs_stage3, steps, clock, seconds)
+        sizes = {path.name: path.stat().st_size for path in run.path.rglob("*") if path.is_file()}
+        net_bytes = sizes[Path(run.stage1_file(0)).name]
+        client_bytes = sizes.get(Path(run.CLIENT_CHECKPOINT).name, net_bytes)
+    measured = _peak_memory_mib(device)
+    # What a whole run holds beside: the other nets; and while the wire is fixed, the features of all N heads, twice.
+    others = (config.trained_nets - 1) * net_bytes
+    features = 2 * config.trained_nets * min(CALIBRATION_IMAGES, len(data.train_x)) * _feature_bytes(nets[0])
+    return Plan(
+        device=device.type,
+        train_images=len(data.train_x),
+        test_images=len(data.test_x),
+        image_size=arch.image_size,
+        num_classes=arch.num_classes,
+        num_nets=config.trained_nets,
+        num_selected=selected,
+        parameters={name: _parameters(part) for name, part in net.named_children()},
+        stages=stages,
+        time_s=sum(stage.time_s for stage in stages.values()),
+        peak_memory_mib=measured + (others + features) / MIB,
+        peak_memory_measured_mib=measured,
+        # At its largest: all nets, the client, and the checkpoint of one (weights and momentum).
+        disk_mib=(config.trained_nets * net_bytes + 2 * client_bytes + 2 * net_bytes) / MIB,
+    )
+
+
+def _stage(pieces: int, module: nn.Module, epochs: int, steps: int, clock: _Clock, seconds: float) -> StagePlan:
+    return StagePlan(
+        pieces=pieces,
+        trained_parameters=_parameters(module),
+        epochs=epochs,
+        steps_per_epoch=steps,
+        step_ms=1000 * clock.step_s,
+        time_s=seconds,
+    )
+
+
+def _parameters(module: nn.Module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+def _feature_bytes(item: Stage1Net) -> int:
+    return item.noise.numel() * item.noise.element_size()
+
+
+def _peak_memory_mib(device: torch.device) -> float:
+    """Returns the most that this process has held so far: on the GPU there, else of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / MIB
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KiB
