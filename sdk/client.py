@@ -150,7 +150,8 @@ class EdgeClient:
         """Classifies one image.
 
         Args:
-            image: a path, encoded bytes, a PIL image, or an ``(H, W, 3)`` uint8 RGB array.
+            image: a path, encoded bytes, a PIL image, or an array: ``(H, W, 3)`` RGB, ``(H, W, 4)`` RGBA, ``(H, W)`` or
+                ``(H, W, 1)`` grey, uint8 or uint16.
             timeout_ms: this call's deadline in milliseconds, instead of the client's.
 
         Raises:
