@@ -1,8 +1,9 @@
 """What an application may give to ``predict()``, and how it becomes the head's input.
 
-Accepted: a path, encoded bytes, a PIL image, or an ``(H, W, 3)`` uint8 array. The image is made RGB and, where its size
-differs, scaled to cover the head's size and cropped in the middle. Pillow is needed only where something must be
-decoded or resized.
+Accepted: a path, encoded bytes, a PIL image, or an array ``(H, W)``, ``(H, W, 1)``, ``(H, W, 3)`` or ``(H, W, 4)``,
+uint8 or uint16. The image is made RGB, 8 bits a channel and, where its size differs, scaled to cover the head's size
+and cropped in the middle. Of an animation it is the first frame. Pillow is needed only where something must be decoded
+or resized.
 """
 
 from __future__ import annotations
@@ -28,10 +29,13 @@ ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | PILImage | npt.NDArray[
 
 MAX_ENCODED_BYTES = 64 * 1024 * 1024
 MAX_PIXELS = 64 * 1024 * 1024
-# Of pillow's modes: one to four channels of at most 8 bits. The others hold integers or floats of no fixed range.
+# Of pillow's modes: one to four channels of at most 8 bits.
 _EIGHT_BIT_MODES = frozenset(
     {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
 )
+# One channel of 16 bits. Pillow before version 10 opens a 16-bit PNG as I, which could hold 32 bits.
+_SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I"})
+_TO_EIGHT_BITS = 257  # 65535 / 255
 
 
 def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
@@ -45,7 +49,7 @@ def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
         ``(H, W, 3)`` uint8 RGB.
 
     Raises:
-        ImageError: unreadable, or an array of another dtype or shape.
+        ImageError: unreadable, too large, or an array of another dtype or shape.
         MissingExtraError: pillow is needed and not installed.
     """
     if isinstance(image, np.ndarray):
@@ -60,7 +64,9 @@ def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
         return _fit(_open(Path(path)), spec, path)
     if hasattr(image, "convert") and hasattr(image, "resize"):
         return _fit(image, spec, "the PIL image")
-    raise ImageError(f"an image is a path, bytes, a PIL image or an (H, W, 3) uint8 array, not {type(image).__name__}")
+    raise ImageError(
+        f"an image is a path, bytes, a PIL image or an array of uint8 or uint16, not {type(image).__name__}"
+    )
 
 
 def several(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
@@ -78,13 +84,41 @@ def several(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
 
 
 def _array(array: npt.NDArray[Any]) -> Pixels:
-    if array.dtype != np.uint8:
+    """Returns ``(H, W, 3)`` uint8 of an array: grey is repeated, alpha dropped, 16 bits are scaled to 8."""
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        raise ImageError(f"the image array is {array.dtype} and holds NaN or infinity; mend that, then give uint8")
+    if array.dtype.kind != "u" or array.dtype.itemsize > 2:
         raise ImageError(
-            f"the image array is {array.dtype}; give uint8 in 0..255, for instance (255 * x).round().astype('uint8')"
+            f"the image array is {array.dtype}; give uint8 in 0..255 (or uint16 in 0..65535), for instance "
+            "(255 * x).round().astype('uint8') for x in 0..1"
         )
-    if array.ndim != 3 or array.shape[2] != 3 or 0 in array.shape:
-        raise ImageError(f"the image array has shape {array.shape}; give (H, W, 3), channels last, RGB")
-    return array
+    shape = array.shape
+    if 0 in shape or array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 3, 4)):
+        first = array.ndim == 3 and shape[0] in (1, 3, 4) and 0 not in shape
+        cure = "; this one looks channels first: give x.transpose(1, 2, 0)" if first else ""
+        raise ImageError(
+            f"the image array has shape {shape}; give (H, W, 3), channels last, RGB, or (H, W), (H, W, 1), (H, W, 4)"
+            + cure
+        )
+    _check_size(shape[1], shape[0], "the image array")
+    pixels = array if array.dtype == np.uint8 else _eight_bits(array)
+    if pixels.ndim == 2 or shape[2] == 1:
+        return np.repeat(pixels.reshape(*shape[:2], 1), 3, axis=2)
+    return pixels[:, :, :3]
+
+
+def _eight_bits(values: npt.NDArray[Any]) -> Pixels:
+    """Scales 0..65535 to 0..255, rounded; the type of the result is uint8."""
+    scaled: Pixels = ((values.astype(np.uint32) + _TO_EIGHT_BITS // 2) // _TO_EIGHT_BITS).astype(np.uint8)
+    return scaled
+
+
+def _check_size(width: int, height: int, source: str) -> None:
+    if not 0 < width * height <= MAX_PIXELS:
+        raise ImageError(
+            f"{source}: {width}x{height} pixels; "
+            + (f"shrink it below {MAX_PIXELS} pixels" if width * height else "an image has at least one")
+        )
 
 
 def _open(path: Path) -> PILImage:
@@ -108,8 +142,7 @@ def _decode(data: bytes, source: str) -> PILImage:
         raise ImageError(f"{source}: empty, not an image")
     try:
         image: PILImage = pillow.open(io.BytesIO(data))
-        if image.width * image.height > MAX_PIXELS:
-            raise ImageError(f"{source}: {image.width}x{image.height} pixels; shrink it below {MAX_PIXELS} pixels")
+        _check_size(image.width, image.height, source)
         if image.format == "EPS":  # pillow would run Ghostscript on it
             raise ImageError(f"{source}: PostScript is a program, not an image; convert it to PNG or JPEG")
         image.load()
@@ -126,10 +159,15 @@ def _fit(image: Any, spec: ImageSpec, source: str) -> Pixels:
     """Makes a PIL image RGB and of the head's size: upright, scaled to cover, cropped in the middle."""
     from PIL import Image, ImageOps
 
-    if image.mode not in _EIGHT_BIT_MODES:  # convert() would clip it to white, or to black
-        raise ImageError(f"{source}: mode {image.mode} is not 8 bits a channel; scale it to 8 bits first")
+    if image.mode not in _EIGHT_BIT_MODES | _SIXTEEN_BIT_MODES:
+        raise ImageError(
+            f"{source}: mode {image.mode} has no fixed range of values; scale it to 0..255, convert it to mode L"
+        )
+    _check_size(image.width, image.height, source)
     try:
         upright = ImageOps.exif_transpose(image)
+        if upright.mode in _SIXTEEN_BIT_MODES:  # convert() would clip it to white
+            upright = Image.fromarray(_eight_bits(_sixteen_bits(upright, source)))
         if upright.mode == "P":  # a palette with transparency goes to RGB by way of RGBA only
             upright = upright.convert("RGBA")
         upright = upright.convert("RGB")
@@ -137,8 +175,21 @@ def _fit(image: Any, spec: ImageSpec, source: str) -> Pixels:
         if upright.size != size:
             upright = ImageOps.fit(upright, size, Image.Resampling.BILINEAR)
         return np.asarray(upright)
+    except ImageError:
+        raise
     except Exception as error:  # as in _decode
         raise ImageError(f"{source}: cannot be converted to RGB ({type(error).__name__})") from error
+
+
+def _sixteen_bits(image: Any, source: str) -> npt.NDArray[Any]:
+    """Returns the values of a PIL image of one channel of 16 bits."""
+    values = np.asarray(image)
+    if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
+        raise ImageError(
+            f"{source}: mode {image.mode} with values {values.min()} to {values.max()}; 16 bits are 0 to 65535: scale "
+            "them first"
+        )
+    return values
 
 
 def _pillow(purpose: str) -> Any:

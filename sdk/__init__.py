@@ -16,6 +16,7 @@ if __name__ != "ensembler":
 if TYPE_CHECKING:
     from ensembler.async_client import AsyncEdgeClient as AsyncEdgeClient
     from ensembler.client import EdgeClient as EdgeClient
+    from ensembler.info import ClientInfo as ClientInfo
     from ensembler.prediction import Prediction as Prediction
     from ensembler.prediction import Timings as Timings
     from ensembler.protocol.errors import EnsemblerError as EnsemblerError
@@ -24,13 +25,14 @@ __version__ = "0.1.0"
 
 _LAZY = {
     "AsyncEdgeClient": "ensembler.async_client",
+    "ClientInfo": "ensembler.info",
     "EdgeClient": "ensembler.client",
     "EnsemblerError": "ensembler.protocol.errors",
     "Prediction": "ensembler.prediction",
     "Timings": "ensembler.prediction",
 }
 
-__all__ = ["AsyncEdgeClient", "EdgeClient", "EnsemblerError", "Prediction", "Timings", "__version__"]
+__all__ = ["AsyncEdgeClient", "ClientInfo", "EdgeClient", "EnsemblerError", "Prediction", "Timings", "__version__"]
 
 
 def __getattr__(name: str) -> Any:

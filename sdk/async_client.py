@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 from ensembler.client import EdgeClient, checked_timeout
 from ensembler.edge_runtime.images import ImageLike, several
+from ensembler.info import ClientInfo
 from ensembler.prediction import Prediction
 from ensembler.process import OwnProcess
 from ensembler.protocol.errors import ConfigError, DeadlineExceededError
@@ -107,6 +108,10 @@ class AsyncEdgeClient:
                 await bridge.aclose()
             stream.close(wait=False)
             taker.shutdown(wait=False)
+
+    def info(self) -> ClientInfo:
+        """Says what this client is; see ``EdgeClient.info``."""
+        return self._client.info()
 
     @property
     def labels(self) -> tuple[str, ...]:

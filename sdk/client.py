@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
 import os
 import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -18,6 +18,7 @@ import numpy.typing as npt
 from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
+from ensembler.info import ClientInfo, describe, payload_bytes
 from ensembler.prediction import Prediction, Timings
 from ensembler.process import OwnProcess
 from ensembler.protocol.errors import (
@@ -118,6 +119,14 @@ class EdgeClient:
         self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
         self._server = server
+        self._describe = partial(
+            describe,
+            folder,
+            self._manifest,
+            backend=backend,
+            servers=(server,),
+            encrypted=transport is None and not plaintext,
+        )
         self._fallback = fallback
         self._transport = transport or self._open_transport(folder, server, key, plaintext=plaintext)
         self._idle: list[Connection] = []
@@ -150,7 +159,8 @@ class EdgeClient:
         """Classifies one image.
 
         Args:
-            image: a path, encoded bytes, a PIL image, or an ``(H, W, 3)`` uint8 RGB array.
+            image: a path, encoded bytes, a PIL image, or an array: ``(H, W, 3)`` RGB, ``(H, W, 4)`` RGBA, ``(H, W)`` or
+                ``(H, W, 1)`` grey, uint8 or uint16.
             timeout_ms: this call's deadline in milliseconds, instead of the client's.
 
         Raises:
@@ -239,6 +249,14 @@ class EdgeClient:
             **reply.message.info,
             "fits": reply.message.info.get("bodies_id") == self._manifest.wire.bodies_id,
         }
+
+    def info(self) -> ClientInfo:
+        """Says what this client is, without asking the server; nothing in it is secret.
+
+        Raises:
+            BundleError: the bundle's privacy card cannot be read.
+        """
+        return self._describe()
 
     @property
     def timeout_ms(self) -> float:
@@ -415,8 +433,7 @@ class _Reply:
 
 def _rows_per_request(wire: WireSpec) -> int:
     """Returns how many images fit into one request and its reply."""
-    row_bytes = max(math.prod(wire.feature_shape), wire.num_nets * wire.answer_width)
-    return max(1, min(MAX_REQUEST_ROWS, LIMITS.tensor_bytes // row_bytes))
+    return max(1, min(MAX_REQUEST_ROWS, LIMITS.tensor_bytes // max(payload_bytes(wire))))
 
 
 def _error_of(message: Message) -> EnsemblerError:

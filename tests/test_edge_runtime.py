@@ -427,14 +427,74 @@ def test_every_eight_bit_mode_becomes_rgb(mode):
     np.testing.assert_array_equal(to_pixels(data, SPEC), wanted)
 
 
-@pytest.mark.parametrize("image", ["I;16", "I", "F"])
-def test_more_than_eight_bits_are_refused_instead_of_clipped_to_white(image):
-    deep = Image.fromarray(np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)).convert(image)
-    with pytest.raises(ImageError, match=f"the PIL image: mode {image} is not 8 bits a channel"):
-        to_pixels(deep, SPEC)
-    if image == "I;16":
-        with pytest.raises(ImageError, match="not 8 bits"):
-            to_pixels(encoded(deep), SPEC)
+DEEP = np.linspace(0, 65535, 256).reshape(16, 16).astype(np.uint16)
+DEEP_PIXELS = np.repeat(np.round(DEEP / 257).astype(np.uint8)[:, :, None], 3, axis=2)
+DEEP_RGB = random_pixels(16, 16, 6).view(np.uint16)
+DEEP_BIG_ENDIAN = Image.frombytes("I;16B", (16, 16), DEEP.astype(">u2").tobytes())
+SIXTEEN_BITS = {
+    "grey array": (DEEP, DEEP_PIXELS),
+    "grey array of three axes": (DEEP[:, :, None], DEEP_PIXELS),
+    "big-endian array": (DEEP.astype(">u2"), DEEP_PIXELS),
+    "RGB array": (DEEP_RGB, np.round(DEEP_RGB / 257)),
+    "RGBA array": (np.dstack([DEEP_RGB, DEEP]), np.round(DEEP_RGB / 257)),
+    "PIL I;16": (Image.fromarray(DEEP), DEEP_PIXELS),
+    "PIL I;16B": (DEEP_BIG_ENDIAN, DEEP_PIXELS),
+    "PIL I": (Image.fromarray(DEEP).convert("I"), DEEP_PIXELS),
+    "PNG": (encoded(Image.fromarray(DEEP)), DEEP_PIXELS),
+    "TIFF": (encoded(Image.fromarray(DEEP), "TIFF"), DEEP_PIXELS),
+    "big-endian TIFF": (encoded(DEEP_BIG_ENDIAN, "TIFF"), DEEP_PIXELS),
+    "TIFF of 32 bits": (encoded(Image.fromarray(DEEP).convert("I"), "TIFF"), DEEP_PIXELS),
+    "PGM": (b"P5 16 16 65535\n" + DEEP.astype(">u2").tobytes(), DEEP_PIXELS),
+    "PPM": (b"P6 16 16 65535\n" + DEEP_RGB.astype(">u2").tobytes(), np.round(DEEP_RGB / 257)),
+}
+
+
+@pytest.mark.parametrize("name", SIXTEEN_BITS)
+def test_sixteen_bits_are_scaled_to_eight_and_not_clipped(name):
+    image, wanted = SIXTEEN_BITS[name]
+    found = to_pixels(image, SPEC)
+    assert found.dtype == np.uint8
+    np.testing.assert_array_equal(found, wanted)
+
+
+def test_sixteen_bits_of_another_size_are_scaled_as_eight_bits_are():
+    wanted = to_pixels(DEEP_PIXELS, WIDE)
+    for image in (DEEP, Image.fromarray(DEEP), encoded(Image.fromarray(DEEP))):
+        np.testing.assert_array_equal(to_pixels(image, WIDE), wanted)
+
+
+ARRAYS = {
+    "grey": (GREY, GREY_PIXELS),
+    "grey of three axes": (GREY[:, :, None], GREY_PIXELS),
+    "RGBA": (ALPHA, ALPHA[:, :, :3]),
+}
+
+
+@pytest.mark.parametrize("name", ARRAYS)
+def test_grey_and_transparent_arrays_become_rgb(name):
+    array, wanted = ARRAYS[name]
+    np.testing.assert_array_equal(to_pixels(array, SPEC), wanted)
+    np.testing.assert_array_equal(to_pixels(array, WIDE), to_pixels(wanted, WIDE))
+
+
+def test_pixels_of_any_array_can_be_given_to_a_head(runtime):
+    for array in (GREY, ALPHA, DEEP, PIXELS):
+        assert runtime.encode(to_pixels(array, SPEC)[None]).dtype == np.uint8
+
+
+@pytest.mark.parametrize("kind", ["GIF", "PNG", "WEBP", "TIFF"])
+def test_of_an_animation_the_first_frame_is_taken(kind):
+    frames = [Image.new("RGB", (16, 16), colour) for colour in ((255, 0, 0), (0, 0, 255), (0, 255, 0))]
+    options = {"lossless": True} if kind == "WEBP" else {}
+    data = encoded(frames[0], kind, save_all=True, append_images=frames[1:], **options)
+    np.testing.assert_array_equal(to_pixels(data, SPEC), np.full((16, 16, 3), (255, 0, 0)))
+
+
+@pytest.mark.parametrize("name", ["CMYK", "grey"])
+def test_jpegs_of_other_modes_become_rgb(name):
+    mode, colour, wanted = {"CMYK": ("CMYK", (255, 0, 0, 0), (0, 255, 255)), "grey": ("L", 90, (90, 90, 90))}[name]
+    found = to_pixels(encoded(Image.new(mode, (16, 16), colour), "JPEG"), SPEC)
+    assert np.abs(found.astype(int) - wanted).max() <= 2
 
 
 ORIENTATIONS = {
@@ -455,6 +515,13 @@ def test_a_photo_stands_upright_as_its_exif_says(orientation):
     exif[0x0112] = orientation
     data = encoded(PICTURE, "PNG", exif=exif)
     np.testing.assert_array_equal(to_pixels(data, SPEC), ORIENTATIONS[orientation](PIXELS))
+
+
+def test_a_photo_of_sixteen_bits_stands_upright_too():
+    exif = Image.Exif()
+    exif[0x0112] = 6
+    for image, kind in ((Image.fromarray(DEEP), "PNG"), (DEEP_BIG_ENDIAN, "TIFF")):
+        np.testing.assert_array_equal(to_pixels(encoded(image, kind, exif=exif), SPEC), np.rot90(DEEP_PIXELS, -1))
 
 
 def test_another_size_is_scaled_to_cover_and_cropped_in_the_middle():
@@ -541,10 +608,29 @@ REFUSED = {
     "float array": (np.zeros((16, 16, 3), np.float32), r"is float32; give uint8 in 0\.\.255"),
     "int64 array": (np.zeros((16, 16, 3), np.int64), "is int64; give uint8"),
     "bool array": (np.zeros((16, 16, 3), bool), "is bool; give uint8"),
-    "grey array": (np.zeros((16, 16), np.uint8), r"shape \(16, 16\); give \(H, W, 3\)"),
-    "channels first": (np.zeros((3, 16, 16), np.uint8), r"shape \(3, 16, 16\); give \(H, W, 3\)"),
-    "four channels": (np.zeros((16, 16, 4), np.uint8), "channels last, RGB"),
+    "NaN": (np.full((16, 16, 3), np.nan, np.float32), "float32 and holds NaN or infinity; mend that"),
+    "infinity": (np.full((16, 16), np.inf), "float64 and holds NaN or infinity"),
+    "uint32 array": (np.zeros((16, 16, 3), np.uint32), r"is uint32; give uint8 .* \(or uint16"),
+    "complex array": (np.zeros((16, 16), complex), "is complex128; give uint8"),
+    "text array": (np.array([["a"]]), "give uint8"),
+    "channels first": (
+        np.zeros((3, 16, 16), np.uint8),
+        r"shape \(3, 16, 16\).* looks channels first: give x\.transpose",
+    ),
+    "two channels": (np.zeros((16, 16, 2), np.uint8), r"shape \(16, 16, 2\); give \(H, W, 3\), channels last, RGB"),
+    "five channels": (np.zeros((16, 16, 5), np.uint16), "channels last, RGB"),
     "a batch": (np.zeros((1, 16, 16, 3), np.uint8), r"give \(H, W, 3\)"),
+    "one axis": (np.zeros(16, np.uint8), r"shape \(16,\); give \(H, W, 3\)"),
+    "no axis": (np.zeros((), np.uint8), r"shape \(\); give \(H, W, 3\)"),
+    "no channel": (np.zeros((16, 16, 0), np.uint8), r"give \(H, W, 3\)"),
+    "empty grey array": (np.zeros((16, 0), np.uint16), r"give \(H, W, 3\)"),
+    "huge array": (np.broadcast_to(np.uint8(0), (9000, 9000, 3)), "the image array: 9000x9000 pixels; shrink it"),
+    "huge PIL image": (Image.new("1", (9000, 9000)), "the PIL image: 9000x9000 pixels; shrink it"),
+    "PIL image without pixels": (Image.new("RGB", (0, 16)), "the PIL image: 0x16 pixels; an image has at least one"),
+    "PIL F": (Image.new("F", (16, 16)), "mode F has no fixed range of values; scale it to 0..255"),
+    "float TIFF": (encoded(Image.new("F", (16, 16)), "TIFF"), "the image bytes: mode F"),
+    "PIL I beyond 16 bits": (Image.new("I", (16, 16), 65536), "values 65536 to 65536; 16 bits are 0 to 65535"),
+    "PIL I below zero": (Image.new("I", (16, 16), -1), "values -1 to -1"),
     "empty array": (np.zeros((0, 16, 3), np.uint8), r"give \(H, W, 3\)"),
     "None": (None, "not NoneType"),
     "a list": ([[[0, 0, 0]]], "not list"),

@@ -1,0 +1,110 @@
+"""``EdgeClient.info()``: true facts about the client, and no secret among them."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import shutil
+from dataclasses import FrozenInstanceError, asdict, fields
+
+import pytest
+
+from ensembler import AsyncEdgeClient, ClientInfo, EdgeClient
+from ensembler.protocol.errors import BundleError
+from ensembler.protocol.manifest import load_client
+from ensembler.protocol.messages import INFER, RESULT, decode
+from ensembler.transport import keys
+from ensembler.transport.inprocess import InProcessTransport
+
+SERVER = "tcp://127.0.0.1:9"
+
+
+@pytest.fixture
+def copied(tiny, tmp_path):
+    """A copy of the client bundle, to be changed."""
+    return shutil.copytree(tiny.client, tmp_path / "client")
+
+
+def test_info_says_what_the_manifest_and_the_options_say(tiny):
+    with EdgeClient(tiny.client, SERVER) as edge:
+        info = edge.info()
+    manifest = load_client(tiny.client)
+    assert info == ClientInfo(
+        bundle=str(tiny.client),
+        bodies_id=manifest.wire.bodies_id,
+        num_nets=3,
+        image_size=(16, 16),
+        num_labels=3,
+        feature_shape=manifest.wire.feature_shape,
+        codec="u8",
+        payload_bytes_up=info.payload_bytes_up,
+        payload_bytes_down=info.payload_bytes_down,
+        precision=manifest.precision,
+        noise_mode="fixed",
+        backend="onnxruntime",
+        servers=(SERVER,),
+        encrypted=True,
+        privacy=None,
+    )
+    with EdgeClient(tiny.client, SERVER, plaintext=True) as edge:
+        assert edge.info().encrypted is False
+    with pytest.raises(FrozenInstanceError):
+        info.num_nets = 4
+
+
+def test_the_payload_bytes_are_those_on_the_wire(tiny, gate, tiny_images):
+    sizes = {}
+
+    def handler(frames):
+        replies = gate(frames)
+        for message in (frames, *replies):
+            sizes[decode(message).operation] = len(message[1])
+        return replies
+
+    with EdgeClient(tiny.client, "in-process", transport=InProcessTransport(handler)) as edge:
+        edge.predict(tiny_images[0])
+        info = edge.info()
+    assert sizes == {INFER: info.payload_bytes_up, RESULT: info.payload_bytes_down}
+
+
+def test_no_secret_is_in_it(tiny):
+    """Neither by a field, nor by the text of one: no selector, no P, no noise, no key."""
+    with EdgeClient(tiny.client, SERVER) as edge:
+        info = edge.info()
+    names = {field.name for field in fields(info)}
+    for word in ("select", "key", "std", "sigma", "seed", "tail", "head", "file", "digest"):
+        assert not [name for name in names if word in name]
+    text = json.dumps(asdict(info)) + repr(info)
+    pair = keys.load_pair(tiny.keys / "device.key_secret")
+    manifest = load_client(tiny.client)
+    secrets = [pair.secret, pair.public, manifest.server_public_key]
+    secrets += [entry.sha256 for entry in manifest.files.values()]
+    assert all(secrets)
+    assert not [secret for secret in secrets if secret in text]
+    assert manifest.noise_std not in asdict(info).values()
+
+
+def test_a_privacy_card_is_given_as_it_is(copied):
+    card = {"attack": "decoder", "ssim": 0.31}
+    (copied / "privacy.json").write_text(json.dumps(card), encoding="utf-8")
+    with EdgeClient(copied, SERVER, plaintext=True) as edge:
+        assert edge.info().privacy == card
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(b"{", "is not JSON"), (b"[]", "is not a privacy card"), (b"\xff", "is not JSON")]
+)
+def test_a_damaged_privacy_card_is_named(copied, content, message):
+    (copied / "privacy.json").write_bytes(content)
+    with (
+        EdgeClient(copied, SERVER, plaintext=True) as edge,
+        pytest.raises(BundleError, match=rf"privacy\.json {message}"),
+    ):
+        edge.info()
+
+
+def test_the_asyncio_client_says_the_same(tiny):
+    client = AsyncEdgeClient(tiny.client, SERVER)
+    with EdgeClient(tiny.client, SERVER) as edge:
+        assert client.info() == edge.info()
+    asyncio.run(client.aclose())
