@@ -13,7 +13,7 @@ import math
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -169,18 +169,17 @@ class ParityReport:
 
 @torch.inference_mode()
 def measure_bodies(
-    bodies: Sequence[nn.Module], files: Mapping[str, Path], manifest: ServerManifest, features: Tensor
+    bodies: Sequence[nn.Module], servers: Sequence[tuple[Path, ServerManifest]], features: Tensor
 ) -> tuple[StageParity, ...]:
     """Compares the bodies' artifacts with torch, one row each and one for all N together.
 
     Args:
         bodies: all N, in the server's order.
-        files: paths by manifest name.
-        manifest: of the server bundle.
+        servers: the folder and manifest of each operator's bundle, in their order.
         features: held-out stage-1 features as they arrive, ``(M, C, h, w)`` float32.
     """
-    wire = manifest.wire
-    nets = [open_session(files[name]) for name in manifest.bodies]
+    wire = _joined(servers)
+    nets = [open_session(folder / name) for folder, manifest in servers for name in manifest.bodies]
     tally = _Tally()
     for part in torch.split(features, BATCH):
         codes = wire.feature_codec.encode(part.numpy())
@@ -189,7 +188,7 @@ def measure_bodies(
             tally.add(f"body {i}", wanted[:, i], found[:, i])
         tally.add("bodies", wanted, found)
         tally.add_wire("bodies", plain, wanted, wire.answer_bits)
-    sizes = [manifest.files[name].size_bytes for name in manifest.bodies]
+    sizes = [manifest.files[name].size_bytes for _, manifest in servers for name in manifest.bodies]
     rows = [tally.stage(f"body {i}", sizes[i], _median_ms(net, {"features": codes[:1]})) for i, net in enumerate(nets)]
     return (*rows, tally.stage("bodies", sum(sizes), None))
 
@@ -198,8 +197,8 @@ def measure_bodies(
 def measure(
     client: Client,
     bodies: Sequence[nn.Module],
-    files: Mapping[str, Path],
-    manifests: tuple[ClientManifest, ServerManifest],
+    client_bundle: tuple[Path, ClientManifest],
+    servers: Sequence[tuple[Path, ServerManifest]],
     images: Codes,
     labels: npt.NDArray[np.int64],
     gates: Gates,
@@ -210,18 +209,18 @@ def measure(
     Args:
         client: the trained client, in eval mode; its fresh noise, if any, is drawn once and given to both.
         bodies: all N, in the server's order.
-        files: paths by manifest name.
-        manifests: of the two bundles.
+        client_bundle: folder and manifest of the client bundle.
+        servers: the same of each operator's bundle, in their order.
         images: held-out, ``(M, 3, H, W)`` uint8.
         labels: ``(M,)``.
         gates: recorded in the report.
         server_stages: what ``measure_bodies`` found.
     """
-    client_manifest, server_manifest = manifests
+    folder, client_manifest = client_bundle
     wire = client_manifest.wire
-    head = open_session(files[client_manifest.head])
-    tail = open_session(files[client_manifest.tail])
-    nets = [open_session(files[name]) for name in server_manifest.bodies]
+    head = open_session(folder / client_manifest.head)
+    tail = open_session(folder / client_manifest.tail)
+    nets = [open_session(place / name) for place, manifest in servers for name in manifest.bodies]
     selected = list(client.selector)
     chosen = [bodies[i] for i in selected]
     codecs = tuple(wire.answer_codecs[i] for i in selected)
@@ -266,6 +265,12 @@ def measure(
         top1_agreement=tally.percent("agree"),
         gates=gates,
     )
+
+
+def _joined(servers: Sequence[tuple[Path, ServerManifest]]) -> WireSpec:
+    """Returns the wire of all operators together; its ``bodies_id`` is the first one's."""
+    wires = [manifest.wire for _, manifest in servers]
+    return replace(wires[0], answer_codecs=tuple(codec for wire in wires for codec in wire.answer_codecs))
 
 
 def _answers(

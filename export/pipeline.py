@@ -10,7 +10,7 @@ from __future__ import annotations
 import shutil
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
 
@@ -28,6 +28,7 @@ from ensembler.protocol.manifest import (
     ClientManifest,
     ImageSpec,
     NoiseMode,
+    PartySpec,
     Precision,
     ServerManifest,
     WireSpec,
@@ -36,15 +37,17 @@ from ensembler.protocol.manifest import (
     to_json,
 )
 from ensembler.training import data as data_sets
+from ensembler.training.data import Dataset
 from ensembler.training.models import PIXEL_SCALE, PIXEL_ZERO_POINT, normalise
-from ensembler.training.runs import RunFolder
-from ensembler.training.stages import Client, load_client, load_stage1, mixed_features
+from ensembler.training.runs import RunFolder, bodies_digest
+from ensembler.training.stages import Client, Stage1Net, load_client, load_stage1, mixed_features
 from ensembler.training.wire import fake_quantise, fake_quantise_answers
 
 CALIBRATION_IMAGES = 512
 BODY_CALIBRATION_IMAGES = 1024
 PIXEL_CODEC = AffineCodec(scale=PIXEL_SCALE, zero_point=PIXEL_ZERO_POINT)
 REPORT_NAME = "parity.json"
+CLIENT_NAME = "client"
 
 Pixels = npt.NDArray[np.uint8]
 
@@ -57,8 +60,11 @@ class ExportOptions:
         client_precision: of head and tail.
         server_precision: of the bodies; ``auto`` is int8 where that reaches the gate, else float32. Not used when
             ``server_bundle`` is given.
-        server_bundle: an existing server bundle of the same stage 1: only a client bundle is made for it.
-        server_public_key: pinned in the client bundle; None makes a bundle for plaintext connections.
+        parties: among how many operators the N bodies are divided, each with a server bundle of its own.
+        server_bundles: existing server bundles of the same stage 1, one for each operator: only a client bundle is made
+            for them.
+        server_public_keys: pinned in the client bundle, one for each operator; None makes a bundle for plaintext
+            connections.
         data: a data specification instead of the run's own.
         parity_images: how many held-out images the report uses.
         gates: what must hold.
@@ -66,8 +72,9 @@ class ExportOptions:
 
     client_precision: Precision = "int8"
     server_precision: Literal["auto", "int8", "float32"] = "auto"
-    server_bundle: Path | None = None
-    server_public_key: str | None = None
+    parties: int = 1
+    server_bundles: tuple[Path, ...] = ()
+    server_public_keys: tuple[str, ...] | None = None
     data: str | None = None
     parity_images: int = 10_000
     gates: parity.Gates = field(default_factory=parity.Gates)
@@ -80,78 +87,32 @@ def export(
 
     Args:
         run_path: a finished run folder.
-        out: gets ``client/``, ``server/`` (unless ``options.server_bundle``) and ``parity.json``.
+        out: gets ``client/``, ``server/`` (``server_0/``, ``server_1/``, ... for several operators; nothing with
+            ``options.server_bundles``) and ``parity.json``.
         options: see there.
         progress: told what is being made.
 
     Raises:
         ConfigError: ``out`` already holds a bundle, or cannot be written.
         DataError: the run or its data cannot be read.
-        BundleMismatchError: ``options.server_bundle`` belongs to other nets.
+        BundleMismatchError: ``options.server_bundles`` belong to other nets.
         GateFailedError: the parity report is worse than the gates; the message has the table.
         ExportError: a graph cannot be made.
     """
-    run = RunFolder.open(run_path)
-    wire = run.read_wire().spec
-    server = load_server(options.server_bundle) if options.server_bundle is not None else None
-    if server is not None and server.wire.bodies_id != wire.bodies_id:
-        raise BundleMismatchError(
-            f"--server-bundle {options.server_bundle} holds other nets than the run {run_path}: the second client "
-            "must come from ensembler train --stage1 with the first client's run"
-        )
-    for name in ("client", "server")[: 1 if server is not None else 2]:
-        if (out / name).exists():
-            raise ConfigError(f"{out / name} exists; choose another --out, or remove it")
-    dataset = data_sets.load(options.data or run.config.data)
-    if dataset.image_size != run.arch.image_size or dataset.labels != run.labels:
-        raise DataError(f"{run_path} was trained on other images or classes than --data has; give the same data")
-    nets, client = load_stage1(run), load_client(run)
+    job = _checked(run_path, out, options)
     try:
         out.mkdir(parents=True, exist_ok=True)
         partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from error
     try:
-        order = run.read_wire().order
-        bodies = [nets[i].net.body for i in order]
-        held_out = torch.from_numpy(np.ascontiguousarray(dataset.test_x[: parity.SQNR_IMAGES]))
-        features = mixed_features(nets, wire.feature_codec, held_out)
-        if server is None:
-            server_folder = partial / "server"
-            samples = mixed_features(
-                nets,
-                wire.feature_codec,
-                torch.from_numpy(np.ascontiguousarray(dataset.train_x[:BODY_CALIBRATION_IMAGES])),
-            )
-            server, server_stages = _make_server(server_folder, bodies, wire, samples, features, options, progress)
-        else:
-            assert options.server_bundle is not None
-            server_folder = options.server_bundle
-            paths = {name: server_folder / name for name in server.files}
-            server_stages = parity.measure_bodies(bodies, paths, server, features)
-        progress("client: head and tail")
-        manifest = _write_client(partial / "client", client, bodies, run, dataset.train_x[:CALIBRATION_IMAGES], options)
-        progress("parity report")
-        files = {name: partial / "client" / name for name in manifest.files}
-        files |= {name: server_folder / name for name in server.files}
-        count = options.parity_images
-        report = parity.measure(
-            client,
-            bodies,
-            files,
-            (manifest, server),
-            dataset.test_x[:count],
-            dataset.test_y[:count],
-            options.gates,
-            server_stages,
-        )
+        report = _build(job, partial, options, progress)
         report.require()
         (partial / REPORT_NAME).touch(mode=0o600)
         (partial / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
-        if options.server_bundle is None:
-            (partial / "server").rename(out / "server")
-        (partial / REPORT_NAME).rename(out / REPORT_NAME)
-        (partial / "client").rename(out / "client")
+        # The client comes last: where it is, everything is.
+        for name in (*job.made, REPORT_NAME, CLIENT_NAME):
+            (partial / name).rename(out / name)
     except OSError as error:
         raise ExportError(f"--out {out}: cannot be written: {error.strerror}; nothing was exported") from error
     finally:
@@ -159,35 +120,170 @@ def export(
     return report
 
 
-# --- the server bundle: stage 1 only ---
+@dataclass(frozen=True)
+class _Job:
+    """What is to be exported, all of it read and checked.
+
+    Attributes:
+        run: the run folder.
+        dataset: its images.
+        nets: the stage-1 nets, in training order.
+        bodies: their bodies, in the server's order.
+        wires: one for each operator.
+        parties: what the client bundle says of each operator.
+        existing: the server bundles that are there already, folder and manifest; empty if they are to be made.
+        made: the names of the server bundles to make.
+    """
+
+    run: RunFolder
+    dataset: Dataset
+    nets: Sequence[Stage1Net]
+    bodies: Sequence[nn.Module]
+    wires: Sequence[WireSpec]
+    parties: tuple[PartySpec, ...]
+    existing: Sequence[tuple[Path, ServerManifest]]
+    made: Sequence[str]
+
+
+def _checked(run_path: Path, out: Path, options: ExportOptions) -> _Job:
+    run = RunFolder.open(run_path)
+    existing = [(folder, load_server(folder)) for folder in options.server_bundles]
+    wire, order = run.read_wire().spec, run.read_wire().order
+    sizes = [server.wire.num_nets for _, server in existing] or party_sizes(wire.num_nets, options.parties)
+    keys = options.server_public_keys
+    if keys is not None and len(keys) != len(sizes):
+        raise ConfigError(f"{len(keys)} --server-key for {len(sizes)} operators: give one for each, in their order")
+    nets = load_stage1(run)
+    bodies = [nets[i].net.body for i in order]
+    wires = party_wires(bodies, wire, sizes)
+    if existing and [server.wire.bodies_id for _, server in existing] != [each.bodies_id for each in wires]:
+        raise BundleMismatchError(
+            f"--server-bundle {', '.join(map(str, options.server_bundles))} holds other nets than the run {run_path}: "
+            "the second client must come from ensembler train --stage1 with the first client's run, and several "
+            "bundles must be given in the order in which they were exported"
+        )
+    made = [] if existing else server_names(len(sizes))
+    for name in (CLIENT_NAME, *made):
+        if (out / name).exists():
+            raise ConfigError(f"{out / name} exists; choose another --out, or remove it")
+    dataset = data_sets.load(options.data or run.config.data)
+    if dataset.image_size != run.arch.image_size or dataset.labels != run.labels:
+        raise DataError(f"{run_path} was trained on other images or classes than --data has; give the same data")
+    parties = tuple(
+        PartySpec(bodies_id=each.bodies_id, num_nets=each.num_nets, server_public_key=None if keys is None else keys[i])
+        for i, each in enumerate(wires)
+    )
+    return _Job(run, dataset, nets, bodies, wires, parties, existing, made)
+
+
+def _build(job: _Job, partial: Path, options: ExportOptions, progress: Callable[[str], None]) -> parity.ParityReport:
+    """Writes the bundles into ``partial`` and measures them."""
+    client = load_client(job.run)
+    codec = client.wire.feature_codec
+
+    def arrived(images: Pixels) -> Tensor:
+        return mixed_features(job.nets, codec, torch.from_numpy(np.ascontiguousarray(images)))
+
+    data = job.dataset
+    features = arrived(data.test_x[: parity.SQNR_IMAGES])
+    if job.existing:
+        servers = job.existing
+        server_stages = parity.measure_bodies(job.bodies, servers, features)
+    else:
+        folders = [partial / name for name in job.made]
+        samples = arrived(data.train_x[:BODY_CALIBRATION_IMAGES])
+        servers, server_stages = _make_servers(folders, job.bodies, job.wires, samples, features, options, progress)
+    progress("client: head and tail")
+    folder = partial / CLIENT_NAME
+    manifest = _write_client(folder, client, job, data.train_x[:CALIBRATION_IMAGES], options.client_precision)
+    progress("parity report")
+    count = options.parity_images
+    return parity.measure(
+        client,
+        job.bodies,
+        (folder, manifest),
+        servers,
+        data.test_x[:count],
+        data.test_y[:count],
+        options.gates,
+        server_stages,
+    )
+
+
+# --- several operators ---
+
+
+def server_names(parties: int) -> list[str]:
+    """Returns the folders of the server bundles."""
+    return ["server"] if parties == 1 else [f"server_{index}" for index in range(parties)]
+
+
+def party_sizes(num_nets: int, parties: int) -> list[int]:
+    """Divides N bodies as evenly as possible.
+
+    Raises:
+        ConfigError: less than one operator, or more than there are bodies.
+    """
+    if not 1 <= parties <= num_nets:
+        raise ConfigError(f"--parties {parties}: choose 1 to {num_nets}, the number of bodies")
+    return [len(part) for part in np.array_split(np.arange(num_nets), parties)]
+
+
+def party_wires(bodies: Sequence[nn.Module], wire: WireSpec, sizes: Sequence[int]) -> list[WireSpec]:
+    """Returns the wire of each operator: the bodies in the wire's order, ``sizes`` of them each.
+
+    The order was shuffled before the selector was drawn, so who gets which body says nothing of it.
+    """
+    if sum(sizes) != wire.num_nets:
+        raise BundleMismatchError(
+            f"the server bundles hold {sum(sizes)} nets together, the run has {wire.num_nets}; give one for each "
+            "operator, in the order of the first export"
+        )
+    if len(sizes) == 1:
+        return [wire]
+    wires, start = [], 0
+    for size in sizes:
+        part = slice(start, start + size)
+        start += size
+        codecs = wire.answer_codecs[part]
+        digest = bodies_digest(bodies[part], wire.feature_codec, codecs)
+        wires.append(replace(wire, bodies_id=digest, answer_codecs=codecs))
+    return wires
+
+
+# --- the server bundles: stage 1 only ---
 
 
 @torch.inference_mode()
-def _make_server(
-    folder: Path,
+def _make_servers(
+    folders: Sequence[Path],
     bodies: Sequence[nn.Module],
-    wire: WireSpec,
+    wires: Sequence[WireSpec],
     samples: Tensor,
     held_out: Tensor,
     options: ExportOptions,
     progress: Callable[[str], None],
-) -> tuple[ServerManifest, tuple[parity.StageParity, ...]]:
-    """Writes and measures the server bundle. It is given no client, selector or stage-3 tensor, so it can use none.
+) -> tuple[list[tuple[Path, ServerManifest]], tuple[parity.StageParity, ...]]:
+    """Writes and measures the server bundles. It is given no client, selector or stage-3 tensor, so it can use none.
 
     With ``auto`` the bodies are float32 where int8 misses the gate on stage-1 features.
     """
     wanted = options.server_precision
-    template = graphs.from_torch(bodies[0], [torch.zeros(2, *wire.feature_shape)])
+    template = graphs.from_torch(bodies[0], [torch.zeros(2, *wires[0].feature_shape)])
     for precision in ("int8", "float32") if wanted == "auto" else (wanted,):
-        shutil.rmtree(folder, ignore_errors=True)
-        manifest = _write_server(folder, template, bodies, wire, samples, precision, progress)
-        stages = parity.measure_bodies(bodies, {name: folder / name for name in manifest.files}, manifest, held_out)
+        servers, left = [], list(bodies)
+        for folder, wire in zip(folders, wires, strict=True):
+            shutil.rmtree(folder, ignore_errors=True)
+            mine, left = left[: wire.num_nets], left[wire.num_nets :]
+            label = "server" if len(folders) == 1 else folder.name
+            servers.append((folder, _write_server(folder, template, mine, wire, samples, precision, label, progress)))
+        stages = parity.measure_bodies(bodies, servers, held_out)
         required_db = stages[-1].required_db(options.gates.min_sqnr_db)
         if stages[-1].sqnr_db >= required_db:
             break
         if precision != wanted:
             progress(f"server: {precision} reaches {stages[-1].sqnr_db:.1f} dB, the gate is {required_db:.3g} dB")
-    return manifest, stages
+    return servers, stages
 
 
 def _write_server(
@@ -197,12 +293,13 @@ def _write_server(
     wire: WireSpec,
     samples: Tensor,
     precision: Precision,
+    label: str,
     progress: Callable[[str], None],
 ) -> ServerManifest:
     folder.mkdir(mode=0o755)
     names = tuple(f"body_{position:02d}.onnx" for position in range(len(bodies)))
     for position, body in enumerate(bodies):
-        progress(f"server: body {position + 1} of {len(bodies)}, {precision}")
+        progress(f"{label}: body {position + 1} of {len(bodies)}, {precision}")
         graph = graphs.optimised(graphs.with_weights(template, body.state_dict()))
         codec = wire.answer_codecs[position]
         if precision == "int8":
@@ -257,13 +354,12 @@ class _Tail(nn.Module):
 def _write_client(
     folder: Path,
     client: Client,
-    bodies: Sequence[nn.Module],
-    run: RunFolder,
+    job: _Job,
     images: Pixels,
-    options: ExportOptions,
+    precision: Precision,
 ) -> ClientManifest:
     folder.mkdir(mode=0o700)
-    wire, config = client.wire, run.config
+    wire, config = client.wire, job.run.config
     mode: NoiseMode = "fixed"
     if config.stage1_noise_std == 0:
         mode = "none"
@@ -272,26 +368,26 @@ def _write_client(
     x = normalise(torch.from_numpy(np.ascontiguousarray(images)))
     features = client.head(x)
     sent = fake_quantise(client.noised(features), wire.feature_codec)
-    chosen = torch.stack([bodies[i](sent) for i in client.selector], dim=1)
+    chosen = torch.stack([job.bodies[i](sent) for i in client.selector], dim=1)
     codecs = tuple(wire.answer_codecs[i] for i in client.selector)
     weighted = fake_quantise_answers(chosen, codecs) / len(client.selector)
     models = {
-        "head.onnx": _head_graph(client, mode, x, features, options.client_precision),
-        "tail.onnx": _tail_graph(client, weighted, options.client_precision),
+        "head.onnx": _head_graph(client, mode, x, features, precision),
+        "tail.onnx": _tail_graph(client, weighted, precision),
     }
     for name, data in models.items():
         (folder / name).touch(mode=0o600)
         (folder / name).write_bytes(data)
     manifest = ClientManifest(
         wire=wire,
-        image=ImageSpec(height=run.arch.image_size[0], width=run.arch.image_size[1]),
-        labels=run.labels,
+        image=ImageSpec(height=job.dataset.image_size[0], width=job.dataset.image_size[1]),
+        labels=job.run.labels,
         noise_mode=mode,
         noise_std=config.stage1_noise_std,
-        precision=options.client_precision,
+        precision=precision,
         head="head.onnx",
         tail="tail.onnx",
-        server_public_key=options.server_public_key,
+        parties=job.parties,
         files={name: describe_file(folder / name) for name in models},
     )
     (folder / MANIFEST_NAME).touch(mode=0o600)

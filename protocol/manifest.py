@@ -105,6 +105,21 @@ class ServerManifest:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PartySpec:
+    """One operator of a client: which of the N nets it holds, and how to know its server.
+
+    Attributes:
+        bodies_id: of its server bundle; with one operator the wire's.
+        num_nets: how many nets it holds; the parties' nets follow one another in the wire's order.
+        server_public_key: the CURVE key of its server, 40 characters of Z85, or None for a plaintext bundle.
+    """
+
+    bodies_id: str
+    num_nets: int
+    server_public_key: str | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientManifest:
     """The manifest of a client bundle.
 
@@ -116,7 +131,7 @@ class ClientManifest:
         noise_std: the standard deviation of the noise, in units of the head's features.
         head: the name of the head's graph, uint8 image in, wire codes out.
         tail: the name of the selector + tail graph, the N answers' codes in, logits out.
-        server_public_key: the CURVE key of the server, 40 characters of Z85, or None for a plaintext bundle.
+        parties: the operators, one or several.
     """
 
     wire: WireSpec
@@ -127,7 +142,7 @@ class ClientManifest:
     precision: Precision
     head: str
     tail: str
-    server_public_key: str | None
+    parties: tuple[PartySpec, ...]
     files: Mapping[str, FileEntry]
 
 
@@ -160,7 +175,14 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
             "noise_std": manifest.noise_std,
             "head": manifest.head,
             "tail": manifest.tail,
-            "server_public_key": manifest.server_public_key,
+            "parties": [
+                {
+                    "bodies_id": party.bodies_id,
+                    "num_nets": party.num_nets,
+                    "server_public_key": party.server_public_key,
+                }
+                for party in manifest.parties
+            ],
         }
     return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
@@ -184,7 +206,6 @@ def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
     files = reader.files()
     wire = reader.wire()
     image = reader.child("image")
-    key = reader.get("server_public_key", lambda v: v is None or (isinstance(v, str) and len(v) == 40))
     std = reader.get("noise_std", lambda v: isinstance(v, int | float) and 0 <= v < 1e6)
     return ClientManifest(
         wire=wire,
@@ -195,7 +216,7 @@ def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
         precision=reader.choice("precision", ("int8", "float32")),
         head=reader.file_name("head", files),
         tail=reader.file_name("tail", files),
-        server_public_key=key,
+        parties=reader.parties(wire),
         files=files,
     )
 
@@ -349,6 +370,28 @@ class _Reader:
             return AffineCodec(scale=float(scale), zero_point=reader.integer("zero_point", 0, 2**bits - 1), bits=bits)
         except (ConfigError, OverflowError) as error:
             raise reader.error("scale", "is not a positive float32 value") from error
+
+    def parties(self, wire: WireSpec) -> tuple[PartySpec, ...]:
+        items = self.get("parties", lambda v: isinstance(v, list) and 1 <= len(v) <= wire.num_nets)
+        found = []
+        for index, item in enumerate(items):
+            if not isinstance(item, dict):
+                raise self.error(f"parties[{index}]", "is not an object")
+            reader = _Reader(item, self.source, f"{self.prefix}parties[{index}].")
+            found.append(
+                PartySpec(
+                    bodies_id=reader.hexadecimal("bodies_id"),
+                    num_nets=reader.integer("num_nets", 1, wire.num_nets),
+                    server_public_key=reader.get(
+                        "server_public_key", lambda v: v is None or (isinstance(v, str) and len(v) == 40)
+                    ),
+                )
+            )
+        if sum(party.num_nets for party in found) != wire.num_nets:
+            raise self.error("parties", f"do not hold {wire.num_nets} nets together")
+        if len(found) == 1 and found[0].bodies_id != wire.bodies_id:
+            raise self.error("parties", "name other nets than wire.bodies_id")
+        return tuple(found)
 
     def wire(self) -> WireSpec:
         wire = self.child("wire")

@@ -42,7 +42,9 @@ class AsyncEdgeClient:
         ConfigError: an impossible option; otherwise errors as ``EdgeClient``.
     """
 
-    def __init__(self, bundle: str | os.PathLike[str], server: str, *, max_calls: int = 8, **options: Any) -> None:
+    def __init__(
+        self, bundle: str | os.PathLike[str], server: str | Sequence[str], *, max_calls: int = 8, **options: Any
+    ) -> None:
         if max_calls < 1:
             raise ConfigError(f"max_calls = {max_calls}: at least 1")
         self._client = EdgeClient(bundle, server, **options)

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
 from collections.abc import Generator, Iterable, Sequence
-from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,36 +18,16 @@ import numpy.typing as npt
 from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
-from ensembler.info import ClientInfo, describe, payload_bytes
+from ensembler.info import ClientInfo, describe
+from ensembler.party import Party, Reply, exchange_all
 from ensembler.prediction import Prediction, Timings
 from ensembler.process import OwnProcess
-from ensembler.protocol.errors import (
-    BusyError,
-    ConfigError,
-    DeadlineExceededError,
-    EnsemblerError,
-    ExpiredError,
-    InternalError,
-    KeyFileError,
-    ProtocolError,
-    ShuttingDownError,
-    from_wire,
-)
-from ensembler.protocol.manifest import WireSpec
-from ensembler.protocol.messages import (
-    ERROR,
-    INFER,
-    LIMITS,
-    REQUEST_ID_BYTES,
-    RESULT,
-    STATUS,
-    Message,
-    decode,
-    encode,
-)
+from ensembler.protocol.errors import ConfigError, EnsemblerError, KeyFileError
+from ensembler.protocol.manifest import ClientManifest, WireSpec
+from ensembler.protocol.messages import INFER, LIMITS, REQUEST_ID_BYTES, STATUS, Message
 from ensembler.streaming import answers, checked_in_flight
 from ensembler.transport import keys as key_files
-from ensembler.transport.base import Connection, Frames, Transport
+from ensembler.transport.base import Transport
 from ensembler.transport.zmq_client import ZmqTransport
 
 Codes = npt.NDArray[np.uint8]
@@ -55,10 +35,9 @@ Codes = npt.NDArray[np.uint8]
 KEY_VARIABLE = "ENSEMBLER_DEVICE_KEY"
 KEY_NAME = "device.key_secret"
 # One request of a long batch; the server batches further by itself.
-
 MAX_REQUEST_ROWS = 128
-SHUTDOWN_RETRY_MS = 100.0
-MIN_RETRY_MS = 1.0
+
+T = TypeVar("T")
 
 
 class EdgeClient:
@@ -71,7 +50,7 @@ class EdgeClient:
 
     Args:
         bundle: the folder of a client bundle.
-        server: ``tcp://host:port``.
+        server: ``tcp://host:port``; for a bundle of several operators one address for each, in the bundle's order.
         key: the device's secret key file. None looks at ``$ENSEMBLER_DEVICE_KEY``,
             ``BUNDLE/../keys/device.key_secret``, ``~/.config/ensembler/device.key_secret``,
             ``/etc/ensembler/device.key_secret``, in this order.
@@ -83,7 +62,7 @@ class EdgeClient:
         fallback: called with ``(image, error)`` when the cloud is away (``fallback.cloud_is_away``: no connection, no
             answer before the deadline, a full or a stopping server); its ``Prediction`` is the answer. See
             ``Prediction.local``. It may be called from several threads. None raises the error.
-        transport: moves the frames instead of ZeroMQ; for tests.
+        transport: moves the frames instead of ZeroMQ, one for each operator; for tests.
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
@@ -95,7 +74,7 @@ class EdgeClient:
     def __init__(
         self,
         bundle: str | os.PathLike[str],
-        server: str,
+        server: str | Sequence[str],
         *,
         key: str | os.PathLike[str] | None = None,
         plaintext: bool = False,
@@ -104,7 +83,7 @@ class EdgeClient:
         backend: str = "onnxruntime",
         top_k: int = 5,
         fallback: Fallback | None = None,
-        transport: Transport | None = None,
+        transport: Transport | Sequence[Transport] | None = None,
     ) -> None:
         if fallback is not None and not callable(fallback):
             raise ConfigError(f"fallback is {type(fallback).__name__}; give a function of an image and an error")
@@ -115,31 +94,33 @@ class EdgeClient:
         folder = Path(bundle).expanduser()
         self._runtime = EdgeRuntime(folder, threads=threads, backend=backend)
         self._manifest = self._runtime.manifest
-        self._bodies_id = bytes.fromhex(self._manifest.wire.bodies_id)
         self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
-        self._server = server
+        servers = _one_each(server, str, self._manifest, f"the bundle {folder}")
         self._describe = partial(
             describe,
             folder,
             self._manifest,
             backend=backend,
-            servers=(server,),
+            servers=servers,
             encrypted=transport is None and not plaintext,
         )
         self._fallback = fallback
-        self._transport = transport or self._open_transport(folder, server, key, plaintext=plaintext)
-        self._idle: list[Connection] = []
-        self._lock = threading.Lock()
+        transports: Sequence[Transport]
+        if transport is not None:
+            transports = [transport] if not isinstance(transport, Sequence) else transport
+        else:
+            transports = self._open_transports(folder, servers, key, plaintext=plaintext)
+        self._parties = [Party(*each) for each in zip(servers, self._manifest.parties, transports, strict=True)]
         self._closed = threading.Event()
 
-    def _open_transport(
-        self, folder: Path, server: str, key: str | os.PathLike[str] | None, *, plaintext: bool
-    ) -> Transport:
+    def _open_transports(
+        self, folder: Path, servers: Sequence[str], key: str | os.PathLike[str] | None, *, plaintext: bool
+    ) -> list[Transport]:
         if plaintext:
-            return ZmqTransport(server, server_key=None, keys=None)
-        pinned = self._manifest.server_public_key
-        if pinned is None:
+            return _opened(ZmqTransport(server, server_key=None, keys=None) for server in servers)
+        pinned = [party.server_public_key for party in self._manifest.parties]
+        if None in pinned:
             raise ConfigError(
                 f"the bundle {folder} pins no server key, so the server cannot be known; export with --server-key, or "
                 "pass plaintext=True (--plaintext) if nobody else can reach the network"
@@ -151,7 +132,11 @@ class EdgeClient:
                 f"no device key: pass key=, set {KEY_VARIABLE}, or put {KEY_NAME} into {places[1].parent}; "
                 "ensembler keys new makes a pair"
             )
-        return ZmqTransport(server, server_key=pinned, keys=key_files.load_pair(path))
+        pair = key_files.load_pair(path)
+        return _opened(
+            ZmqTransport(server, server_key=server_key, keys=pair)
+            for server, server_key in zip(servers, pinned, strict=True)
+        )
 
     # --- the public calls ---
 
@@ -239,16 +224,17 @@ class EdgeClient:
 
         Returns:
             ``bodies_id``, ``num_nets``, ``precision``, ``state``, ``queued_rows``, and ``fits``: whether the nets are
-            those of this bundle.
+            those of this bundle. With several operators ``fits``, and ``parties``: a list of those, in their order.
         """
         self._process.require()
         timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
         request = Message(operation=STATUS, request_id=os.urandom(REQUEST_ID_BYTES))
-        reply = self._exchange(request, time.monotonic() + timeout / 1000)
-        return {
-            **reply.message.info,
-            "fits": reply.message.info.get("bodies_id") == self._manifest.wire.bodies_id,
-        }
+        replies = exchange_all(self._parties, [request] * len(self._parties), time.monotonic() + timeout / 1000)
+        found = [
+            {**reply.message.info, "fits": reply.message.info.get("bodies_id") == party.spec.bodies_id}
+            for party, reply in zip(self._parties, replies, strict=True)
+        ]
+        return found[0] if len(found) == 1 else {"fits": all(each["fits"] for each in found), "parties": found}
 
     def info(self) -> ClientInfo:
         """Says what this client is, without asking the server; nothing in it is secret.
@@ -276,11 +262,8 @@ class EdgeClient:
         if not self._process.here:
             return
         self._closed.set()
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-        self._transport.close()
+        for party in self._parties:
+            party.close()
 
     def __enter__(self) -> EdgeClient:
         return self
@@ -291,28 +274,37 @@ class EdgeClient:
         self.close()
 
     def __repr__(self) -> str:
-        return f"EdgeClient(server={self._server!r}, bodies_id={self._manifest.wire.bodies_id[:12]!r})"
+        servers = [party.server for party in self._parties]
+        shown = servers[0] if len(servers) == 1 else servers
+        return f"EdgeClient(server={shown!r}, bodies_id={self._manifest.wire.bodies_id[:12]!r})"
 
     # --- one request ---
 
     def _predict_part(self, pixels: Codes, started: float, deadline: float) -> list[Prediction]:
         codes = self._runtime.encode(pixels)
         sent = time.monotonic()
-        request = Message(
-            operation=INFER,
-            request_id=os.urandom(REQUEST_ID_BYTES),
-            bodies_id=self._bodies_id,
-            budget_ms=max(0.0, 1000 * (deadline - sent)),
-            tensor=codes,
-            bits=self._manifest.wire.feature_codec.bits,
-        )
-        reply = self._exchange(request, deadline)
+        request_id = os.urandom(REQUEST_ID_BYTES)
+        wire = self._manifest.wire
+        requests = [
+            Message(
+                operation=INFER,
+                request_id=request_id,
+                bodies_id=party.bodies_id,
+                budget_ms=max(0.0, 1000 * (deadline - sent)),
+                tensor=codes,
+                bits=wire.feature_codec.bits,
+            )
+            for party in self._parties
+        ]
+        replies = exchange_all(self._parties, requests, deadline)
         received = time.monotonic()
-        answers = self._validated(reply.message, len(pixels))
-        logits = self._runtime.finish(answers)
+        parts = [party.answers(reply, len(pixels), wire) for party, reply in zip(self._parties, replies, strict=True)]
+        logits = self._runtime.finish(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
         probabilities = softmax(logits)
         ended = time.monotonic()
-        queue_ms, server_ms = (_number(reply.message.info.get(name)) for name in ("queue_ms", "compute_ms"))
+        # Of several operators the slowest counts: the others' time passes meanwhile.
+        slowest = max(replies, key=lambda reply: reply.number("queue_ms") + reply.number("compute_ms"))
+        queue_ms, server_ms = slowest.number("queue_ms"), slowest.number("compute_ms")
         timings = Timings(
             head=1000 * (sent - started),
             queue=queue_ms,
@@ -322,26 +314,9 @@ class EdgeClient:
             total=1000 * (ended - started),
         )
         return [
-            self._prediction(logits[i], probabilities[i], request.request_id.hex(), timings, reply)
+            self._prediction(logits[i], probabilities[i], request_id.hex(), timings, replies)
             for i in range(len(pixels))
         ]
-
-    def _validated(self, message: Message, rows: int) -> Codes:
-        """Checks all N answers alike, before any of them is selected.
-
-        A server that spoils one body's answer must not learn from the client's behaviour whether that body counts.
-        """
-        wire = self._manifest.wire
-        expected = (rows, wire.num_nets, wire.answer_width)
-        if message.tensor is None or message.tensor.shape != expected or message.bits != wire.answer_bits:
-            shape = None if message.tensor is None else message.tensor.shape
-            raise ProtocolError(
-                f"the server answered with shape {shape} in {message.bits} bits, {expected} in {wire.answer_bits} "
-                "was asked for; is it the right server?"
-            )
-        if message.bodies_id != self._bodies_id:
-            raise ProtocolError("the server answered for other nets than were asked for")
-        return message.tensor
 
     def _prediction(
         self,
@@ -349,7 +324,7 @@ class EdgeClient:
         probabilities: npt.NDArray[np.float32],
         request_id: str,
         timings: Timings,
-        reply: _Reply,
+        replies: Sequence[Reply],
     ) -> Prediction:
         best = np.argsort(-probabilities, kind="stable")[: self._top_k]
         top = tuple((self._manifest.labels[i], float(probabilities[i])) for i in best)
@@ -361,91 +336,38 @@ class EdgeClient:
             logits=logits,
             request_id=request_id,
             timings=timings,
-            bytes_up=reply.bytes_up,
-            bytes_down=reply.bytes_down,
+            bytes_up=sum(reply.bytes_up for reply in replies),
+            bytes_down=sum(reply.bytes_down for reply in replies),
         )
-
-    def _exchange(self, request: Message, deadline: float) -> _Reply:
-        """Sends a request until it is answered; every retry sends the same bytes.
-
-        Encoding again would add new noise to the same image, which a server could average away.
-        """
-        frames = encode(request)
-
-        def accept(reply: Frames) -> _Reply | None:
-            message = decode(reply)
-            if message.request_id != request.request_id:
-                return None  # a late answer to an earlier request of this connection
-            return _Reply(message, sum(map(len, frames)), sum(map(len, reply)))
-
-        while True:
-            connection = self._borrow()
-            try:
-                reply = connection.exchange(frames, accept, deadline)
-            except BaseException:
-                # Whatever it was, an answer may still come on this line: no later request shall meet it.
-                connection.close()
-                raise
-            self._give_back(connection)
-            if reply.message.operation == RESULT:
-                return reply
-            error = _error_of(reply.message)
-            if isinstance(error, BusyError):
-                self._pause(error.retry_after_ms, deadline, error)
-            elif isinstance(error, ShuttingDownError):
-                self._pause(SHUTDOWN_RETRY_MS, deadline, error)
-            elif isinstance(error, ExpiredError):
-                raise DeadlineExceededError(
-                    f"{self._server}: {error}; raise timeout_ms, or look at the server's load"
-                ) from None
-            else:
-                raise error
-
-    def _pause(self, wait_ms: float, deadline: float, error: EnsemblerError) -> None:
-        """Waits before a retry; raises ``error`` when that would be too late."""
-        wait_s = max(MIN_RETRY_MS, wait_ms) / 1000  # a server cannot make the device spin
-        if time.monotonic() + wait_s >= deadline:
-            raise error
-        self._closed.wait(wait_s)
-
-    def _borrow(self) -> Connection:
-        with self._lock:
-            if self._closed.is_set():
-                raise ConfigError("this EdgeClient is closed; make a new one")
-            if self._idle:
-                return self._idle.pop()
-        return self._transport.connect()
-
-    def _give_back(self, connection: Connection) -> None:
-        with self._lock:
-            if not self._closed.is_set():
-                self._idle.append(connection)
-                return
-        connection.close()
-
-
-@dataclass(frozen=True)
-class _Reply:
-    message: Message
-    bytes_up: int
-    bytes_down: int
 
 
 def _rows_per_request(wire: WireSpec) -> int:
-    """Returns how many images fit into one request and its reply."""
-    return max(1, min(MAX_REQUEST_ROWS, LIMITS.tensor_bytes // max(payload_bytes(wire))))
+    """Returns how many images fit into one request and its reply, also when they are unpacked."""
+    codes = max(math.prod(wire.feature_shape), wire.num_nets * wire.answer_width)
+    return max(1, min(MAX_REQUEST_ROWS, LIMITS.tensor_bytes // codes))
 
 
-def _error_of(message: Message) -> EnsemblerError:
-    info = message.info
-    code, text = info.get("code"), info.get("message")
-    if message.operation != ERROR or not isinstance(code, int) or not isinstance(text, str):
-        return InternalError("the server answered with neither a result nor an error")
-    return from_wire(code, text, _number(info.get("retry_after_ms")))
+def _one_each(given: T | Sequence[T], kind: type[T], manifest: ClientManifest, source: str) -> tuple[T, ...]:
+    """Returns one of ``given`` for each operator."""
+    items = (given,) if isinstance(given, kind) else tuple(given)  # type: ignore[arg-type]
+    if len(items) != len(manifest.parties):
+        raise ConfigError(
+            f"{source} was exported for {len(manifest.parties)} operators, {len(items)} server addresses were given; "
+            "give one for each, in the order of the export"
+        )
+    return items
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+def _opened(transports: Iterable[Transport]) -> list[Transport]:
+    """Opens all or none."""
+    done: list[Transport] = []
+    try:
+        done.extend(transports)
+    except BaseException:
+        for transport in done:
+            transport.close()
+        raise
+    return done
 
 
 def checked_timeout(timeout_ms: float) -> float:

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import json
-import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ensembler.protocol.codec import U8
 from ensembler.protocol.errors import BundleError
-from ensembler.protocol.manifest import MAX_MANIFEST_BYTES, ClientManifest, NoiseMode, Precision, WireSpec
+from ensembler.protocol.manifest import MAX_MANIFEST_BYTES, ClientManifest, NoiseMode, Precision
 
 PRIVACY_NAME = "privacy.json"
 
@@ -27,7 +25,7 @@ class ClientInfo:
         num_labels: K.
         feature_shape: of one image, ``(C, h, w)``.
         codec: the wire codec of the features.
-        payload_bytes_up: for one image, without headers.
+        payload_bytes_up: for one image, without headers, to all operators together.
         payload_bytes_down: for one image, the answers of all N nets, without headers.
         precision: of head and tail.
         noise_mode: ``fixed``, ``fresh`` or ``none``.
@@ -63,7 +61,6 @@ def describe(
         BundleError: the privacy card cannot be read.
     """
     wire = manifest.wire
-    up, down = payload_bytes(wire)
     return ClientInfo(
         bundle=str(bundle),
         bodies_id=wire.bodies_id,
@@ -71,9 +68,9 @@ def describe(
         image_size=(manifest.image.height, manifest.image.width),
         num_labels=len(manifest.labels),
         feature_shape=wire.feature_shape,
-        codec=U8,
-        payload_bytes_up=up,
-        payload_bytes_down=down,
+        codec=wire.feature_codec.name,
+        payload_bytes_up=wire.bytes_up * len(manifest.parties),
+        payload_bytes_down=wire.bytes_down,
         precision=manifest.precision,
         noise_mode=manifest.noise_mode,
         backend=backend,
@@ -81,11 +78,6 @@ def describe(
         encrypted=encrypted,
         privacy=_privacy(bundle / PRIVACY_NAME),
     )
-
-
-def payload_bytes(wire: WireSpec) -> tuple[int, int]:
-    """Returns the bytes of one image's features and of its N answers."""
-    return math.prod(wire.feature_shape), wire.num_nets * wire.answer_width
 
 
 def _privacy(path: Path) -> dict[str, Any] | None:

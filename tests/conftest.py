@@ -103,7 +103,7 @@ def tiny(tiny_data, tiny_run, tmp_path_factory) -> Tiny:
     out = tmp_path_factory.mktemp("bundles")
     key = new_keys(out / "keys")
     open_gates = Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)
-    export(tiny_run, out, ExportOptions(server_public_key=key, gates=open_gates))
+    export(tiny_run, out, ExportOptions(server_public_keys=key, gates=open_gates))
     return Tiny(tiny_data, tiny_run, out)
 
 

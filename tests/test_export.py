@@ -414,7 +414,7 @@ def test_a_client_can_be_made_for_a_server_that_runs_already(tiny, tmp_path, cap
 
 def test_a_server_bundle_of_another_run_is_refused(tiny, baselines, tmp_path):
     with pytest.raises(BundleMismatchError, match="holds other nets than the run"):
-        exported(tiny.run, tmp_path / "out", server_bundle=baselines["single"] / "out" / "server")
+        exported(tiny.run, tmp_path / "out", server_bundles=(baselines["single"] / "out" / "server",))
     assert not (tmp_path / "out").exists()
 
 
@@ -422,9 +422,9 @@ def test_a_damaged_server_bundle_is_refused(tiny, tmp_path):
     shutil.copytree(tiny.server, tmp_path / "server")
     (tmp_path / "server" / "body_01.onnx").unlink()
     with pytest.raises(BundleError, match=r"incomplete: body_01\.onnx is missing"):
-        exported(tiny.run, tmp_path / "out", server_bundle=tmp_path / "server")
+        exported(tiny.run, tmp_path / "out", server_bundles=(tmp_path / "server",))
     with pytest.raises(BundleError, match="client bundle, a server bundle is needed"):
-        exported(tiny.run, tmp_path / "out", server_bundle=tiny.client)
+        exported(tiny.run, tmp_path / "out", server_bundles=(tiny.client,))
 
 
 # --- when nothing is exported ---
@@ -666,15 +666,20 @@ def test_the_report_is_json_whatever_was_measured(value, in_float):
 def measured(tiny, **replaced):
     """Runs the parity report on the tiny bundles, some of whose files are replaced."""
     run = RunFolder.open(tiny.run)
-    manifests = load_client(tiny.client), load_server(tiny.server)
-    paths = {name: tiny.client / name for name in manifests[0].files}
-    paths |= {name: tiny.server / name for name in manifests[1].files}
-    paths |= {name.replace("_onnx", ".onnx"): path for name, path in replaced.items()}
-    dataset, bodies = data_sets.load(tiny.data), load_bodies(run)
-    features = mixed_features(load_stage1(run), manifests[0].wire.feature_codec, torch.from_numpy(dataset.test_x))
-    stages = parity.measure_bodies(bodies, paths, manifests[1], features)
-    client = load_trained(run)
-    return parity.measure(client, bodies, paths, manifests, dataset.test_x, dataset.test_y, OPEN, stages)
+    manifest, servers = load_client(tiny.client), [(tiny.server, load_server(tiny.server))]
+    with tempfile.TemporaryDirectory() as folder:
+        bundles = []
+        for name, bundle in (("client", tiny.client), ("server", tiny.server)):
+            bundles.append(shutil.copytree(bundle, Path(folder) / name))
+            for file, path in replaced.items():
+                if (bundle / file.replace("_onnx", ".onnx")).exists():
+                    shutil.copy(path, bundles[-1] / file.replace("_onnx", ".onnx"))
+        servers = [(bundles[1], servers[0][1])]
+        dataset, bodies = data_sets.load(tiny.data), load_bodies(run)
+        features = mixed_features(load_stage1(run), manifest.wire.feature_codec, torch.from_numpy(dataset.test_x))
+        stages = parity.measure_bodies(bodies, servers, features)
+        images, labels = dataset.test_x, dataset.test_y
+        return parity.measure(load_trained(run), bodies, (bundles[0], manifest), servers, images, labels, OPEN, stages)
 
 
 def constant(source, target):
@@ -746,7 +751,7 @@ def low_bits(tiny, tmp_path_factory):
     train(config, folder / "run", stage1_from=tiny.run)
     key = new_keys(folder / "keys")
     gates = Gates(max_accuracy_drop_points=100.0)
-    report = exported(folder / "run", folder, gates=gates, server_public_key=key, server_precision="int8")
+    report = exported(folder / "run", folder, gates=gates, server_public_keys=key, server_precision="int8")
     return folder, report
 
 

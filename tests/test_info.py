@@ -77,7 +77,7 @@ def test_no_secret_is_in_it(tiny):
     text = json.dumps(asdict(info)) + repr(info)
     pair = keys.load_pair(tiny.keys / "device.key_secret")
     manifest = load_client(tiny.client)
-    secrets = [pair.secret, pair.public, manifest.server_public_key]
+    secrets = [pair.secret, pair.public, manifest.parties[0].server_public_key]
     secrets += [entry.sha256 for entry in manifest.files.values()]
     assert all(secrets)
     assert not [secret for secret in secrets if secret in text]

@@ -19,6 +19,7 @@ from ensembler.protocol.manifest import (
     ClientManifest,
     FileEntry,
     ImageSpec,
+    PartySpec,
     ServerManifest,
     WireSpec,
     describe_file,
@@ -57,7 +58,10 @@ CLIENT = ClientManifest(
     precision="int8",
     head="head.onnx",
     tail="tail.onnx",
-    server_public_key="rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7",
+    parties=(
+        PartySpec(bodies_id="cd" * 32, num_nets=1, server_public_key="rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"),
+        PartySpec(bodies_id="ef" * 32, num_nets=2, server_public_key="A" * 40),
+    ),
     files={"head.onnx": entry(b"h"), "tail.onnx": entry(b"t")},
 )
 KINDS = {"client": (CLIENT, parse_client, load_client), "server": (SERVER, parse_server, load_server)}
@@ -110,7 +114,7 @@ def test_a_manifest_is_read_as_it_was_written(kind):
 @pytest.mark.parametrize(
     "changes",
     [
-        {"server_public_key": None},
+        {"parties": (PartySpec(bodies_id=WIRE.bodies_id, num_nets=3, server_public_key=None),)},
         {"noise_mode": "none", "noise_std": 0.0},
         {"noise_mode": "fresh", "noise_std": 0.25},
         {"precision": "float32"},
@@ -123,20 +127,31 @@ def test_every_variant_of_a_client_manifest_is_read_as_it_was_written(changes):
 
 
 float32_scales = st.floats(2.0**-40, 2.0**40, width=32)
-any_codec = st.builds(AffineCodec, scale=float32_scales, zero_point=st.integers(0, 255))
+bits = st.sampled_from([8, 4, 3, 2])
+
+
+def codecs_of(bits):
+    zero_points = st.integers(0, 2**bits - 1)
+    return st.builds(AffineCodec, scale=float32_scales, zero_point=zero_points, bits=st.just(bits))
+
+
 any_wire = st.builds(
     WireSpec,
     bodies_id=st.text("0123456789abcdef", min_size=64, max_size=64),
     feature_shape=st.lists(st.integers(1, 1 << 20), min_size=1, max_size=4).map(tuple),
-    feature_codec=any_codec,
+    feature_codec=bits.flatmap(codecs_of),
     answer_width=st.integers(1, 1 << 20),
-    answer_codecs=st.lists(any_codec, min_size=1, max_size=5).map(tuple),
+    answer_codecs=bits.flatmap(lambda bits: st.lists(codecs_of(bits), min_size=1, max_size=5).map(tuple)),
 )
 
 
 @given(any_wire, st.lists(st.text(max_size=20), min_size=1, max_size=5), st.floats(0, 999_999))
 def test_any_valid_client_manifest_is_read_as_it_was_written(wire, labels, noise_std):
-    written = dataclasses.replace(CLIENT, wire=wire, labels=tuple(labels), noise_std=noise_std)
+    rest = wire.num_nets - 1
+    parties = [PartySpec(bodies_id="ab" * 32, num_nets=n, server_public_key=None) for n in (1, rest) if n]
+    if not rest:
+        parties = [dataclasses.replace(parties[0], bodies_id=wire.bodies_id)]
+    written = dataclasses.replace(CLIENT, wire=wire, labels=tuple(labels), noise_std=noise_std, parties=tuple(parties))
     assert parse("client", to_json(written)) == written
 
 
@@ -165,8 +180,39 @@ def test_the_bytes_are_sorted_utf8_that_ends_with_a_newline(kind):
 
 def test_a_server_manifest_says_nothing_of_the_client():
     fields = {key for path in paths(document("server")) for key in path if isinstance(key, str)}
-    secrets = {"labels", "noise_mode", "noise_std", "head", "tail", "selector", "server_public_key", "num_selected"}
+    secrets = {
+        "labels",
+        "noise_mode",
+        "noise_std",
+        "head",
+        "tail",
+        "selector",
+        "server_public_key",
+        "parties",
+        "num_selected",
+    }
     assert not fields & secrets
+
+
+def test_answers_in_codecs_of_several_bits_are_refused():
+    changed = document("server")
+    changed["wire"]["answer_codecs"][1] |= {"codec": "u4", "zero_point": 0}
+    with pytest.raises(BundleError, match="answer_codecs mixes codecs"):
+        parse("server", changed)
+
+
+def test_operators_that_do_not_hold_all_nets_together_are_refused():
+    changed = document("client")
+    changed["parties"][0]["num_nets"] = 2
+    with pytest.raises(BundleError, match="parties do not hold 3 nets together"):
+        parse("client", changed)
+
+
+def test_a_single_operator_of_other_nets_is_refused():
+    changed = document("client")
+    changed["parties"] = [changed["parties"][0] | {"num_nets": 3}]
+    with pytest.raises(BundleError, match=r"parties name other nets than wire\.bodies_id"):
+        parse("client", changed)
 
 
 # --- fields ---
@@ -227,7 +273,7 @@ def is_allowed(path, value):
     """Whether a mangled value happens to be one that the field may have."""
     if path[0] == "labels" and len(path) == 2:
         return isinstance(value, str) and len(value) <= 1000
-    return (path == ("server_public_key",) and value is None) or (path == ("noise_std",) and value == 0.3)
+    return (path[-1] == "server_public_key" and value is None) or (path == ("noise_std",) and value == 0.3)
 
 
 @pytest.mark.parametrize(("kind", "path"), FIELDS, ids=FIELD_IDS)
@@ -252,14 +298,16 @@ def test_a_mangled_field_is_refused_by_name(kind, path):
         ("client", ("noise_mode",), "sometimes"),
         ("client", ("precision",), "int4"),
         ("client", ("noise_std",), 1e6),
-        ("client", ("server_public_key",), "x" * 39),
+        ("client", ("parties", 0, "server_public_key"), "x" * 39),
+        ("client", ("parties", 0, "num_nets"), 4),
+        ("client", ("parties",), []),
         ("client", ("head",), "nowhere.onnx"),
         ("client", ("wire", "bodies_id"), "AB" * 32),
         ("client", ("wire", "bodies_id"), "ab" * 31),
         ("client", ("wire", "feature_shape"), [1] * 5),
         ("client", ("wire", "feature_shape"), [16, 0, 8]),
         ("client", ("wire", "feature_shape"), [16, (1 << 20) + 1]),
-        ("client", ("wire", "feature_codec", "codec"), "u4"),
+        ("client", ("wire", "feature_codec", "codec"), "u5"),
         ("client", ("wire", "feature_codec", "scale"), 0.1),  # not a float32 value
         ("client", ("wire", "feature_codec", "scale"), 1e300),
         ("client", ("wire", "feature_codec", "zero_point"), 256),

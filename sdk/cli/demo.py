@@ -68,11 +68,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
     )
     trained = time.monotonic()
     console.say("2/4  exporting: head and tail in int8; the bodies too, unless that misses the gate")
-    server_key = export_verb.new_keys(out / export_verb.KEYS_FOLDER)
+    server_keys = export_verb.new_keys(out / export_verb.KEYS_FOLDER)
     gates = Gates(max_accuracy_drop_points=MAX_ACCURACY_DROP_POINTS)
     if options.no_gates:
         gates = Gates(min_sqnr_db=-1000.0, max_accuracy_drop_points=100.0)
-    export_options = ExportOptions(server_public_key=server_key, gates=gates)
+    export_options = ExportOptions(server_public_keys=server_keys, gates=gates)
     report = export(out / "run", out, export_options, progress=lambda text: console.say(f"     {text}"))
     console.say(report.table())
     exported = time.monotonic()

@@ -31,9 +31,22 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="bodies; auto: int8 where that reaches the gate, else float32 (default: auto)",
     )
-    parser.add_argument("--server-bundle", type=Path, default=None, help="make only a client, for this server bundle")
     parser.add_argument(
-        "--server-key", type=Path, default=None, help="the server's public key file, to pin in the client"
+        "--parties", type=int, default=1, help="divide the bodies among so many operators, a bundle each (default: 1)"
+    )
+    parser.add_argument(
+        "--server-bundle",
+        type=Path,
+        action="append",
+        default=[],
+        help="make only a client, for this server bundle; once for each operator",
+    )
+    parser.add_argument(
+        "--server-key",
+        type=Path,
+        action="append",
+        default=[],
+        help="the server's public key file, to pin in the client; once for each operator",
     )
     parser.add_argument(
         "--plaintext", action="store_true", help="pin no key and make none: unencrypted connections only"
@@ -50,19 +63,21 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Exports."""
     need_export()
     from ensembler.export.parity import Gates
-    from ensembler.export.pipeline import ExportOptions, export
+    from ensembler.export.pipeline import ExportOptions, export, server_names
 
     if options.parity_images < 1:
         raise ConfigError(f"--parity-images {options.parity_images}: at least one")
-    if options.server_bundle is not None and options.server_key is None and not options.plaintext:
+    if options.server_bundle and not options.server_key and not options.plaintext:
         raise ConfigError("--server-bundle needs --server-key: the public key of the server that serves it")
-    made_keys, server_key = None, None
+    if options.server_bundle and options.parties not in (1, len(options.server_bundle)):
+        raise ConfigError(f"--parties {options.parties}: {len(options.server_bundle)} server bundles were given")
+    made_keys, server_keys = None, None
     made_folder = not options.out.exists()
-    if options.server_key is not None:
-        server_key = keys.load_public(options.server_key)
+    if options.server_key:
+        server_keys = tuple(keys.load_public(path) for path in options.server_key)
     elif not options.plaintext:
         made_keys = options.out / KEYS_FOLDER
-        server_key = new_keys(made_keys)
+        server_keys = new_keys(made_keys, options.parties)
     precision: Precision = "int8" if options.quantize == "int8" else "float32"
     try:
         report = export(
@@ -71,8 +86,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
             ExportOptions(
                 client_precision=precision,
                 server_precision=options.server_precision,
-                server_bundle=options.server_bundle,
-                server_public_key=server_key,
+                parties=options.parties,
+                server_bundles=tuple(options.server_bundle),
+                server_public_keys=server_keys,
                 data=options.data,
                 parity_images=options.parity_images,
                 gates=Gates(min_sqnr_db=options.min_sqnr_db, max_accuracy_drop_points=options.max_accuracy_drop),
@@ -88,26 +104,30 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise
     document = {"client": str(options.out / "client"), "parity": str(options.out / "parity.json")}
     lines = [report.table(), "", f"{options.out / 'client'}: the client bundle, secret: for the device only"]
-    if options.server_bundle is None:
-        document["server"] = str(options.out / "server")
-        lines.append(f"{options.out / 'server'}: the server bundle, for the operator")
+    servers = options.server_bundle or [options.out / name for name in server_names(options.parties)]
+    if not options.server_bundle:
+        document |= {path.name: str(path) for path in servers}
+        lines += [f"{path}: a server bundle, for its operator" for path in servers]
     if made_keys is not None:
         document["keys"] = str(made_keys)
         lines.append(
-            f"{made_keys}: new keys; the server needs server.key_secret and authorized/, the device device.key_secret"
+            f"{made_keys}: new keys; a server needs its own server*.key_secret and authorized/, the device "
+            "device.key_secret"
         )
-    lines.append(f"next: ensembler serve {options.server_bundle or options.out / 'server'} --bind tcp://0.0.0.0:5555")
+    lines.append(f"next: ensembler serve {servers[0]} --bind tcp://0.0.0.0:5555")
     console.result(document, "\n".join(lines))
     return 0
 
 
-def new_keys(folder: Path) -> str:
-    """Makes a server's and a device's pair, the device authorised; returns the server's public key."""
+def new_keys(folder: Path, parties: int = 1) -> tuple[str, ...]:
+    """Makes a pair for each operator's server and one for a device, which is authorised; returns the public keys."""
     if folder.exists():
         raise ConfigError(f"{folder} exists; choose another --out, or pass --server-key with the key to pin")
-    public, _ = keys.create(folder, "server")
+    # The names are those of the bundles: server, or server_0, server_1, ...
+    names = ["server"] if parties <= 1 else [f"server_{index}" for index in range(parties)]
+    public = [keys.create(folder, name)[0] for name in names]
     device, _ = keys.create(folder, "device")
     authorized = folder / AUTHORIZED_FOLDER
     authorized.mkdir(mode=0o700)
     shutil.copy(device, authorized / device.name)
-    return keys.load_public(public)
+    return tuple(keys.load_public(path) for path in public)
