@@ -582,7 +582,8 @@ def test_a_secrets_repr_shows_neither_selector_nor_seed():
 
 def test_only_the_secret_file_and_the_client_know_the_selector(run):
     stored = {str(p.relative_to(run.path)) for p in run.path.rglob("*") if p.suffix in (".json", ".jsonl")}
-    assert stored == {"config.json", "wire.json", "client/secret.json", "metrics.jsonl", "summary.json"}
+    open_files = {"config.json", "wire.json", "metrics.jsonl", "confusion.json", "summary.json"}
+    assert stored == open_files | {"client/secret.json"}
     for name in stored - {"client/secret.json"}:
         assert "selector" not in (run.path / name).read_text()
 

@@ -10,6 +10,8 @@
       client/client.safetensors       head, noise, tail of stage 3
       *.checkpoint.safetensors while training: where a stage-1 net or the client stands, see ``checkpoint``
       metrics.jsonl            one JSON object per line, appended as training goes
+      confusion.json           how many held-out images of each class were taken for each class
+      curves.png, confusion.png       drawn at the end by the command line, see ``plots``
       summary.json             final accuracies; written last, so its presence means the run is complete
 
 Files are written whole or not at all.
@@ -39,6 +41,7 @@ from ensembler.training.config import TrainConfig
 from ensembler.training.models import ArchSpec
 
 RUN_VERSION = 2
+CONFUSION_FILE = "confusion.json"
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -39,6 +39,7 @@ from ensembler.training.fit import (
 from ensembler.training.losses import max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise
 from ensembler.training.runs import (
+    CONFUSION_FILE,
     ClientSecret,
     RunFolder,
     WireState,
@@ -534,6 +535,13 @@ def _summary(
     data: Tensors,
 ) -> dict[str, Any]:
     selected = [nets[wire.order[k]].net.body for k in client.selector]
+    predicted: list[Tensor] = []
+
+    def through_wire(x: Tensor) -> Tensor:
+        logits = client.finish(client.head(x), selected)
+        predicted.append(logits.argmax(1))
+        return logits
+
     summary: dict[str, Any] = {
         "defense": config.defense,
         "num_nets": config.trained_nets,
@@ -542,8 +550,11 @@ def _summary(
         "accuracy_float": accuracy(
             lambda x: client.finish(client.head(x), selected, through_wire=False), data.test_x, data.test_y
         ),
-        "accuracy_wire": accuracy(lambda x: client.finish(client.head(x), selected), data.test_x, data.test_y),
+        "accuracy_wire": accuracy(through_wire, data.test_x, data.test_y),
     }
+    classes = len(run.labels)
+    counts = torch.bincount(data.test_y * classes + torch.cat(predicted), minlength=classes**2)
+    run.write_json(CONFUSION_FILE, {"counts": counts.reshape(classes, classes).tolist()})
     if config.is_ensemble:
         x = normalise(data.test_x[:EVALUATION_BATCH]).to(memory_format=torch.channels_last)
         heads = [item.net.head(x) for item in nets]

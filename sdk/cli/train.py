@@ -76,6 +76,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Trains."""
     need_torch()
     from ensembler.training.plan import make_plan
+    from ensembler.training.plots import draw
     from ensembler.training.stages import resume, train
 
     if options.dry_run and options.resume is None:
@@ -98,6 +99,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         if out is not None and (out / "config.json").is_file() and not (out / "summary.json").is_file():
             print(f"\nensembler: to go on: ensembler train --resume {out}", file=sys.stderr)
         raise
+    assert out is not None  # one of the two was given, or ConfigError raised
+    draw(out)
     text = (
         f"{out}: accuracy {summary['accuracy_wire']:.2f}% through the quantised wire, "
         f"{summary['accuracy_float']:.2f}% in float, on {summary['test_images']} held-out images\n"

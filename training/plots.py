@@ -1,0 +1,152 @@
+"""Pictures of a finished run, drawn from its own files: ``curves.png`` and ``confusion.png``.
+
+They show losses, accuracies and class names; nothing in them depends on which nets the selector names.
+"""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from ensembler.protocol.errors import MissingExtraError
+from ensembler.training.runs import CONFUSION_FILE, RunFolder
+
+CURVES_FILE = "curves.png"
+CONFUSION_PICTURE = "confusion.png"
+COUNTED_CLASSES = 20  # more classes leave no room for numbers in the cells
+NAMED_CLASSES = 100  # more classes leave no room for every name
+NAME_CHARACTERS = 24
+MEAN, ONE, HELD_OUT = "#1f4e79", "#9db7d1", "#c44e00"
+
+log = logging.getLogger(__name__)
+
+
+def draw(path: Path) -> list[Path]:
+    """Draws what a finished run's files tell; a picture that fails costs a line in the log, never the run.
+
+    Args:
+        path: the run folder.
+
+    Returns:
+        The pictures that were written.
+    """
+    run = RunFolder(path)
+    drawn = []
+    for name, figure_of in ((CURVES_FILE, _curves), (CONFUSION_PICTURE, _confusion)):
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # a class name in a script that the font does not have
+                _save(figure_of(run), path / name)
+            drawn.append(path / name)
+        except Exception as error:
+            log.warning("%s could not be drawn (%s); the run itself is complete", path / name, error)
+    return drawn
+
+
+def _figure(width: float, height: float) -> Any:
+    """Returns an empty figure of the size in inches; no window, no global state of pyplot."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError as error:
+        raise MissingExtraError("matplotlib", "train", "drawing") from error
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _save(figure: Any, path: Path) -> None:
+    temporary = path.with_name(path.name + ".tmp")
+    try:
+        figure.savefig(temporary, format="png", dpi=150)
+        temporary.chmod(0o600)
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _curves(run: RunFolder) -> Any:
+    """Loss above, accuracy below; stage 1 on the left, stage 3 on the right."""
+    records = run.read_metrics()
+    stages = [stage for stage in (1, 3) if any(r.get("stage") == stage and "epoch" in r for r in records)]
+    figure = _figure(5.0 * len(stages), 6.0)
+    axes = figure.subplots(2, len(stages), squeeze=False, sharex="col", sharey="row")
+    for column, stage in enumerate(stages):
+        epochs = [record for record in records if record.get("stage") == stage and "epoch" in record]
+        nets = sorted({record.get("net", 0) for record in epochs})
+        for row, key in enumerate(("loss", "train_accuracy")):
+            lines = [_series(epochs, net, key) for net in nets]
+            _lines(axes[row, column], lines, "each net" if stage == 1 else "")
+        if stage == 1:
+            held_out = [record["test_accuracy"] for record in records if "test_accuracy" in record]
+            last = max(record["epoch"] for record in epochs)
+            axes[1, column].plot([last] * len(held_out), held_out, "x", color=HELD_OUT, label="held-out images")
+        else:
+            summary: dict[str, Any] = next((record["summary"] for record in records if "summary" in record), {})
+            if "accuracy_wire" in summary:
+                axes[1, column].axhline(
+                    summary["accuracy_wire"], color=HELD_OUT, linestyle="--", label="held-out images, through the wire"
+                )
+        title = f"stage 1: {len(nets)} net{'s' if len(nets) > 1 else ''}" if stage == 1 else "stage 3: the client"
+        axes[0, column].set_title(title)
+        axes[1, column].set_xlabel("epoch")
+        axes[1, column].xaxis.get_major_locator().set_params(integer=True)
+    axes[0, 0].set_ylabel("loss")
+    axes[1, 0].set_ylabel("accuracy, %")
+    for axis in axes.flat:
+        axis.grid(alpha=0.3)
+        if axis.get_legend_handles_labels()[1]:
+            axis.legend(fontsize=8, frameon=False)
+    return figure
+
+
+def _series(epochs: list[dict[str, Any]], net: int, key: str) -> tuple[list[int], list[float]]:
+    mine = [record for record in epochs if record.get("net", 0) == net]
+    return [record["epoch"] for record in mine], [record[key] for record in mine]
+
+
+def _lines(axis: Any, lines: list[tuple[list[int], list[float]]], each: str) -> None:
+    """One line for each net, thin, and their mean, thick."""
+    if len(lines) > 1:
+        for index, (x, y) in enumerate(lines):
+            axis.plot(x, y, color=ONE, linewidth=1, label=each if index == 0 else None)
+    x, mean = lines[0][0], np.mean([y for _, y in lines], axis=0)
+    axis.plot(x, mean, "o-", color=MEAN, markersize=3, linewidth=2, label="mean" if len(lines) > 1 else "train images")
+
+
+def _confusion(run: RunFolder) -> Any:
+    """Rows are the true classes, in percent of their images."""
+    counts: npt.NDArray[np.int64] = np.asarray(run.read_json(CONFUSION_FILE)["counts"], np.int64)
+    classes = len(counts)
+    share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    side = min(3.5 + 0.5 * classes, 9.0) if classes <= COUNTED_CLASSES else 14.0
+    figure = _figure(side + 1, side)
+    axis = figure.subplots()
+    # The faint off-diagonal cells are what one looks for, so the colours rise fast from zero.
+    picture = axis.imshow(np.sqrt(share / 100), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")
+    bar = figure.colorbar(picture, ax=axis, shrink=0.8, ticks=np.sqrt([0, 0.01, 0.05, 0.2, 0.5, 1]))
+    bar.ax.set_yticklabels(["0", "1", "5", "20", "50", "100"])
+    bar.set_label("% of the true class")
+    every = -(-classes // NAMED_CLASSES)
+    shown = list(range(0, classes, every))
+    names = [run.labels[i][:NAME_CHARACTERS] for i in shown]
+    size = 10 if classes <= COUNTED_CLASSES else 6
+    axis.set_xticks(shown, names, rotation=90, fontsize=size)
+    axis.set_yticks(shown, names, fontsize=size)
+    for label in (*axis.get_xticklabels(), *axis.get_yticklabels()):
+        label.set_parse_math(False)  # a class may be called "$5"
+    if classes <= COUNTED_CLASSES:
+        for (row, column), count in np.ndenumerate(counts):
+            if count:
+                colour = "white" if share[row, column] > 30 else "black"
+                axis.text(column, row, str(count), ha="center", va="center", fontsize=9, color=colour)
+    accuracy = 100 * np.trace(counts) / max(int(counts.sum()), 1)
+    axis.set_title(f"{accuracy:.2f}% of {counts.sum()} held-out images, through the quantised wire")
+    axis.set_xlabel("predicted")
+    axis.set_ylabel("true")
+    return figure
