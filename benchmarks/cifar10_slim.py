@@ -10,15 +10,11 @@ from __future__ import annotations
 
 import argparse
 import json
-import shutil
 from pathlib import Path
 
-import numpy as np
 import results
+from product import exported, served, trained
 
-from ensembler import EdgeClient
-from ensembler.cli import main as ensembler
-from ensembler.cli.demo import server_process
 from ensembler.training import data as data_sets
 
 EPOCHS = 4
@@ -34,42 +30,33 @@ def main() -> None:
     parser.add_argument("--single", type=Path, help="a run of --defense single")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     options = parser.parse_args()
-    if not (options.run / "summary.json").is_file():
-        arguments = ["--data", options.data, "--arch", "resnet10_slim", "-N", "10", "-P", "4"]
-        _checked(["train", *arguments, "--epochs", str(options.epochs), "--out", str(options.run)])
-    _checked_export(options, options.out)
+    arguments = ["--data", options.data, "--arch", "resnet10_slim", "-N", "10", "-P", "4"]
+    trained(options.run, *arguments, "--epochs", str(options.epochs))
+    exported(options.run, options.out, options.data)
     # What int8 bodies would do, with the SQNR gate open: auto takes float32 where they miss it.
     int8_out = options.out.with_name(options.out.name + "_int8")
-    _checked_export(options, int8_out, "--server-precision", "int8", "--min-sqnr-db", "0")
+    exported(options.run, int8_out, options.data, "--server-precision", "int8", "--min-sqnr-db", "0")
     int8 = json.loads((int8_out / "parity.json").read_text(encoding="utf-8"))
     precision = json.loads((options.out / "server" / "manifest.json").read_text(encoding="utf-8"))["precision"]
     report = json.loads((options.out / "parity.json").read_text(encoding="utf-8"))
     config = json.loads((options.run / "config.json").read_text(encoding="utf-8"))["config"]
     dataset = data_sets.load(options.data)
-    images = np.ascontiguousarray(dataset.test_x.transpose(0, 2, 3, 1))
-    with (
-        server_process(options.out / "server") as endpoint,
-        EdgeClient(options.out / "client", endpoint, timeout_ms=600_000) as client,
-    ):
-        one = client.predict(images[0])
-        predictions = client.predict_batch(list(images))
-    truth = [dataset.labels[i] for i in dataset.test_y]
-    served = 100 * sum(p.label == label for p, label in zip(predictions, truth, strict=True)) / len(truth)
+    found = served(options.out, dataset)
     setting = (
-        f"CIFAR-10, {len(images)} test images, resnet10_slim, N = {config['num_nets']}, P = {config['num_selected']}, "
-        f"{config['epochs_stage1']} + {config['epochs_stage3']} epochs, "
-        f"int8 client, {precision} bodies (auto), over CURVE"
+        f"CIFAR-10, {len(dataset.test_y)} test images, resnet10_slim, "
+        f"N = {config['num_nets']}, P = {config['num_selected']}, "
+        f"{config['epochs_stage1']} + {config['epochs_stage3']} epochs, int8 client, {precision} bodies (auto), over CURVE"
     )
-    drop = report["accuracy_float"] - served
+    drop = report["accuracy_float"] - found.percent
     figures = [
         results.figure(
             "split_accuracy_drop_points",
             round(drop, 4),
             "points",
             "<= 0.5",
-            f"{setting}; torch float {report['accuracy_float']:.2f}%, through EdgeClient {served:.2f}%",
+            f"{setting}; torch float {report['accuracy_float']:.2f}%, through EdgeClient {found.percent:.2f}%",
         ),
-        results.figure("split_accuracy_percent", round(served, 4), "%", "", setting),
+        results.figure("split_accuracy_percent", round(found.percent, 4), "%", "", setting),
         results.figure(
             "min_stage_sqnr_db",
             round(report["min_stage_sqnr_db"], 2),
@@ -77,8 +64,10 @@ def main() -> None:
             ">= 35",
             "worst of head, bodies on stage-1 features, tail; against torch with the same fake quantiser",
         ),
-        results.figure("bytes_up_per_image", one.bytes_up, "bytes", "", "header included, batch of 1; 8-bit codes"),
-        results.figure("bytes_down_per_image", one.bytes_down, "bytes", "", "header included, batch of 1; 8-bit codes"),
+        results.figure("bytes_up_per_image", found.bytes_up, "bytes", "", "header included, batch of 1; 8-bit codes"),
+        results.figure(
+            "bytes_down_per_image", found.bytes_down, "bytes", "", "header included, batch of 1; 8-bit codes"
+        ),
     ]
     bodies = next(stage for stage in int8["stages"] if stage["stage"] == "bodies")
     figures += [
@@ -98,23 +87,12 @@ def main() -> None:
     for defense, run in (("none", options.none), ("single", options.single)):
         if run is not None:
             # A baseline is a run of its own: its seed stands beside its figure, not the ensemble's.
-            trained = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
+            own = json.loads((run / "config.json").read_text(encoding="utf-8"))["config"]
             summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
-            note = f"baseline --defense {defense}, {trained['epochs_stage1']} epochs, torch through the wire"
+            note = f"baseline --defense {defense}, {own['epochs_stage1']} epochs, torch through the wire"
             value = round(summary["accuracy_wire"], 4)
             baseline = results.figure(f"accuracy_{defense}_percent", value, "%", "", note)
-            results.record("loop", [baseline], command=f"{command} --{defense} RUN", seed=trained["seed"])
-
-
-def _checked_export(options: argparse.Namespace, out: Path, *arguments: str) -> None:
-    shutil.rmtree(out, ignore_errors=True)
-    _checked(["export", str(options.run), "--out", str(out), "--data", options.data, *arguments])
-
-
-def _checked(arguments: list[str]) -> None:
-    status = ensembler(arguments)
-    if status:
-        raise SystemExit(status)
+            results.record("loop", [baseline], command=f"{command} --{defense} RUN", seed=own["seed"])
 
 
 if __name__ == "__main__":
