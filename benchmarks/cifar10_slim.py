@@ -45,7 +45,8 @@ def main() -> None:
     setting = (
         f"CIFAR-10, {len(dataset.test_y)} test images, resnet10_slim, "
         f"N = {config['num_nets']}, P = {config['num_selected']}, "
-        f"{config['epochs_stage1']} + {config['epochs_stage3']} epochs, int8 client, {precision} bodies (auto), over CURVE"
+        f"{config['epochs_stage1']} + {config['epochs_stage3']} epochs, "
+        f"int8 client, {precision} bodies (auto), over CURVE"
     )
     drop = report["accuracy_float"] - found.percent
     figures = [

@@ -74,7 +74,8 @@ def main() -> None:
         "torch through the same quantised wire, on held-out images (bodies: all nets together, on stage-1 features;\n"
         "`inf` is bit-identical). top-1: same answer as torch through the wire, in percent of 600 images. An `f`\n"
         "after a number: int8 misses the export's gate there, so by default (`--server-precision auto`) these bodies\n"
-        f"are served in float32. Nets: N = {NETS}, P = {SELECTED}, one epoch of 768 demo images; {results.machine()}.\n\n"
+        f"are served in float32. Nets: N = {NETS}, P = {SELECTED}, one epoch of 768 demo images;\n"
+        f"{results.machine()}.\n\n"
         "```\n" + "\n".join(lines) + "\n```\n",
         encoding="utf-8",
     )
