@@ -8,11 +8,13 @@ VENV ?= .venv
 TORCH_INDEX ?=
 BUNDLES ?= out/demo
 BIN = $(VENV)/bin
+DOCUMENTED = ensembler ensembler.protocol ensembler.transport ensembler.edge_runtime ensembler.cloud_runtime \
+	ensembler.training ensembler.export
 PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint bench results cifar clean
+.PHONY: demo test lint docs bench results cifar wire models clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -26,6 +28,10 @@ lint: $(INSTALLED)
 	$(BIN)/python tools/link_view.py
 	$(BIN)/mypy
 
+# The API reference, from the docstrings: out/docs/index.html.
+docs: $(INSTALLED)
+	$(BIN)/pdoc --docformat google --output-directory out/docs $(DOCUMENTED)
+
 # Figures for docs/results/, minutes each; the goal and the command stand beside every figure. The recorded ones were
 # taken with BUNDLES=out/cifar10_slim, which `make cifar` makes.
 bench: $(INSTALLED)
@@ -37,6 +43,14 @@ bench: $(INSTALLED)
 # The slim net on CIFAR-10, an hour on two cores. CIFAR10=PATH of the authors' archive, or an npz pair.
 cifar: $(INSTALLED)
 	$(BIN)/python benchmarks/cifar10_slim.py --data "$(CIFAR10)"
+
+# Fewer bits on the wire, and a bottleneck: three hours on two cores. CIFAR10 as above.
+wire: $(INSTALLED)
+	$(BIN)/python benchmarks/wire.py --data "$(CIFAR10)"
+
+# Every architecture at several cuts; half an hour.
+models: $(INSTALLED)
+	$(BIN)/python benchmarks/models.py
 
 results: $(INSTALLED)
 	$(BIN)/python tools/print_results.py

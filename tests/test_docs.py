@@ -1,0 +1,216 @@
+"""Every snippet of the documents runs, in the order in which a reader meets them."""
+
+from __future__ import annotations
+
+import asyncio
+import configparser
+import contextlib
+import inspect
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from ensembler.cli import main
+from ensembler.client import EdgeClient
+
+ROOT = Path(__file__).resolve().parent.parent
+DOCUMENTS = [
+    ROOT / "README.md",
+    ROOT / "CONTRIBUTING.md",
+    *sorted((ROOT / "docs").glob("*.md")),
+    ROOT / "examples" / "README.md",
+]
+# Trainings in documents are shortened; what comes last on a command line counts.
+BRIEF = ["--epochs", "1", "--batch-size", "16"]
+OPEN_GATES = ["--min-sqnr-db", "0", "--max-accuracy-drop", "100"]
+ADDRESS = re.compile(r"tcp://(?:127\.0\.0\.1|0\.0\.0\.0|cloud|host)[\w.\-]*:\d+")
+
+OWN_NET = """
+from torch import nn
+
+def detector(num_classes):
+    features = nn.Sequential(
+        nn.Conv2d(3, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(8, 8, 3, 1, 1), nn.ReLU(), nn.MaxPool2d(2)
+    )
+    net = nn.Sequential()
+    net.add_module("features", features)
+    net.add_module("pool", nn.AdaptiveAvgPool2d(1))
+    net.add_module("flatten", nn.Flatten())
+    net.add_module("fc", nn.Linear(8, num_classes))
+    return net
+"""
+
+
+def snippets(path):
+    """Yields (language, first line's number, text) of a document's fenced blocks."""
+    text = path.read_text(encoding="utf-8")
+    for found in re.finditer(r"^```(\w*)\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+        yield found[1], text[: found.start()].count("\n") + 2, found[2]
+
+
+def lines_of(script):
+    """Yields the commands of a shell snippet, without comments."""
+    for line in script.splitlines():
+        words = shlex.split(line, comments=True)
+        if words:
+            yield words
+
+
+def at_home(word):
+    return str(Path(word).expanduser()) if word.startswith("~") else word
+
+
+class Reader:
+    """Somebody who pastes one document's snippets into a fresh folder, one after the other."""
+
+    def __init__(self, folder: Path, tiny, endpoint: str, serve) -> None:
+        self.folder = folder
+        self.tiny = tiny
+        self.endpoint = endpoint
+        self.serve = serve
+        home = Path(os.environ["HOME"])
+        shutil.rmtree(home / ".config", ignore_errors=True)
+        shutil.copytree(tiny.out, folder / "out" / "demo")
+        for name in ("photo.jpg", "a.jpg", "b.jpg", "another.png"):
+            Image.new("RGB", (40, 30), (200, 20, 20)).save(folder / name)
+        rng = np.random.Generator(np.random.PCG64(3))
+        for part in ("train", "test"):
+            for colour in ("red", "green"):
+                (folder / "photos" / part / colour).mkdir(parents=True)
+                for index in range(20):
+                    pixels = rng.integers(0, 99, (32, 32, 3), dtype=np.uint8)
+                    Image.fromarray(pixels).save(folder / "photos" / part / colour / f"{index}.png")
+        (folder / "my_package").mkdir()
+        (folder / "my_package" / "nets.py").write_text(OWN_NET, encoding="utf-8")
+
+    # --- python ---
+
+    def python(self, text: str) -> None:
+        """Runs a snippet; names that its text leaves to the reader are given."""
+        text = ADDRESS.sub(self.endpoint, text)
+        image = np.zeros((32, 32, 3), np.uint8)
+        with contextlib.ExitStack() as stack:
+            given = {
+                "bundle": "out/demo/client",
+                "server": self.endpoint,
+                "paths": ["a.jpg", "b.jpg"],
+                "frames": lambda: iter([image, image]),
+                "show": lambda result: result,
+            }
+            if "client" in text and "as client" not in text:
+                given["client"] = stack.enter_context(EdgeClient("out/demo/client", self.endpoint, timeout_ms=60_000))
+            exec(compile(text, "snippet", "exec"), given)
+            begin = given.get("main")
+            if inspect.iscoroutinefunction(begin):
+                asyncio.run(begin())
+
+    # --- shell ---
+
+    def shell(self, words: list[str]) -> None:
+        """Runs one command line."""
+        words = [word.replace(".venv/bin/", "") for word in words]
+        name, arguments = words[0], words[1:]
+        if name == "ensembler-export":
+            name, arguments = "ensembler", ["export", *arguments]
+        run = {
+            "ensembler": self.ensembler,
+            "python": self.script,
+            "make": self.make,
+            "pip": self.pip,
+            "mkdir": self.plain(words),
+            "cp": self.plain(words),
+            ".": lambda arguments: None,
+        }
+        assert name in run, f"no test knows how to run {name}"
+        run[name](arguments)
+
+    def ensembler(self, arguments: list[str]) -> None:
+        verb = arguments[0]
+        arguments = [at_home(ADDRESS.sub(self.endpoint, word)) for word in arguments]
+        if verb == "serve":
+            bundle = Path(arguments[1])
+            with self.serve(bundle):
+                return
+        if verb == "train":
+            if "--resume" in arguments:  # as if it had been cut before its last file
+                (Path(arguments[arguments.index("--resume") + 1]) / "summary.json").unlink()
+            else:
+                arguments += BRIEF
+            arguments = [self.tiny.data if word in ("demo", "local/cifar10") else word for word in arguments]
+        if verb == "export":
+            arguments += OPEN_GATES
+        if verb == "predict":
+            bundle = Path(arguments[1])
+            with self.serve(bundle.parent / "server") as (endpoint, _):
+                assert main([endpoint if word == self.endpoint else word for word in arguments]) == 0
+            return
+        assert main(arguments) == 0, arguments
+
+    def script(self, arguments: list[str]) -> None:
+        if arguments[0] == "tools/convert_data.py":
+            # Its input is a download of the reader's own; tests/test_data.py has one.
+            assert (ROOT / arguments[0]).is_file()
+            return
+        arguments = [ADDRESS.sub(self.endpoint, word) for word in arguments]
+        command = [sys.executable, str(ROOT / arguments[0]), *arguments[1:]]
+        subprocess.run(command, check=True, capture_output=True, timeout=120)
+
+    def make(self, arguments: list[str]) -> None:
+        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        assert arguments[0] in targets
+
+    def pip(self, arguments: list[str]) -> None:
+        config = configparser.ConfigParser()
+        config.read(ROOT / "setup.cfg", encoding="utf-8")
+        for extra in re.findall(r"\[(.*?)\]", arguments[-1])[0].split(","):
+            assert extra in config["options.extras_require"]
+
+    @staticmethod
+    def plain(words: list[str]):
+        def run(_: list[str]) -> None:
+            command = [at_home(word) for word in words]
+            if command[0] == "cp":  # the reader carries the file over from the other machine
+                command[1] = str(Path(command[2]).parent.parent / command[1])
+            subprocess.run(command, check=True, timeout=60)
+
+        return run
+
+
+@pytest.fixture(scope="module")
+def endpoint(tiny, serve) -> Iterator[str]:
+    with serve(tiny.server, "--key", str(tiny.keys / "server.key_secret")) as (address, _):
+        yield address
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_snippet_runs_when_it_is_pasted(path, tiny, endpoint, serve, tmp_path, monkeypatch, capfd):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(str(tmp_path))
+    reader = Reader(tmp_path, tiny, endpoint, serve)
+    for language, number, text in snippets(path):
+        try:
+            if language == "python":
+                reader.python(text)
+            elif language == "sh":
+                for words in lines_of(text):
+                    reader.shell(words)
+            else:
+                assert language == "", f"nobody runs {language}"
+        except BaseException as error:
+            raise AssertionError(f"{path.name}:{number}: {type(error).__name__}: {error}") from error
+    capfd.readouterr()
+
+
+def test_relative_links_of_the_documents_lead_somewhere():
+    for path in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
+            assert (path.parent / target).exists(), f"{path.name}: {target}"
