@@ -10,7 +10,7 @@ from collections.abc import Generator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -36,8 +36,6 @@ KEY_VARIABLE = "ENSEMBLER_DEVICE_KEY"
 KEY_NAME = "device.key_secret"
 # One request of a long batch; the server batches further by itself.
 MAX_REQUEST_ROWS = 128
-
-T = TypeVar("T")
 
 
 class EdgeClient:
@@ -96,7 +94,7 @@ class EdgeClient:
         self._manifest = self._runtime.manifest
         self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
-        servers = _one_each(server, str, self._manifest, f"the bundle {folder}")
+        servers = _addresses(server, self._manifest, folder)
         self._describe = partial(
             describe,
             folder,
@@ -347,15 +345,15 @@ def _rows_per_request(wire: WireSpec) -> int:
     return max(1, min(MAX_REQUEST_ROWS, LIMITS.tensor_bytes // codes))
 
 
-def _one_each(given: T | Sequence[T], kind: type[T], manifest: ClientManifest, source: str) -> tuple[T, ...]:
-    """Returns one of ``given`` for each operator."""
-    items = (given,) if isinstance(given, kind) else tuple(given)  # type: ignore[arg-type]
-    if len(items) != len(manifest.parties):
+def _addresses(server: str | Sequence[str], manifest: ClientManifest, bundle: Path) -> tuple[str, ...]:
+    """Returns one address for each operator."""
+    addresses = (server,) if isinstance(server, str) else tuple(server)
+    if len(addresses) != len(manifest.parties):
         raise ConfigError(
-            f"{source} was exported for {len(manifest.parties)} operators, {len(items)} server addresses were given; "
-            "give one for each, in the order of the export"
+            f"the bundle {bundle} was exported for {len(manifest.parties)} operators, {len(addresses)} server "
+            "addresses were given; give one for each, in the order of the export"
         )
-    return items
+    return addresses
 
 
 def _opened(transports: Iterable[Transport]) -> list[Transport]:

@@ -1,0 +1,107 @@
+"""Makes the golden bundle that later versions must go on reading: tests/golden/v1.
+
+    python tools/golden_bundle.py tests/golden/v1
+
+The smallest net that has everything (a cut behind a shortcut, a bottleneck, 4-bit answers, two operators), trained for
+a moment on noise of three colours. It is made once for each version of the bundle format and then never again: a
+golden bundle that is made anew proves nothing.
+"""
+
+from __future__ import annotations
+
+import shutil
+import sys
+import tempfile
+from pathlib import Path
+
+import numpy as np
+
+from ensembler.client import EdgeClient
+from ensembler.cloud_runtime.engine import OnnxEngine
+from ensembler.export.parity import Gates
+from ensembler.export.pipeline import ExportOptions, export
+from ensembler.protocol.messages import RESULT, Message, decode, encode
+from ensembler.training.config import TrainConfig
+from ensembler.training.stages import train
+from ensembler.transport.base import Frames
+from ensembler.transport.inprocess import Handler, InProcessTransport
+
+SIZE, CLASSES, PARTIES = 16, 3, 2
+
+
+def main() -> None:
+    """Makes the folder; refuses one that exists."""
+    target = Path(sys.argv[1])
+    if target.exists():
+        raise SystemExit(f"{target} exists: a golden bundle is not made anew")
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # own_nets
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary)
+        for part, count, seed in (("train", 192, 1), ("test", 64, 2)):
+            x, y = images(count, seed)
+            np.savez(folder / f"{part}.npz", x=x, y=y, label_names=np.array(("red", "grün", "blue")))
+        config = TrainConfig(
+            data=f"npz:{folder / 'train.npz'},{folder / 'test.npz'}",
+            arch="own_nets:skipping",
+            head_end="add",
+            tail_start="gelu",
+            bottleneck=(4, 2, 2),
+            answer_bits=4,
+            num_nets=3,
+            num_selected=2,
+            epochs_stage1=2,
+            epochs_stage3=2,
+            batch_size=16,
+            learning_rate=0.05,
+        )
+        train(config, folder / "run")
+        options = ExportOptions(parties=PARTIES, gates=Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0))
+        export(folder / "run", folder / "out", options)
+        target.mkdir(parents=True)
+        for name in ("client", *(f"server_{index}" for index in range(PARTIES))):
+            shutil.copytree(folder / "out" / name, target / name)
+    pixels = np.ascontiguousarray(images(4, 3)[0].transpose(0, 2, 3, 1))
+    np.savez(target / "expected.npz", images=pixels, logits=predicted(target, pixels))
+
+
+def images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
+    """Returns noise whose class is its strongest channel: (count, 3, SIZE, SIZE) uint8 and (count,)."""
+    rng = np.random.Generator(np.random.PCG64(seed))
+    y = rng.integers(0, CLASSES, count)
+    x = rng.integers(0, 120, (count, 3, SIZE, SIZE), dtype=np.uint8)
+    x[np.arange(count), y] += 100
+    return x, y
+
+
+def predicted(folder: Path, pixels: np.ndarray) -> np.ndarray:
+    """Returns the logits of the golden client with its servers, without a network."""
+    engines = [OnnxEngine(folder / f"server_{index}", threads=1) for index in range(PARTIES)]
+
+    def handler(engine: OnnxEngine) -> Handler:
+        def handle(frames: Frames) -> list[Frames]:
+            message = decode(frames)
+            assert message.tensor is not None
+            answers = engine.run(message.tensor)
+            bits = engine.manifest.wire.answer_bits
+            reply = Message(
+                operation=RESULT,
+                request_id=message.request_id,
+                bodies_id=message.bodies_id,
+                tensor=answers,
+                bits=bits,
+            )
+            return [encode(reply)]
+
+        return handle
+
+    transports = [InProcessTransport(handler(engine)) for engine in engines]
+    addresses = [f"party {index}" for index in range(PARTIES)]
+    with EdgeClient(folder / "client", addresses, transport=transports) as client:
+        logits = np.stack([prediction.logits for prediction in client.predict_batch(list(pixels))])
+    for engine in engines:
+        engine.close()
+    return logits
+
+
+if __name__ == "__main__":
+    main()
