@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ensembler.training.plots import CONFUSION_PICTURE, CURVES_FILE, draw
+from ensembler.training.plots import CONFUSION_PICTURE, CURVES_FILE, PLAN_PICTURE, draw
 from ensembler.training.runs import CONFUSION_FILE, RunFolder
 
 
@@ -35,11 +35,11 @@ def test_the_confusion_counts_every_held_out_image_and_is_the_accuracy_through_t
     assert 100 * np.trace(counts) / counts.sum() == pytest.approx(summary["accuracy_wire"])
 
 
-def test_both_pictures_are_drawn_for_the_owner_alone(copied):
-    assert draw(copied) == [copied / CURVES_FILE, copied / CONFUSION_PICTURE]
-    for name in (CURVES_FILE, CONFUSION_PICTURE):
+def test_the_pictures_are_drawn_for_the_owner_alone(copied):
+    assert draw(copied) == [copied / PLAN_PICTURE, copied / CURVES_FILE, copied / CONFUSION_PICTURE]
+    for name in (PLAN_PICTURE, CURVES_FILE, CONFUSION_PICTURE):
         with Image.open(copied / name) as picture:
-            assert min(picture.size) > 500
+            assert min(picture.size) > 400
         assert stat.S_IMODE((copied / name).stat().st_mode) == 0o600
     assert not list(copied.rglob("*.tmp"))
 
@@ -55,11 +55,11 @@ def test_any_number_of_classes_and_any_name_is_drawn(copied, classes):
 
 def test_the_pictures_do_not_need_the_secret(copied):
     shutil.rmtree(copied / "client")
-    assert len(draw(copied)) == 2
+    assert len(draw(copied)) == 3
 
 
-def test_a_picture_that_cannot_be_drawn_costs_a_line_in_the_log_and_not_the_other(copied, caplog):
+def test_a_picture_that_cannot_be_drawn_costs_a_line_in_the_log_and_not_the_others(copied, caplog):
     (copied / CONFUSION_FILE).write_text("{")
-    assert draw(copied) == [copied / CURVES_FILE]
+    assert draw(copied) == [copied / PLAN_PICTURE, copied / CURVES_FILE]
     assert "confusion.png could not be drawn" in caplog.text
     assert "the run itself is complete" in caplog.text

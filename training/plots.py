@@ -1,4 +1,4 @@
-"""Pictures of a finished run, drawn from its own files: ``curves.png`` and ``confusion.png``.
+"""Pictures of a finished run, drawn from its own files: ``plan.png``, ``curves.png`` and ``confusion.png``.
 
 They show losses, accuracies and class names; nothing in them depends on which nets the selector names.
 """
@@ -16,6 +16,7 @@ import numpy.typing as npt
 from ensembler.protocol.errors import MissingExtraError
 from ensembler.training.runs import CONFUSION_FILE, RunFolder
 
+PLAN_PICTURE = "plan.png"
 CURVES_FILE = "curves.png"
 CONFUSION_PICTURE = "confusion.png"
 COUNTED_CLASSES = 20  # more classes leave no room for numbers in the cells
@@ -37,7 +38,7 @@ def draw(path: Path) -> list[Path]:
     """
     run = RunFolder(path)
     drawn = []
-    for name, figure_of in ((CURVES_FILE, _curves), (CONFUSION_PICTURE, _confusion)):
+    for name, figure_of in ((PLAN_PICTURE, _plan), (CURVES_FILE, _curves), (CONFUSION_PICTURE, _confusion)):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a class name in a script that the font does not have
@@ -68,6 +69,36 @@ def _save(figure: Any, path: Path) -> None:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def _plan(run: RunFolder) -> Any:
+    """A bar of training steps for each net and the client, in the order in which they were trained."""
+    config, summary = run.config, run.read_json("summary.json")
+    per_epoch = -(-int(summary["train_images"]) // config.batch_size)
+    first, last = config.epochs_stage1 * per_epoch, config.epochs_stage3 * per_epoch if config.is_ensemble else 0
+    nets = config.trained_nets
+    figure = _figure(9.0, min(2.2 + 0.28 * (nets + 1), 12.0))
+    axis = figure.subplots()
+    rows = [f"net {index + 1}" for index in range(nets)]
+    axis.barh(rows, [first] * nets, left=[first * index for index in range(nets)], color=ONE)
+    if last:
+        rows.append("client")
+        axis.barh(["client"], [last], left=[first * nets], color=MEAN)
+    axis.axvline(first * nets, color=HELD_OUT, linestyle="--")
+    axis.text(first * nets, -0.7, "wire fixed, then the selector drawn ", ha="right", color=HELD_OUT, fontsize=9)
+    axis.set_ylim(len(rows) - 0.4, -1.1)  # the first net on top, and room for the text above it
+    axis.tick_params(axis="y", labelsize=9 if nets <= 32 else 4)
+    axis.set_xlabel(
+        f"training steps of {config.batch_size} images: {config.epochs_stage1} epochs a net"
+        + (f", {config.epochs_stage3} for the client" if last else "")
+    )
+    shape = "x".join(map(str, summary["feature_shape"]))
+    cut = f" cut after {config.head_end}" if config.head_end else ""
+    wire = run.read_wire().spec
+    title = f"{config.arch}{cut}: {nets} net{'s' if nets > 1 else ''}"
+    title += f", {summary['num_selected']} of them selected" if last else f" ({config.defense})"
+    axis.set_title(f"{title}\nfeatures {shape} in {wire.feature_codec.bits} bits: {wire.bytes_up} bytes an image")
+    return figure
 
 
 def _curves(run: RunFolder) -> Any:

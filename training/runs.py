@@ -11,7 +11,7 @@
       *.checkpoint.safetensors while training: where a stage-1 net or the client stands, see ``checkpoint``
       metrics.jsonl            one JSON object per line, appended as training goes
       confusion.json           how many held-out images of each class were taken for each class
-      curves.png, confusion.png       drawn at the end by the command line, see ``plots``
+      plan.png, curves.png, confusion.png  drawn at the end by the command line, see ``plots``
       summary.json             final accuracies; written last, so its presence means the run is complete
 
 Files are written whole or not at all.

@@ -546,6 +546,7 @@ def _summary(
         "defense": config.defense,
         "num_nets": config.trained_nets,
         "num_selected": len(client.selector),
+        "train_images": len(data.train_x),
         "test_images": len(data.test_x),
         "accuracy_float": accuracy(
             lambda x: client.finish(client.head(x), selected, through_wire=False), data.test_x, data.test_y
