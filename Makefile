@@ -39,6 +39,7 @@ bench: $(INSTALLED)
 	test -d $(BUNDLES)/client || $(BIN)/ensembler demo --out $(BUNDLES)
 	$(BIN)/python benchmarks/overhead.py $(BUNDLES)
 	$(BIN)/python benchmarks/device.py $(BUNDLES)
+	$(BIN)/python benchmarks/timing.py
 
 # The slim net on CIFAR-10, an hour on two cores. CIFAR10=PATH of the authors' archive, or an npz pair.
 cifar: $(INSTALLED)

@@ -32,13 +32,13 @@ class Session(Protocol):
 class OnnxSession:
     """A model in onnxruntime, on the CPU."""
 
-    def __init__(self, path: Path, threads: int) -> None:
+    def __init__(self, model: Path | bytes, name: str, threads: int) -> None:
         try:
             import onnxruntime as ort
         except ImportError as error:
-            raise MissingExtraError("onnxruntime", "onnx", f"running {path.name}") from error
+            raise MissingExtraError("onnxruntime", "onnx", f"running {name}") from error
         ort.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
-        self._name = path.name
+        self._name = name
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads
         options.inter_op_num_threads = 1
@@ -46,10 +46,13 @@ class OnnxSession:
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
         try:
-            self._session = ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+            self._session = ort.InferenceSession(
+                model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]
+            )
         except Exception as error:  # onnxruntime raises its own classes, which differ between versions
+            shown = name if isinstance(model, bytes) else model
             raise BundleError(
-                f"{path} cannot be loaded by onnxruntime {ort.__version__}; export it again, or update onnxruntime"
+                f"{shown} cannot be loaded by onnxruntime {ort.__version__}; export it again, or update onnxruntime"
             ) from error
 
     def run(self, inputs: Mapping[str, Array]) -> Array:
@@ -62,14 +65,17 @@ class OnnxSession:
         return output
 
 
-BACKENDS: dict[str, Callable[[Path, int], Session]] = {"onnxruntime": OnnxSession}
+BACKENDS: dict[str, Callable[[Path | bytes, str, int], Session]] = {"onnxruntime": OnnxSession}
 
 
-def open_session(path: Path, *, threads: int = 1, backend: str = "onnxruntime") -> Session:
-    """Opens a model file.
+def open_session(
+    model: Path | bytes, *, name: str = "the model", threads: int = 1, backend: str = "onnxruntime"
+) -> Session:
+    """Opens a model.
 
     Args:
-        path: the file.
+        model: its file; or its content, which then is never written to one.
+        name: how errors call a content; a file has its own.
         threads: how many threads one run may use; one is fastest for the small graphs of a device.
         backend: a name of ``BACKENDS``.
 
@@ -82,7 +88,7 @@ def open_session(path: Path, *, threads: int = 1, backend: str = "onnxruntime") 
         raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(sorted(BACKENDS))}")
     if threads < 1:
         raise ConfigError(f"threads = {threads}: at least one")
-    return BACKENDS[backend](path, threads)
+    return BACKENDS[backend](model, name if isinstance(model, bytes) else model.name, threads)
 
 
 def as_codes(array: Array) -> npt.NDArray[np.uint8]:

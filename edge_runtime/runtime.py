@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from ensembler.edge_runtime.backends import as_codes, open_session
+from ensembler.edge_runtime.sealing import BundleSecret, opener
 from ensembler.protocol.errors import BundleError
-from ensembler.protocol.manifest import ClientManifest, load_client
+from ensembler.protocol.manifest import ClientManifest, Kdf, load_client
 
 Codes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
@@ -23,16 +25,27 @@ class EdgeRuntime:
         bundle: the folder of a client bundle; every file is verified before it is loaded.
         threads: of one run of one model.
         backend: a name of ``backends.BACKENDS``.
+        secret: given the kind, returns what opens an encrypted bundle, or None; not asked for a plain one.
 
     Raises:
         BundleError: missing, damaged or of another version; see its subclasses.
-        MissingExtraError: no runtime is installed.
+        KeyFileError: the bundle is encrypted, and there is no secret or a wrong one.
+        MissingExtraError: no runtime is installed, or what decrypts is not.
     """
 
-    def __init__(self, bundle: Path, *, threads: int = 1, backend: str = "onnxruntime") -> None:
+    def __init__(
+        self,
+        bundle: Path,
+        *,
+        threads: int = 1,
+        backend: str = "onnxruntime",
+        secret: Callable[[Kdf], BundleSecret | None] = lambda _: None,
+    ) -> None:
         self.manifest: ClientManifest = load_client(bundle)
-        self._head = open_session(bundle / self.manifest.head, threads=threads, backend=backend)
-        self._tail = open_session(bundle / self.manifest.tail, threads=threads, backend=backend)
+        model = opener(bundle, self.manifest, secret)
+        head, tail = self.manifest.head, self.manifest.tail
+        self._head = open_session(model(head), name=head, threads=threads, backend=backend)
+        self._tail = open_session(model(tail), name=tail, threads=threads, backend=backend)
 
     def encode(self, images: Codes) -> Codes:
         """Runs the head: noise is added and the features are quantised inside.

@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from ensembler.edge_runtime.backends import Session, open_session
+from ensembler.edge_runtime.sealing import BundleSecret, opener
 from ensembler.protocol.errors import GateFailedError
 from ensembler.protocol.manifest import ClientManifest, ServerManifest, WireSpec
 from ensembler.protocol.text import aligned
@@ -203,6 +204,7 @@ def measure(
     labels: npt.NDArray[np.int64],
     gates: Gates,
     server_stages: Sequence[StageParity],
+    secret: BundleSecret | None = None,
 ) -> ParityReport:
     """Runs artifacts and torch side by side, through the whole client.
 
@@ -215,11 +217,13 @@ def measure(
         labels: ``(M,)``.
         gates: recorded in the report.
         server_stages: what ``measure_bodies`` found.
+        secret: opens the client bundle, if that is encrypted.
     """
     folder, client_manifest = client_bundle
     wire = client_manifest.wire
-    head = open_session(folder / client_manifest.head)
-    tail = open_session(folder / client_manifest.tail)
+    model = opener(folder, client_manifest, lambda _: secret)
+    head = open_session(model(client_manifest.head), name=client_manifest.head)
+    tail = open_session(model(client_manifest.tail), name=client_manifest.tail)
     nets = [open_session(place / name) for place, manifest in servers for name in manifest.bodies]
     selected = list(client.selector)
     chosen = [bodies[i] for i in selected]

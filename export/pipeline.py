@@ -20,6 +20,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
+from ensembler.edge_runtime.sealing import SUFFIX, BundleSecret, Sealer, checked_for_sealing, new_seal
 from ensembler.export import graphs, parity
 from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError, ExportError
@@ -68,6 +69,7 @@ class ExportOptions:
         data: a data specification instead of the run's own.
         parity_images: how many held-out images the report uses.
         gates: what must hold.
+        secret: encrypts head and tail in the client bundle; None leaves them readable.
     """
 
     client_precision: Precision = "int8"
@@ -78,6 +80,7 @@ class ExportOptions:
     data: str | None = None
     parity_images: int = 10_000
     gates: parity.Gates = field(default_factory=parity.Gates)
+    secret: BundleSecret | None = None
 
 
 def export(
@@ -93,12 +96,15 @@ def export(
         progress: told what is being made.
 
     Raises:
-        ConfigError: ``out`` already holds a bundle, or cannot be written.
+        ConfigError: ``out`` already holds a bundle, or cannot be written; or the passphrase is too short.
         DataError: the run or its data cannot be read.
         BundleMismatchError: ``options.server_bundles`` belong to other nets.
         GateFailedError: the parity report is worse than the gates; the message has the table.
         ExportError: a graph cannot be made.
+        MissingExtraError: the bundle is to be encrypted and the package for that is not installed.
     """
+    if options.secret is not None:
+        checked_for_sealing(options.secret)
     job = _checked(run_path, out, options)
     try:
         out.mkdir(parents=True, exist_ok=True)
@@ -195,7 +201,7 @@ def _build(job: _Job, partial: Path, options: ExportOptions, progress: Callable[
         servers, server_stages = _make_servers(folders, job.bodies, job.wires, samples, features, options, progress)
     progress("client: head and tail")
     folder = partial / CLIENT_NAME
-    manifest = _write_client(folder, client, job, data.train_x[:CALIBRATION_IMAGES], options.client_precision)
+    manifest = _write_client(folder, client, job, data.train_x[:CALIBRATION_IMAGES], options)
     progress("parity report")
     count = options.parity_images
     return parity.measure(
@@ -207,6 +213,7 @@ def _build(job: _Job, partial: Path, options: ExportOptions, progress: Callable[
         data.test_y[:count],
         options.gates,
         server_stages,
+        options.secret,
     )
 
 
@@ -356,9 +363,10 @@ def _write_client(
     client: Client,
     job: _Job,
     images: Pixels,
-    precision: Precision,
+    options: ExportOptions,
 ) -> ClientManifest:
     folder.mkdir(mode=0o700)
+    precision, secret = options.client_precision, options.secret
     wire, config = client.wire, job.run.config
     mode: NoiseMode = "fixed"
     if config.stage1_noise_std == 0:
@@ -371,25 +379,32 @@ def _write_client(
     chosen = torch.stack([job.bodies[i](sent) for i in client.selector], dim=1)
     codecs = tuple(wire.answer_codecs[i] for i in client.selector)
     weighted = fake_quantise_answers(chosen, codecs) / len(client.selector)
+    suffix = "" if secret is None else SUFFIX
+    head, tail = f"head.onnx{suffix}", f"tail.onnx{suffix}"
     models = {
-        "head.onnx": _head_graph(client, mode, x, features, precision),
-        "tail.onnx": _tail_graph(client, weighted, precision),
+        head: _head_graph(client, mode, x, features, precision),
+        tail: _tail_graph(client, weighted, precision),
     }
-    for name, data in models.items():
-        (folder / name).touch(mode=0o600)
-        (folder / name).write_bytes(data)
     manifest = ClientManifest(
         wire=wire,
         image=ImageSpec(height=job.dataset.image_size[0], width=job.dataset.image_size[1]),
         labels=job.run.labels,
         noise_mode=mode,
-        noise_std=config.stage1_noise_std,
+        noise_std=float(config.stage1_noise_std),
         precision=precision,
-        head="head.onnx",
-        tail="tail.onnx",
+        head=head,
+        tail=tail,
         parties=job.parties,
-        files={name: describe_file(folder / name) for name in models},
+        files={},
+        encryption=None if secret is None else new_seal(secret),
     )
+    if secret is not None:
+        sealer = Sealer(secret, manifest)
+        models = {name: sealer.seal(name, data) for name, data in models.items()}
+    for name, data in models.items():
+        (folder / name).touch(mode=0o600)
+        (folder / name).write_bytes(data)
+    manifest = replace(manifest, files={name: describe_file(folder / name) for name in models})
     (folder / MANIFEST_NAME).touch(mode=0o600)
     (folder / MANIFEST_NAME).write_bytes(to_json(manifest))
     return manifest

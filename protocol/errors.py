@@ -7,7 +7,7 @@
     │   ├── ConfigError          an option, a combination of options
     │   ├── DataError            a data set
     │   ├── ImageError           an image given to predict()
-    │   └── KeyFileError         a CURVE key file
+    │   └── KeyFileError         a key file or a passphrase
     ├── MissingExtraError        an optional package is not installed
     ├── BundleError              a client or server bundle
     │   ├── BundleVersionError   written by another version of the format
@@ -61,7 +61,7 @@ class ImageError(InvalidInputError):
 
 
 class KeyFileError(InvalidInputError):
-    """A CURVE key file is missing, unreadable or not a key."""
+    """A key file or passphrase is missing, unreadable, not a key, or not the right one."""
 
 
 class MissingExtraError(EnsemblerError):

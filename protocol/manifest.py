@@ -33,8 +33,17 @@ MAX_NETS = 1024
 MAX_AXIS = 1 << 20
 MAX_LABELS = 100_000
 
+SALT_BYTES = 32
+CIPHER = "chacha20-poly1305"
+# What a hostile manifest may make a device spend on a passphrase: 128 * 8 * 2^17 bytes are 128 MiB, four times over.
+MIN_SCRYPT_LOG2_N, MAX_SCRYPT_LOG2_N = 14, 17
+SCRYPT_R = 8
+MAX_SCRYPT_P = 4
+
 NoiseMode = Literal["none", "fixed", "fresh"]
 Precision = Literal["int8", "float32"]
+
+Kdf = Literal["hkdf-sha256", "scrypt"]
 
 T = TypeVar("T")
 
@@ -120,6 +129,23 @@ class PartySpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class SealSpec:
+    """How the models of a client bundle are encrypted at rest; nothing in it is secret (edge_runtime/sealing.py).
+
+    Attributes:
+        kdf: ``hkdf-sha256`` makes the bundle's key from a key file, ``scrypt`` from a passphrase.
+        salt: 32 random bytes of this bundle alone, as 64 hexadecimal digits.
+        log2_n: of scrypt's cost N; 0 for ``hkdf-sha256``.
+        p: scrypt's parallelisation; 0 for ``hkdf-sha256``. Its r is 8.
+    """
+
+    kdf: Kdf
+    salt: str
+    log2_n: int = 0
+    p: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientManifest:
     """The manifest of a client bundle.
 
@@ -132,6 +158,7 @@ class ClientManifest:
         head: the name of the head's graph, uint8 image in, wire codes out.
         tail: the name of the selector + tail graph, the N answers' codes in, logits out.
         parties: the operators, one or several.
+        encryption: how head and tail are encrypted at rest; None: they are not.
     """
 
     wire: WireSpec
@@ -144,6 +171,7 @@ class ClientManifest:
     tail: str
     parties: tuple[PartySpec, ...]
     files: Mapping[str, FileEntry]
+    encryption: SealSpec | None = None
 
 
 def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
@@ -183,12 +211,20 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
                 }
                 for party in manifest.parties
             ],
+            "encryption": None if manifest.encryption is None else _seal_json(manifest.encryption),
         }
     return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
 def _codec_json(codec: AffineCodec) -> dict[str, Any]:
     return {"codec": codec.name, "scale": codec.scale, "zero_point": codec.zero_point}
+
+
+def _seal_json(seal: SealSpec) -> dict[str, Any]:
+    document: dict[str, Any] = {"cipher": CIPHER, "kdf": seal.kdf, "salt": seal.salt}
+    if seal.kdf == "scrypt":
+        document |= {"log2_n": seal.log2_n, "r": SCRYPT_R, "p": seal.p}
+    return document
 
 
 def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
@@ -218,6 +254,7 @@ def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
         tail=reader.file_name("tail", files),
         parties=reader.parties(wire),
         files=files,
+        encryption=reader.encryption(),
     )
 
 
@@ -392,6 +429,19 @@ class _Reader:
         if len(found) == 1 and found[0].bodies_id != wire.bodies_id:
             raise self.error("parties", "name other nets than wire.bodies_id")
         return tuple(found)
+
+    def encryption(self) -> SealSpec | None:
+        if self.get("encryption", lambda v: v is None or isinstance(v, dict)) is None:
+            return None
+        seal = self.child("encryption")
+        seal.choice("cipher", (CIPHER,))
+        kdf: Kdf = seal.choice("kdf", ("hkdf-sha256", "scrypt"))
+        salt = seal.hexadecimal("salt")
+        if kdf == "hkdf-sha256":
+            return SealSpec(kdf=kdf, salt=salt)
+        seal.integer("r", SCRYPT_R, SCRYPT_R)
+        log2_n = seal.integer("log2_n", MIN_SCRYPT_LOG2_N, MAX_SCRYPT_LOG2_N)
+        return SealSpec(kdf=kdf, salt=salt, log2_n=log2_n, p=seal.integer("p", 1, MAX_SCRYPT_P))
 
     def wire(self) -> WireSpec:
         wire = self.child("wire")

@@ -6,7 +6,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 from types import TracebackType
@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
@@ -23,7 +24,7 @@ from ensembler.party import Party, Reply, exchange_all
 from ensembler.prediction import Prediction, Timings
 from ensembler.process import OwnProcess
 from ensembler.protocol.errors import ConfigError, EnsemblerError, KeyFileError
-from ensembler.protocol.manifest import ClientManifest, WireSpec
+from ensembler.protocol.manifest import ClientManifest, Kdf, WireSpec
 from ensembler.protocol.messages import INFER, LIMITS, REQUEST_ID_BYTES, STATUS, Message
 from ensembler.streaming import answers, checked_in_flight
 from ensembler.transport import keys as key_files
@@ -34,6 +35,7 @@ Codes = npt.NDArray[np.uint8]
 
 KEY_VARIABLE = "ENSEMBLER_DEVICE_KEY"
 KEY_NAME = "device.key_secret"
+BUNDLE_KEY_VARIABLE = "ENSEMBLER_BUNDLE_KEY"
 # One request of a long batch; the server batches further by itself.
 MAX_REQUEST_ROWS = 128
 
@@ -52,6 +54,10 @@ class EdgeClient:
         key: the device's secret key file. None looks at ``$ENSEMBLER_DEVICE_KEY``,
             ``BUNDLE/../keys/device.key_secret``, ``~/.config/ensembler/device.key_secret``,
             ``/etc/ensembler/device.key_secret``, in this order.
+        bundle_key: opens a bundle that is encrypted with a key file: the path of that file, or its 32 bytes. Without
+            this and ``passphrase``, ``$ENSEMBLER_BUNDLE_KEY`` is the path of a file with what the bundle asks for, a
+            key or a passphrase. Neither is kept.
+        passphrase: opens a bundle that is encrypted with a passphrase.
         plaintext: connect without encryption and authentication. Never the default, also when the bundle pins no key.
         timeout_ms: the deadline of a call that gives none itself.
         threads: of one run of head or tail.
@@ -64,9 +70,9 @@ class EdgeClient:
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
-        KeyFileError: no device key was found, or it is not one.
+        KeyFileError: no device key was found, or it is not one; or the bundle is encrypted and does not open.
         ConfigError: an impossible option.
-        MissingExtraError: no inference runtime is installed.
+        MissingExtraError: no inference runtime is installed, or what decrypts the bundle is not.
     """
 
     def __init__(
@@ -75,6 +81,8 @@ class EdgeClient:
         server: str | Sequence[str],
         *,
         key: str | os.PathLike[str] | None = None,
+        bundle_key: str | os.PathLike[str] | bytes | None = None,
+        passphrase: str | None = None,
         plaintext: bool = False,
         timeout_ms: float = 5000.0,
         threads: int = 1,
@@ -90,8 +98,14 @@ class EdgeClient:
         self._process = OwnProcess()
         self._timeout_ms = checked_timeout(timeout_ms)
         folder = Path(bundle).expanduser()
-        self._runtime = EdgeRuntime(folder, threads=threads, backend=backend)
+        secret = _bundle_secret(bundle_key, passphrase)
+        self._runtime = EdgeRuntime(folder, threads=threads, backend=backend, secret=secret)
         self._manifest = self._runtime.manifest
+        if self._manifest.encryption is None and (bundle_key is not None or passphrase is not None):
+            raise ConfigError(
+                f"the bundle {folder} is not encrypted, and a key or passphrase for it was given; leave that out, or "
+                "look whether it is the right bundle"
+            )
         self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
         servers = _addresses(server, self._manifest, folder)
@@ -337,6 +351,24 @@ class EdgeClient:
             bytes_up=sum(reply.bytes_up for reply in replies),
             bytes_down=sum(reply.bytes_down for reply in replies),
         )
+
+
+def _bundle_secret(
+    bundle_key: str | os.PathLike[str] | bytes | None, passphrase: str | None
+) -> Callable[[Kdf], sealing.BundleSecret | None]:
+    """Returns what looks for the secret of an encrypted bundle: the arguments, then the environment."""
+    if bundle_key is not None and passphrase is not None:
+        raise ConfigError("bundle_key and passphrase were both given; a bundle is encrypted with one of them")
+
+    def find(kdf: Kdf) -> sealing.BundleSecret | None:
+        if bundle_key is not None:
+            return sealing.key(bundle_key)
+        if passphrase is not None:
+            return sealing.passphrase(passphrase)
+        named = os.environ.get(BUNDLE_KEY_VARIABLE)
+        return sealing.from_file(named, kdf) if named else None
+
+    return find
 
 
 def _rows_per_request(wire: WireSpec) -> int:

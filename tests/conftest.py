@@ -28,7 +28,13 @@ def _empty_home(tmp_path_factory, monkeypatch):
     home = tmp_path_factory.getbasetemp() / "home"
     home.mkdir(exist_ok=True)
     monkeypatch.setenv("HOME", str(home))
-    for name in ("XDG_CONFIG_HOME", "XDG_CACHE_HOME", "ENSEMBLER_DEVICE_KEY", "ENSEMBLER_SERVER_KEY"):
+    for name in (
+        "XDG_CONFIG_HOME",
+        "XDG_CACHE_HOME",
+        "ENSEMBLER_DEVICE_KEY",
+        "ENSEMBLER_SERVER_KEY",
+        "ENSEMBLER_BUNDLE_KEY",
+    ):
         monkeypatch.delenv(name, raising=False)
 
 

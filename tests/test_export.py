@@ -40,11 +40,13 @@ from ensembler.protocol.errors import (
     GateFailedError,
 )
 from ensembler.protocol.manifest import MANIFEST_NAME, load_client, load_server
+from ensembler.protocol.messages import INFER, RESULT, decode
 from ensembler.training import data as data_sets
 from ensembler.training.fit import derived_seed
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import load_bodies, load_stage1, mixed_features, train
 from ensembler.training.stages import load_client as load_trained
+from ensembler.transport.inprocess import InProcessTransport
 
 OPEN = Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)
 OUT_OF_REACH_OF_INT8 = Gates(min_sqnr_db=70.0, max_accuracy_drop_points=100.0)
@@ -175,6 +177,27 @@ def test_two_clients_of_one_stage_1_look_alike_on_the_wire(tiny, second, tiny_im
     clients = [EdgeRuntime(folder / "client") for folder in (tiny.out, second)]
     assert clients[0].manifest.wire == clients[1].manifest.wire
     assert clients[0].encode(tiny_images).shape == clients[1].encode(tiny_images).shape
+
+
+def test_two_selectors_give_messages_of_equal_number_order_and_size(tiny, second, tiny_images, gate):
+    def messages(bundle):
+        """Returns direction, operation and frame sizes of each message, as the server sees them."""
+        seen = []
+
+        def handler(frames):
+            replies = gate(frames)
+            for direction, each in (("up", frames), *(("down", reply) for reply in replies)):
+                seen.append((direction, decode(each).operation, [len(frame) for frame in each]))
+            return replies
+
+        with EdgeClient(bundle, "in-process", transport=InProcessTransport(handler)) as client:
+            client.predict(tiny_images[0])
+            client.predict_batch(list(tiny_images[:5]))
+        return seen
+
+    first = messages(tiny.client)
+    assert [(direction, operation) for direction, operation, _ in first] == [("up", INFER), ("down", RESULT)] * 2
+    assert messages(second / "client") == first
 
 
 # --- secrets have one place ---

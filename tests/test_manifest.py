@@ -20,6 +20,7 @@ from ensembler.protocol.manifest import (
     FileEntry,
     ImageSpec,
     PartySpec,
+    SealSpec,
     ServerManifest,
     WireSpec,
     describe_file,
@@ -63,6 +64,7 @@ CLIENT = ClientManifest(
         PartySpec(bodies_id="ef" * 32, num_nets=2, server_public_key="A" * 40),
     ),
     files={"head.onnx": entry(b"h"), "tail.onnx": entry(b"t")},
+    encryption=SealSpec(kdf="scrypt", salt="5a" * 32, log2_n=15, p=3),
 )
 KINDS = {"client": (CLIENT, parse_client, load_client), "server": (SERVER, parse_server, load_server)}
 both = pytest.mark.parametrize("kind", KINDS)
@@ -273,7 +275,9 @@ def is_allowed(path, value):
     """Whether a mangled value happens to be one that the field may have."""
     if path[0] == "labels" and len(path) == 2:
         return isinstance(value, str) and len(value) <= 1000
-    return (path[-1] == "server_public_key" and value is None) or (path == ("noise_std",) and value == 0.3)
+    return (path[-1] in ("server_public_key", "encryption") and value is None) or (
+        path == ("noise_std",) and value == 0.3
+    )
 
 
 @pytest.mark.parametrize(("kind", "path"), FIELDS, ids=FIELD_IDS)

@@ -44,7 +44,7 @@ ALLOWED = {
 ALLOWED_ELSEWHERE = {
     "protocol": {"numpy", "msgpack"},
     "transport": {"zmq"},
-    "edge_runtime": {"numpy", "onnxruntime", "PIL", "ai_edge_litert", "tflite_runtime"},
+    "edge_runtime": {"numpy", "onnxruntime", "PIL", "ai_edge_litert", "tflite_runtime", "cryptography"},
 }
 
 

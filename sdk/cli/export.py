@@ -8,6 +8,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from ensembler.cli.console import Console, need_export
+from ensembler.edge_runtime import sealing
 from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import Precision
 from ensembler.transport import keys
@@ -51,6 +52,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plaintext", action="store_true", help="pin no key and make none: unencrypted connections only"
     )
+    encrypt = parser.add_mutually_exclusive_group()
+    encrypt.add_argument(
+        "--encrypt-key", type=Path, help="encrypt head and tail with this key file (ensembler keys bundle FILE)"
+    )
+    encrypt.add_argument("--passphrase-file", type=Path, help="encrypt head and tail with the passphrase in this file")
     parser.add_argument("--data", default=None, help="where the run's data is now, if it moved")
     parser.add_argument(
         "--parity-images", type=int, default=10_000, help="held-out images in the report (default: 10000)"
@@ -71,6 +77,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise ConfigError("--server-bundle needs --server-key: the public key of the server that serves it")
     if options.server_bundle and options.parties not in (1, len(options.server_bundle)):
         raise ConfigError(f"--parties {options.parties}: {len(options.server_bundle)} server bundles were given")
+    secret = None
+    if options.encrypt_key is not None:
+        secret = sealing.key(options.encrypt_key)
+    elif options.passphrase_file is not None:
+        secret = sealing.passphrase_file(options.passphrase_file)
     made_keys, server_keys = None, None
     made_folder = not options.out.exists()
     if options.server_key:
@@ -92,6 +103,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 data=options.data,
                 parity_images=options.parity_images,
                 gates=Gates(min_sqnr_db=options.min_sqnr_db, max_accuracy_drop_points=options.max_accuracy_drop),
+                secret=secret,
             ),
             progress=console.say,
         )
@@ -104,6 +116,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise
     document = {"client": str(options.out / "client"), "parity": str(options.out / "parity.json")}
     lines = [report.table(), "", f"{options.out / 'client'}: the client bundle, secret: for the device only"]
+    if secret is not None:
+        lines.append("head and tail are encrypted; bring the key to the device on another way than the bundle")
     servers = options.server_bundle or [options.out / name for name in server_names(options.parties)]
     if not options.server_bundle:
         document |= {path.name: str(path) for path in servers}

@@ -1,4 +1,4 @@
-"""``ensembler keys new``: CURVE key pairs for devices and servers."""
+"""``ensembler keys``: CURVE key pairs for devices and servers, and keys that encrypt client bundles."""
 
 from __future__ import annotations
 
@@ -6,22 +6,34 @@ import argparse
 from pathlib import Path
 
 from ensembler.cli.console import Console
+from ensembler.edge_runtime import sealing
+from ensembler.protocol.errors import ConfigError
 from ensembler.transport import keys
 
 NAME = "keys"
-HELP = "make a CURVE key pair for a device or a server"
+HELP = "make a CURVE key pair for a device or a server, or a key that encrypts client bundles"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("action", choices=["new"], help="what to do")
-    parser.add_argument("--out", type=Path, default=Path("keys"), help="folder for the two files (default: keys)")
-    parser.add_argument("--name", default="device", help="name of the files (default: device)")
+    parser.add_argument("action", choices=["new", "bundle"], help="new: a CURVE pair; bundle: a key for bundles")
+    parser.add_argument("file", nargs="?", type=Path, help="bundle: the key file to make")
+    parser.add_argument("--out", type=Path, default=None, help="new: folder for the two files (default: keys)")
+    parser.add_argument("--name", default=None, help="new: name of the files (default: device)")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Makes one pair."""
-    public, secret = keys.create(options.out, options.name)
+    """Makes one pair, or one key."""
+    if options.action == "bundle":
+        if options.file is None or options.out is not None or options.name is not None:
+            raise ConfigError("keys bundle needs the file to make, and nothing else: ensembler keys bundle FILE")
+        sealing.create_key(options.file)
+        text = f"{options.file}  secret: encrypts bundles (ensembler-export --encrypt-key) and opens them on the device"
+        console.result({"key": str(options.file)}, text)
+        return 0
+    if options.file is not None:
+        raise ConfigError(f"keys new takes no file, {options.file} was given; use --out and --name")
+    public, secret = keys.create(options.out or Path("keys"), "device" if options.name is None else options.name)
     text = f"{public}  public: give it to the other side\n{secret}  secret: stays here, readable by you alone"
     console.result({"public": str(public), "secret": str(secret)}, text)
     return 0

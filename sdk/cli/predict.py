@@ -5,9 +5,11 @@ from __future__ import annotations
 import argparse
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from ensembler.cli.console import Console
-from ensembler.client import EdgeClient
+from ensembler.client import BUNDLE_KEY_VARIABLE, EdgeClient
+from ensembler.edge_runtime import sealing
 
 NAME = "predict"
 HELP = "classify images with a client bundle and a server"
@@ -19,9 +21,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("images", nargs="+", help="image files")
     parser.add_argument("--server", required=True, help="tcp://host:port")
     parser.add_argument("--key", type=Path, default=None, help="the device's secret key file")
+    add_bundle_secret(parser)
     parser.add_argument("--plaintext", action="store_true", help="connect without encryption")
     parser.add_argument("--timeout-ms", type=float, default=5000.0, help="deadline of each image (default: 5000)")
     parser.add_argument("--top-k", type=int, default=3, help="classes to show (default: 3)")
+
+
+def add_bundle_secret(parser: argparse.ArgumentParser) -> None:
+    """Declares the options that open an encrypted bundle."""
+    group = parser.add_mutually_exclusive_group()
+    group.add_argument("--bundle-key", type=Path, default=None, help="the key file of an encrypted bundle")
+    group.add_argument(
+        "--passphrase-file",
+        type=Path,
+        default=None,
+        help=f"a file with the passphrase of an encrypted bundle (default of both: ${BUNDLE_KEY_VARIABLE})",
+    )
+
+
+def bundle_secret(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the keyword arguments of ``EdgeClient`` for those options."""
+    if options.passphrase_file is None:
+        return {"bundle_key": options.bundle_key}
+    return {"passphrase": sealing.passphrase_file(options.passphrase_file).material.decode()}
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -31,6 +53,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         options.bundle,
         options.server,
         key=options.key,
+        **bundle_secret(options),
         plaintext=options.plaintext,
         timeout_ms=options.timeout_ms,
         top_k=options.top_k,

@@ -1,0 +1,248 @@
+"""Model files encrypted at rest: keys from files and passphrases, and files that open in memory alone.
+
+ChaCha20-Poly1305, because boards without AES instructions are fast at it. Every bundle has a key of its own, derived
+from the key file (HKDF) or the passphrase (scrypt) with the bundle's salt. The manifest and the file's name are
+associated data: a file opens in its own bundle, under its own name, beside the manifest it was exported with.
+"""
+
+from __future__ import annotations
+
+import os
+import stat
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ensembler.protocol.errors import BundleError, ConfigError, KeyFileError, MissingExtraError
+from ensembler.protocol.manifest import SALT_BYTES, ClientManifest, Kdf, SealSpec, to_json
+
+KEY_BYTES = 32
+NONCE_BYTES = 12
+MIN_PASSPHRASE_CHARS = 12
+MAX_PASSPHRASE_BYTES = 1024
+SUFFIX = ".sealed"
+CONTEXT = b"ensembler bundle v1\n"
+
+# 32 MiB and below a second on a board; as strong as 128 MiB with p = 1 (OWASP's table of equals).
+SCRYPT_LOG2_N, SCRYPT_P = 15, 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class BundleSecret:
+    """What opens a bundle: the content of a key file, or a passphrase. Its repr shows neither."""
+
+    kdf: Kdf
+    material: bytes = field(repr=False)
+
+
+# --- where secrets come from ---
+
+
+def create_key(path: Path) -> None:
+    """Writes a new key file, readable by its owner alone.
+
+    Raises:
+        KeyFileError: the file exists, or cannot be written.
+    """
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        # O_EXCL: made here, with these rights, or not at all.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        with os.fdopen(descriptor, "wb") as stream:
+            stream.write(os.urandom(KEY_BYTES))
+    except OSError as error:
+        if path.exists():
+            raise KeyFileError(
+                f"{path} exists; a key is never overwritten: choose another name, or remove it"
+            ) from error
+        raise KeyFileError(f"{path}: the key cannot be written: {error.strerror}") from error
+
+
+def key(source: str | os.PathLike[str] | bytes) -> BundleSecret:
+    """Returns the secret of a key file, or of the 32 bytes themselves.
+
+    Raises:
+        KeyFileError: missing, readable by others, or not 32 bytes.
+    """
+    if isinstance(source, bytes):
+        data, name = source, "the bundle key"
+    else:
+        name = os.fspath(source)
+        data = _private_bytes(Path(source).expanduser(), KEY_BYTES + 1)
+    if len(data) != KEY_BYTES:
+        raise KeyFileError(f"{name} is not a bundle key of {KEY_BYTES} bytes; ensembler keys bundle FILE makes one")
+    return BundleSecret(kdf="hkdf-sha256", material=data)
+
+
+def passphrase(text: str) -> BundleSecret:
+    """Returns the secret of a passphrase.
+
+    Raises:
+        KeyFileError: empty, or longer than 1,024 bytes.
+    """
+    data = text.encode("utf-8", "surrogatepass")
+    if not 0 < len(data) <= MAX_PASSPHRASE_BYTES:
+        raise KeyFileError(f"the passphrase has {len(data)} bytes; give 1 to {MAX_PASSPHRASE_BYTES}")
+    return BundleSecret(kdf="scrypt", material=data)
+
+
+def passphrase_file(source: str | os.PathLike[str]) -> BundleSecret:
+    """Returns the secret of a file that holds a passphrase; line ends at its end do not count.
+
+    Raises:
+        KeyFileError: missing, readable by others, empty, too long or not UTF-8.
+    """
+    path = Path(source).expanduser()
+    data = _private_bytes(path, MAX_PASSPHRASE_BYTES + 3)
+    try:
+        return passphrase(data.decode("utf-8").rstrip("\r\n"))
+    except UnicodeDecodeError:  # its text would show the bytes
+        raise KeyFileError(f"{path} is not a text in UTF-8, so it holds no passphrase") from None
+    except KeyFileError as error:
+        raise KeyFileError(f"{path}: {error}") from None
+
+
+def from_file(source: str | os.PathLike[str], kdf: Kdf) -> BundleSecret:
+    """Returns the secret of a file of the kind that a bundle asks for; errors as ``key`` and ``passphrase_file``."""
+    return passphrase_file(source) if kdf == "scrypt" else key(source)
+
+
+def _private_bytes(path: Path, limit: int) -> bytes:
+    try:
+        with path.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise KeyFileError(f"{path} is not a file; ensembler keys bundle FILE makes a key")
+            mode = stat.S_IMODE(status.st_mode)
+            if mode & 0o077:
+                raise KeyFileError(f"{path} can be read by others (mode {mode:04o}); chmod 600 {path}")
+            return stream.read(limit)
+    except OSError as error:
+        raise KeyFileError(f"the bundle key file {path} cannot be read: {error.strerror}") from error
+
+
+# --- sealing and opening ---
+
+
+def new_seal(secret: BundleSecret) -> SealSpec:
+    """Returns the manifest's entry for a new bundle, with a salt of its own."""
+    salt = os.urandom(SALT_BYTES).hex()
+    if secret.kdf == "hkdf-sha256":
+        return SealSpec(kdf=secret.kdf, salt=salt)
+    return SealSpec(kdf=secret.kdf, salt=salt, log2_n=SCRYPT_LOG2_N, p=SCRYPT_P)
+
+
+def checked_for_sealing(secret: BundleSecret) -> BundleSecret:
+    """Returns ``secret`` if it may encrypt a new bundle.
+
+    Raises:
+        ConfigError: a passphrase that is too short.
+        MissingExtraError: the package cryptography is not installed.
+    """
+    _cryptography("encrypting a bundle")
+    if secret.kdf == "scrypt" and len(secret.material.decode("utf-8", "replace")) < MIN_PASSPHRASE_CHARS:
+        raise ConfigError(f"the passphrase is shorter than {MIN_PASSPHRASE_CHARS} characters; take a longer one")
+    return secret
+
+
+class Sealer:
+    """Seals and opens the files of one client bundle; the key is derived once.
+
+    Args:
+        secret: what was given for this bundle.
+        manifest: of the bundle, with its ``encryption``. The table of files need not be complete.
+
+    Raises:
+        KeyFileError: a key where the bundle asks for a passphrase, or the other way round.
+        MissingExtraError: the package cryptography is not installed.
+    """
+
+    def __init__(self, secret: BundleSecret, manifest: ClientManifest) -> None:
+        seal = manifest.encryption
+        assert seal is not None  # the callers looked
+        if seal.kdf != secret.kdf:
+            wanted, given = _WORDS[seal.kdf], _WORDS[secret.kdf].split(" (")[0]
+            raise KeyFileError(f"the bundle is encrypted with {wanted}; {given} was given")
+        # The digests in the table of files are those of the sealed files, so they cannot be bound.
+        self._bound = CONTEXT + to_json(replace(manifest, files={}))
+        chacha = _cryptography("an encrypted bundle")
+        self._cipher = chacha(_derived(secret, seal))
+
+    def seal(self, name: str, data: bytes) -> bytes:
+        """Returns the content of the file ``name``: nonce, ciphertext, tag."""
+        nonce = os.urandom(NONCE_BYTES)
+        return nonce + bytes(self._cipher.encrypt(nonce, data, self._bound + name.encode()))
+
+    def open(self, path: Path) -> bytes:
+        """Returns the model in the sealed file ``path``.
+
+        Raises:
+            KeyFileError: another key or passphrase, or the manifest is not the exported one.
+            BundleError: the file cannot be read.
+        """
+        from cryptography.exceptions import InvalidTag
+
+        try:
+            data = path.read_bytes()
+        except OSError as error:
+            raise BundleError(f"{path} cannot be read: {error.strerror}") from error
+        try:
+            return bytes(self._cipher.decrypt(data[:NONCE_BYTES], data[NONCE_BYTES:], self._bound + path.name.encode()))
+        except (InvalidTag, ValueError):  # ValueError: shorter than a nonce
+            raise KeyFileError(
+                f"{path} does not open: the key or passphrase is not this bundle's, or the bundle was changed after "
+                "its export; give the one it was encrypted with, or copy the bundle again"
+            ) from None
+
+
+_WORDS: dict[Kdf, str] = {
+    "hkdf-sha256": "a key file (bundle_key=, --bundle-key)",
+    "scrypt": "a passphrase (passphrase=, --passphrase-file)",
+}
+
+
+def opener(
+    folder: Path, manifest: ClientManifest, secret: Callable[[Kdf], BundleSecret | None]
+) -> Callable[[str], Path | bytes]:
+    """Returns what gives the models of a client bundle: the path of a plain file, the content of a sealed one.
+
+    Args:
+        folder: of the bundle.
+        manifest: its manifest.
+        secret: asked only for an encrypted bundle.
+
+    Raises:
+        KeyFileError: the bundle is encrypted and there is no secret, or one of another kind.
+        MissingExtraError: the package cryptography is not installed.
+    """
+    if manifest.encryption is None:
+        return lambda name: folder / name
+    kdf = manifest.encryption.kdf
+    found = secret(kdf)
+    if found is None:
+        raise KeyFileError(
+            f"the bundle {folder} is encrypted with {_WORDS[kdf]}; give it, or set ENSEMBLER_BUNDLE_KEY to the path of "
+            "a file with it"
+        )
+    sealer = Sealer(found, manifest)
+    return lambda name: sealer.open(folder / name)
+
+
+def _cryptography(purpose: str) -> Any:
+    try:
+        from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
+    except ImportError as error:
+        raise MissingExtraError("cryptography", "encrypt", purpose) from error
+    return ChaCha20Poly1305
+
+
+def _derived(secret: BundleSecret, seal: SealSpec) -> bytes:
+    from cryptography.hazmat.primitives.hashes import SHA256
+    from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+    from cryptography.hazmat.primitives.kdf.scrypt import Scrypt
+
+    salt = bytes.fromhex(seal.salt)
+    if seal.kdf == "scrypt":
+        return bytes(Scrypt(salt=salt, length=KEY_BYTES, n=1 << seal.log2_n, r=8, p=seal.p).derive(secret.material))
+    return bytes(HKDF(algorithm=SHA256(), length=KEY_BYTES, salt=salt, info=CONTEXT).derive(secret.material))
