@@ -189,14 +189,8 @@ def test_a_folder_under_its_bare_name_is_refused():
 
 
 def test_the_public_names_are_these():
-    assert ensembler.__all__ == [
-        "AsyncEdgeClient",
-        "EdgeClient",
-        "EnsemblerError",
-        "Prediction",
-        "Timings",
-        "__version__",
-    ]
+    names = ["AsyncEdgeClient", "ClientInfo", "EdgeClient", "EnsemblerError", "Prediction", "Timings", "__version__"]
+    assert ensembler.__all__ == names
     assert dir(ensembler) == sorted(ensembler.__all__)
 
 
