@@ -96,6 +96,7 @@ def _session(path: Path) -> Any:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cloud", "serving") from error
+    ort.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1

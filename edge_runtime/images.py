@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from ensembler.protocol.errors import ImageError, MissingExtraError
 from ensembler.protocol.manifest import ImageSpec
+from ensembler.protocol.pixels import SIXTEEN_BIT_MODES, eight_bits, sixteen_to_eight_bits
 
 if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
@@ -33,9 +34,6 @@ MAX_PIXELS = 64 * 1024 * 1024
 _EIGHT_BIT_MODES = frozenset(
     {"1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBX", "RGBa", "CMYK", "YCbCr", "HSV", "LAB"}
 )
-# One channel of 16 bits. Pillow before version 10 opens a 16-bit PNG as I, which could hold 32 bits.
-_SIXTEEN_BIT_MODES = frozenset({"I;16", "I;16L", "I;16B", "I;16N", "I"})
-_TO_EIGHT_BITS = 257  # 65535 / 255
 
 
 def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
@@ -101,16 +99,10 @@ def _array(array: npt.NDArray[Any]) -> Pixels:
             + cure
         )
     _check_size(shape[1], shape[0], "the image array")
-    pixels = array if array.dtype == np.uint8 else _eight_bits(array)
+    pixels = array if array.dtype == np.uint8 else eight_bits(array)
     if pixels.ndim == 2 or shape[2] == 1:
         return np.repeat(pixels.reshape(*shape[:2], 1), 3, axis=2)
     return pixels[:, :, :3]
-
-
-def _eight_bits(values: npt.NDArray[Any]) -> Pixels:
-    """Scales 0..65535 to 0..255, rounded; the type of the result is uint8."""
-    scaled: Pixels = ((values.astype(np.uint32) + _TO_EIGHT_BITS // 2) // _TO_EIGHT_BITS).astype(np.uint8)
-    return scaled
 
 
 def _check_size(width: int, height: int, source: str) -> None:
@@ -159,15 +151,15 @@ def _fit(image: Any, spec: ImageSpec, source: str) -> Pixels:
     """Makes a PIL image RGB and of the head's size: upright, scaled to cover, cropped in the middle."""
     from PIL import Image, ImageOps
 
-    if image.mode not in _EIGHT_BIT_MODES | _SIXTEEN_BIT_MODES:
+    if image.mode not in _EIGHT_BIT_MODES | SIXTEEN_BIT_MODES:
         raise ImageError(
             f"{source}: mode {image.mode} has no fixed range of values; scale it to 0..255, convert it to mode L"
         )
     _check_size(image.width, image.height, source)
     try:
         upright = ImageOps.exif_transpose(image)
-        if upright.mode in _SIXTEEN_BIT_MODES:  # convert() would clip it to white
-            upright = Image.fromarray(_eight_bits(_sixteen_bits(upright, source)))
+        if upright.mode in SIXTEEN_BIT_MODES:
+            upright = Image.fromarray(sixteen_to_eight_bits(upright, source))
         if upright.mode == "P":  # a palette with transparency goes to RGB by way of RGBA only
             upright = upright.convert("RGBA")
         upright = upright.convert("RGB")
@@ -179,17 +171,6 @@ def _fit(image: Any, spec: ImageSpec, source: str) -> Pixels:
         raise
     except Exception as error:  # as in _decode
         raise ImageError(f"{source}: cannot be converted to RGB ({type(error).__name__})") from error
-
-
-def _sixteen_bits(image: Any, source: str) -> npt.NDArray[Any]:
-    """Returns the values of a PIL image of one channel of 16 bits."""
-    values = np.asarray(image)
-    if values.min() < 0 or values.max() > np.iinfo(np.uint16).max:
-        raise ImageError(
-            f"{source}: mode {image.mode} with values {values.min()} to {values.max()}; 16 bits are 0 to 65535: scale "
-            "them first"
-        )
-    return values
 
 
 def _pillow(purpose: str) -> Any:

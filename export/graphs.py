@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import onnx
+import onnxruntime
 import onnxscript.optimizer
 import torch
 from onnx import TensorProto, helper, numpy_helper
@@ -33,6 +34,8 @@ from torch import Tensor, nn
 
 from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import ExportError
+
+onnxruntime.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
 
 Floats = npt.NDArray[np.float32]
 

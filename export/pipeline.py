@@ -7,9 +7,12 @@ fails or is killed leaves no bundle behind.
 
 from __future__ import annotations
 
+import fcntl
+import os
 import shutil
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Literal
@@ -48,6 +51,7 @@ CALIBRATION_IMAGES = 512
 BODY_CALIBRATION_IMAGES = 1024
 PIXEL_CODEC = AffineCodec(scale=PIXEL_SCALE, zero_point=PIXEL_ZERO_POINT)
 REPORT_NAME = "parity.json"
+PARTIAL_PREFIX = ".partial-"
 CLIENT_NAME = "client"
 
 Pixels = npt.NDArray[np.uint8]
@@ -108,22 +112,58 @@ def export(
     job = _checked(run_path, out, options)
     try:
         out.mkdir(parents=True, exist_ok=True)
-        partial = Path(tempfile.mkdtemp(prefix=".partial-", dir=out))
+        remove_abandoned(out)
+        partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=out))
     except OSError as error:
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from error
     try:
-        report = _build(job, partial, options, progress)
-        report.require()
-        (partial / REPORT_NAME).touch(mode=0o600)
-        (partial / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
-        # The client comes last: where it is, everything is.
-        for name in (*job.made, REPORT_NAME, CLIENT_NAME):
-            (partial / name).rename(out / name)
+        with in_use(partial):
+            report = _build(job, partial, options, progress)
+            report.require()
+            (partial / REPORT_NAME).touch(mode=0o600)
+            (partial / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
+            # The client comes last: where it is, everything is.
+            for name in (*job.made, REPORT_NAME, CLIENT_NAME):
+                (partial / name).rename(out / name)
     except OSError as error:
         raise ExportError(f"--out {out}: cannot be written: {error.strerror}; nothing was exported") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+@contextmanager
+def in_use(path: Path) -> Iterator[None]:
+    """Marks a file or folder as this process's; the system takes the mark off however the process ends."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        with suppress(OSError):  # a file system without locks
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def is_abandoned(path: Path) -> bool:
+    """Whether what is there was left behind: no process has it ``in_use``."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    finally:
+        os.close(descriptor)
+    return True
+
+
+def remove_abandoned(out: Path) -> None:
+    """Removes the hidden folders of exports that were killed; they hold secrets, and nothing loads them."""
+    for partial in out.glob(f"{PARTIAL_PREFIX}*"):
+        if is_abandoned(partial):
+            shutil.rmtree(partial, ignore_errors=True)
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import stat
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ MAX_FILE_BYTES = 2 * 1024 * 1024 * 1024
 MAX_NETS = 1024
 MAX_AXIS = 1 << 20
 MAX_LABELS = 100_000
+MAX_LABEL_CHARACTERS = 1000
 
 SALT_BYTES = 32
 CIPHER = "chacha20-poly1305"
@@ -297,6 +299,7 @@ def _load(folder: Path, parse: Callable[[bytes, str], T]) -> T:
     try:
         if not folder.is_dir():
             raise BundleError(f"no bundle at {folder}: it is not a folder; ensembler-export makes one")
+        _require_regular(path)
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
         manifest = parse(path.read_bytes(), str(path))
@@ -312,12 +315,19 @@ def _load(folder: Path, parse: Callable[[bytes, str], T]) -> T:
 
 def _verify(folder: Path, files: Mapping[str, FileEntry]) -> None:
     for name, expected in files.items():
+        _require_regular(folder / name)
         found = describe_file(folder / name)
         if found != expected:
             raise BundleTamperedError(
                 f"{folder / name} is not the file that was exported (its SHA-256 differs from the manifest's); "
                 "copy the bundle again, or export it again"
             )
+
+
+def _require_regular(path: Path) -> None:
+    """Refuses a pipe or a device, which might never end to be read, or a folder."""
+    if not stat.S_ISREG(path.stat().st_mode):
+        raise BundleError(f"{path} cannot be read: it is not a file; copy the bundle again")
 
 
 def _open(data: bytes, source: str, kind: str) -> _Reader:
@@ -373,7 +383,9 @@ class _Reader:
         items: list[str] = self.get(
             name,
             lambda v: (
-                isinstance(v, list) and 1 <= len(v) <= limit and all(isinstance(s, str) and len(s) <= 1000 for s in v)
+                isinstance(v, list)
+                and 1 <= len(v) <= limit
+                and all(isinstance(s, str) and len(s) <= MAX_LABEL_CHARACTERS for s in v)
             ),
         )
         return items

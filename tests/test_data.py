@@ -285,8 +285,9 @@ def test_without_the_file_of_names_default_names_are_given(tmp_path, classes, fo
 def test_names_that_are_not_utf8_are_read_all_the_same(tmp_path):
     cifar = Cifar(10)
     files = cifar.files("python 2")
-    files["batches.meta"] = python2_pickle({b"label_names": [b"caf\xe9"] * 10})
-    assert load(f"cifar10:{cifar.write(tmp_path, files, packed=False)}").labels == ("caf�",) * 10
+    files["batches.meta"] = python2_pickle({b"label_names": [b"caf\xe9 %d" % index for index in range(10)]})
+    labels = tuple(f"caf� {index}" for index in range(10))
+    assert load(f"cifar10:{cifar.write(tmp_path, files, packed=False)}").labels == labels
 
 
 class Call:

@@ -26,8 +26,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.protocol.errors import DataError, MissingExtraError
-from ensembler.protocol.manifest import MAX_LABELS
+from ensembler.protocol.errors import DataError, ImageError, MissingExtraError
+from ensembler.protocol.manifest import MAX_LABEL_CHARACTERS, MAX_LABELS
+from ensembler.protocol.pixels import SIXTEEN_BIT_MODES, sixteen_to_eight_bits
 from ensembler.training import demo_data
 
 Pixels = npt.NDArray[np.uint8]
@@ -109,6 +110,7 @@ def _shuffled(data: Dataset) -> Dataset:
 
 
 def _checked(data: Dataset, spec: str) -> Dataset:
+    _check_labels(data.labels, spec)
     for part, x, y in (("train", data.train_x, data.train_y), ("test", data.test_x, data.test_y)):
         if x.dtype != np.uint8 or x.ndim != 4 or x.shape[1] != 3:
             raise DataError(f"--data {spec}: the {part} images are {x.dtype} {x.shape}, not uint8 (N, 3, H, W)")
@@ -123,6 +125,25 @@ def _checked(data: Dataset, spec: str) -> Dataset:
     if len(np.unique(data.train_y)) < 2:
         raise DataError(f"--data {spec}: the train images are all of one class; a classifier needs two or more")
     return data
+
+
+def _check_labels(labels: tuple[str, ...], spec: str) -> None:
+    """Refuses now what no bundle could hold, no terminal could show, or nobody could tell apart."""
+    if len(labels) > MAX_LABELS:
+        raise DataError(f"--data {spec}: {len(labels)} class names; at most {MAX_LABELS}")
+    for label in labels:
+        shown = repr(label[:40])  # as escapes, whatever is in it
+        if not label.strip():
+            raise DataError(f"--data {spec}: a class name is empty; give each class a name")
+        if not label.isprintable():
+            raise DataError(f"--data {spec}: the class name {shown} has a character that cannot be printed; rename it")
+        if len(label) > MAX_LABEL_CHARACTERS:
+            raise DataError(
+                f"--data {spec}: the class name {shown}... has {len(label)} characters; at most {MAX_LABEL_CHARACTERS}"
+            )
+    if len(set(labels)) != len(labels):
+        twice = next(label for label in labels if labels.count(label) > 1)
+        raise DataError(f"--data {spec}: two classes have the name {twice[:40]!r}; rename one")
 
 
 # --- demo ---
@@ -372,7 +393,11 @@ def _image(path: Path, size: tuple[int, int] | None) -> Pixels:
         raise MissingExtraError("pillow", "image", "an image folder") from error
     try:
         with Image.open(path) as image:
-            pixels = np.asarray(image.convert("RGB")).transpose(2, 0, 1)
+            deep = image.mode in SIXTEEN_BIT_MODES
+            plain = Image.fromarray(sixteen_to_eight_bits(image, str(path))) if deep else image
+            pixels = np.asarray(plain.convert("RGB")).transpose(2, 0, 1)
+    except ImageError as error:
+        raise DataError(str(error)) from error
     except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
         raise DataError(f"{path} is not a readable image; remove or replace it") from error
     if size is not None and pixels.shape[1:] != size:
@@ -387,7 +412,12 @@ def _image(path: Path, size: tuple[int, int] | None) -> Pixels:
 
 
 def _npz(train: Path, test: Path) -> Dataset:
-    (train_x, train_y, labels), (test_x, test_y, _) = (_npz_part(path) for path in (train, test))
+    (train_x, train_y, labels), (test_x, test_y, held_out) = (_npz_part(path) for path in (train, test))
+    if labels is not None and held_out is not None and labels != held_out:
+        raise DataError(
+            f"{test}: label_names are not those of {train}, so a number means another class in each; "
+            "write both with the same names in the same order"
+        )
     if labels is None:
         count = int(max(train_y.max(initial=0), test_y.max(initial=0))) + 1
         if count > MAX_LABELS:

@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -101,6 +101,7 @@ class RunFolder:
         try:
             if path.exists() and (not path.is_dir() or any(path.iterdir())):
                 raise ConfigError(f"--out {path}: exists and is not an empty folder; choose another, or remove it")
+            made = not path.exists()
             path.mkdir(parents=True, exist_ok=True)
             path.chmod(0o700)
             (path / "stage1").mkdir()
@@ -108,17 +109,23 @@ class RunFolder:
         except OSError as error:
             raise ConfigError(f"--out {path}: cannot be written: {error.strerror}") from error
         run = cls(path)
-        run.write_json(
-            "config.json",
-            {
-                "version": RUN_VERSION,
-                "config": config.to_dict(),
-                "image_size": list(arch.image_size),
-                "labels": list(labels),
-                "data_digest": data_digest,
-                "stage1_from": str(stage1_from.absolute()) if stage1_from is not None else None,
-            },
-        )
+        try:
+            run.write_json(
+                "config.json",
+                {
+                    "version": RUN_VERSION,
+                    "config": config.to_dict(),
+                    "image_size": list(arch.image_size),
+                    "labels": list(labels),
+                    "data_digest": data_digest,
+                    "stage1_from": str(stage1_from.absolute()) if stage1_from is not None else None,
+                },
+            )
+        except BaseException:  # a folder without it is no run, and would only be in the way of the next attempt
+            for folder in (path / "stage1", path / "client", *([path] if made else [])):
+                with suppress(OSError):
+                    folder.rmdir()
+            raise
         return run
 
     @classmethod
@@ -320,8 +327,12 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``."""
-        with (self.path / "metrics.jsonl").open("a", encoding="utf-8") as stream:
-            stream.write(json.dumps(record) + "\n")
+        path = self.path / "metrics.jsonl"
+        try:
+            with path.open("a", encoding="utf-8") as stream:
+                stream.write(json.dumps(record) + "\n")
+        except OSError as error:
+            raise _unwritten(path, error) from error
 
     def read_metrics(self) -> list[dict[str, Any]]:
         """Returns the records of ``metrics.jsonl`` up to the first torn line, if there is one."""
@@ -356,13 +367,22 @@ class RunFolder:
             temporary.chmod(mode)
             _flush(temporary)
             temporary.replace(path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise DataError(f"{path} cannot be written: {error.strerror}") from error
+        except (OSError, SafetensorError) as error:
+            raise _unwritten(path, error) from error
+        finally:
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
 
 
 def _codec_json(codec: AffineCodec) -> list[float | int]:
     return [codec.scale, codec.zero_point, codec.bits]
+
+
+def _unwritten(path: Path, error: OSError | SafetensorError) -> DataError:
+    reason = error.strerror if isinstance(error, OSError) else str(error)
+    return DataError(
+        f"{path} cannot be written: {reason}; make room, or make it writable, then ensembler train --resume goes on"
+    )
 
 
 def _flush(path: Path) -> None:

@@ -19,6 +19,8 @@ from ensembler.transport.zmq_client import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, s
 
 MAX_PARTS = 2
 ZAP_DOMAIN = "ensembler"
+# What bind() says of a name that does not resolve here, or an address of another machine.
+_NOT_OURS = frozenset({errno.ENODEV, errno.EADDRNOTAVAIL})
 
 
 @dataclass(frozen=True)
@@ -42,6 +44,7 @@ class ServerSocket:
     """
 
     def __init__(self, endpoint: str, *, keys: KeyPair | None, authorized: frozenset[str]) -> None:
+        _check(endpoint)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._socket = self._context.socket(zmq.ROUTER)
@@ -69,7 +72,11 @@ class ServerSocket:
                 raise ConfigError(
                     f"--bind {endpoint}: the address is in use; stop the other server or choose another port"
                 ) from None
-            raise ConfigError(f"--bind {endpoint}: {error.strerror}; give tcp://address:port") from None
+            reason = "this machine has no such address" if error.errno in _NOT_OURS else error.strerror
+            raise ConfigError(
+                f"--bind {endpoint}: {reason}; give tcp://address:port with an address of this machine, "
+                "0.0.0.0 for all of them"
+            ) from None
         self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
         self._poller = zmq.Poller()
         self._poller.register(self._socket, zmq.POLLIN)
@@ -123,6 +130,18 @@ class ServerSocket:
         self._context.term()
         self._wake_in.close()
         self._wake_out.close()
+
+
+def _check(endpoint: str) -> None:
+    """Refuses a port beyond 65535, of which libzmq would take the lowest 16 bits, and listen somewhere else."""
+    scheme, _, address = endpoint.partition("://")
+    host, _, port = address.rpartition(":")
+    if scheme == "ipc" and address:
+        return
+    if scheme != "tcp" or not host or not (port == "*" or (port.isdecimal() and int(port) <= 65535)):
+        raise ConfigError(
+            f"--bind {endpoint!r}: not an address; give tcp://address:port with a port of 1 to 65535, or *"
+        )
 
 
 class _AllowList:

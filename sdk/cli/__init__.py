@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import sys
 
-from ensembler.cli.console import run_command
+from ensembler.cli.console import EXIT_INTERRUPTED, Console, run_command
 
 if __name__ != "ensembler.cli":
     raise ImportError(f"import ensembler.cli, not {__name__}")
@@ -17,8 +17,11 @@ __all__ = ["export_main", "main"]
 
 def main(arguments: list[str] | None = None) -> int:
     """Runs ``ensembler VERB ...``; returns the exit status."""
-    from ensembler.cli import cuts, demo, export, keys, predict, serve, train
-
+    try:
+        from ensembler.cli import cuts, demo, export, keys, predict, serve, train
+    except KeyboardInterrupt:
+        Console(as_json="--json" in (arguments or sys.argv)).error("KeyboardInterrupt", "interrupted")
+        return EXIT_INTERRUPTED
     return run_command("ensembler", (demo, cuts, train, export, serve, predict, keys), arguments)
 
 

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, Protocol
+from typing import Any, NoReturn, Protocol
 
 from ensembler import __version__
 from ensembler.protocol.errors import EnsemblerError, InvalidInputError, MissingExtraError
@@ -44,18 +45,32 @@ class Console:
         """Gives the outcome, as JSON or as text."""
         print(json.dumps(document, ensure_ascii=False) if self.as_json else text, flush=True)
 
-    def error(self, error: EnsemblerError) -> None:
+    def error(self, kind: str, message: str) -> None:
         """Tells what went wrong, on standard error."""
+        text = f"ensembler: {message}"
         if self.as_json:
-            document = {"error": {"type": type(error).__name__, "message": str(error)}}
-            print(json.dumps(document, ensure_ascii=False), file=sys.stderr, flush=True)
-        else:
-            print(f"ensembler: {error}", file=sys.stderr, flush=True)
+            text = json.dumps({"error": {"type": kind, "message": message}}, ensure_ascii=False)
+        print(text, file=sys.stderr, flush=True)
+
+
+class _Parser(argparse.ArgumentParser):
+    """Tells a wrong use as JSON where a script asked for that, though the options are not parsed yet."""
+
+    as_json = False
+
+    def error(self, message: str) -> NoReturn:
+        """See ``argparse``; the exit status is the same."""
+        if not _Parser.as_json:
+            super().error(message)
+        Console(as_json=True).error("ConfigError", f"{message}; {self.prog} --help lists what there is")
+        self.exit(EXIT_BAD_INPUT)
 
 
 def run_command(program: str, verbs: Sequence[Any], arguments: list[str] | None) -> int:
     """Parses, runs and turns errors into exit statuses: 2 for what the user gave, 1 for the rest, 130 for Ctrl-C."""
-    parser = argparse.ArgumentParser(prog=program, description="Private collaborative inference.", allow_abbrev=False)
+    given = sys.argv[1:] if arguments is None else arguments
+    _Parser.as_json = "--json" in given
+    parser = _Parser(prog=program, description="Private collaborative inference.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"ensembler-edge {__version__}")
     subparsers = parser.add_subparsers(dest="verb", metavar="VERB", required=True)
     by_name = {}
@@ -64,15 +79,23 @@ def run_command(program: str, verbs: Sequence[Any], arguments: list[str] | None)
         sub.add_argument("--json", action="store_true", help="one JSON document on standard output, for scripts")
         verb.add_arguments(sub)
         by_name[verb.NAME] = verb
-    options = parser.parse_args(arguments)
+    options = parser.parse_args(given)
     console = Console(as_json=options.json)
     try:
         status: int = by_name[options.verb].run(options, console)
     except EnsemblerError as error:
-        console.error(error)
+        console.error(type(error).__name__, str(error))
         return EXIT_BAD_INPUT if isinstance(error, InvalidInputError) else EXIT_FAILED
-    except KeyboardInterrupt:
-        print("ensembler: interrupted", file=sys.stderr)
+    except BrokenPipeError:
+        # Whoever read the output has gone, as head does; at its end Python would try to write the rest once more.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return EXIT_FAILED
+    except OSError as error:  # of the system, at a place that no package maps: a disk that fills up, a file that goes
+        where = f"{error.filename}: " if error.filename is not None else ""
+        console.error(type(error).__name__, f"{where}{error.strerror or error}")
+        return EXIT_FAILED
+    except KeyboardInterrupt as interrupt:
+        console.error("KeyboardInterrupt", "; ".join(["interrupted", *map(str, interrupt.args)]))
         return EXIT_INTERRUPTED
     return status
 
@@ -131,10 +154,14 @@ class ProgressReporter:
 
     def end(self, summary: str) -> None:
         """See ``training.fit.Reporter``."""
+        self.close()
+        self._rich.print(f"{self._label}: {summary}")
+
+    def close(self) -> None:
+        """Takes an unfinished bar off the terminal, so that an error begins a line of its own."""
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
-        self._rich.print(f"{self._label}: {summary}")
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:

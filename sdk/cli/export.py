@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from ensembler.cli.console import Console, need_export
@@ -18,6 +18,7 @@ HELP = "turn a run into a quantised client bundle and a server bundle"
 
 KEYS_FOLDER = "keys"
 AUTHORIZED_FOLDER = "authorized"
+UNFINISHED = ".unfinished"  # in keys/ until the bundles are there
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -69,7 +70,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Exports."""
     need_export()
     from ensembler.export.parity import Gates
-    from ensembler.export.pipeline import ExportOptions, export, server_names
+    from ensembler.export.pipeline import CLIENT_NAME, ExportOptions, export, in_use, is_abandoned, server_names
 
     if options.parity_images < 1:
         raise ConfigError(f"--parity-images {options.parity_images}: at least one")
@@ -82,31 +83,36 @@ def run(options: argparse.Namespace, console: Console) -> int:
         secret = sealing.key(options.encrypt_key)
     elif options.passphrase_file is not None:
         secret = sealing.passphrase_file(options.passphrase_file)
-    made_keys, server_keys = None, None
+    made_keys, server_keys, marker = None, None, options.out / KEYS_FOLDER / UNFINISHED
     made_folder = not options.out.exists()
     if options.server_key:
         server_keys = tuple(keys.load_public(path) for path in options.server_key)
     elif not options.plaintext:
         made_keys = options.out / KEYS_FOLDER
+
+        if marker.is_file() and is_abandoned(marker) and not (options.out / CLIENT_NAME).exists():
+            shutil.rmtree(made_keys)  # of an export that was killed: no bundle has these keys
         server_keys = new_keys(made_keys, options.parties)
+        marker.touch(mode=0o600)
     precision: Precision = "int8" if options.quantize == "int8" else "float32"
     try:
-        report = export(
-            options.run,
-            options.out,
-            ExportOptions(
-                client_precision=precision,
-                server_precision=options.server_precision,
-                parties=options.parties,
-                server_bundles=tuple(options.server_bundle),
-                server_public_keys=server_keys,
-                data=options.data,
-                parity_images=options.parity_images,
-                gates=Gates(min_sqnr_db=options.min_sqnr_db, max_accuracy_drop_points=options.max_accuracy_drop),
-                secret=secret,
-            ),
-            progress=console.say,
-        )
+        with in_use(marker) if made_keys is not None else nullcontext():
+            report = export(
+                options.run,
+                options.out,
+                ExportOptions(
+                    client_precision=precision,
+                    server_precision=options.server_precision,
+                    parties=options.parties,
+                    server_bundles=tuple(options.server_bundle),
+                    server_public_keys=server_keys,
+                    data=options.data,
+                    parity_images=options.parity_images,
+                    gates=Gates(min_sqnr_db=options.min_sqnr_db, max_accuracy_drop_points=options.max_accuracy_drop),
+                    secret=secret,
+                ),
+                progress=console.say,
+            )
     except BaseException:
         if made_keys is not None:
             shutil.rmtree(made_keys, ignore_errors=True)
@@ -114,6 +120,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             with suppress(OSError):  # not there, or not empty
                 options.out.rmdir()
         raise
+    if made_keys is not None:
+        marker.unlink()
     document = {"client": str(options.out / "client"), "parity": str(options.out / "parity.json")}
     lines = [report.table(), "", f"{options.out / 'client'}: the client bundle, secret: for the device only"]
     if secret is not None:
@@ -136,7 +144,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def new_keys(folder: Path, parties: int = 1) -> tuple[str, ...]:
     """Makes a pair for each operator's server and one for a device, which is authorised; returns the public keys."""
     if folder.exists():
-        raise ConfigError(f"{folder} exists; choose another --out, or pass --server-key with the key to pin")
+        raise ConfigError(f"{folder} exists; choose another --out, remove it, or pass --server-key with the key to pin")
     # The names are those of the bundles: server, or server_0, server_1, ...
     names = ["server"] if parties <= 1 else [f"server_{index}" for index in range(parties)]
     public = [keys.create(folder, name)[0] for name in names]

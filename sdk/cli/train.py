@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -95,10 +94,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
             if options.data is None or options.out is None:
                 raise ConfigError("train needs --data and --out for a new run, or --resume RUN for an interrupted one")
             summary = train(_config(options), options.out, stage1_from=options.stage1, reporter=reporter)
-    except KeyboardInterrupt:
+    except KeyboardInterrupt as interrupt:
         if out is not None and (out / "config.json").is_file() and not (out / "summary.json").is_file():
-            print(f"\nensembler: to go on: ensembler train --resume {out}", file=sys.stderr)
+            raise KeyboardInterrupt(f"to go on: ensembler train --resume {out}") from interrupt
         raise
+    finally:
+        reporter.close()
     assert out is not None  # one of the two was given, or ConfigError raised
     draw(out)
     text = (
