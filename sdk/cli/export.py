@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import argparse
 import shutil
-from contextlib import nullcontext, suppress
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
 from ensembler.cli.console import Console, need_export
@@ -70,7 +71,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Exports."""
     need_export()
     from ensembler.export.parity import Gates
-    from ensembler.export.pipeline import CLIENT_NAME, ExportOptions, export, in_use, is_abandoned, server_names
+    from ensembler.export.pipeline import ExportOptions, export, server_names
 
     if options.parity_images < 1:
         raise ConfigError(f"--parity-images {options.parity_images}: at least one")
@@ -83,45 +84,24 @@ def run(options: argparse.Namespace, console: Console) -> int:
         secret = sealing.key(options.encrypt_key)
     elif options.passphrase_file is not None:
         secret = sealing.passphrase_file(options.passphrase_file)
-    made_keys, server_keys, marker = None, None, options.out / KEYS_FOLDER / UNFINISHED
-    made_folder = not options.out.exists()
-    if options.server_key:
-        server_keys = tuple(keys.load_public(path) for path in options.server_key)
-    elif not options.plaintext:
-        made_keys = options.out / KEYS_FOLDER
-
-        if marker.is_file() and is_abandoned(marker) and not (options.out / CLIENT_NAME).exists():
-            shutil.rmtree(made_keys)  # of an export that was killed: no bundle has these keys
-        server_keys = new_keys(made_keys, options.parties)
-        marker.touch(mode=0o600)
     precision: Precision = "int8" if options.quantize == "int8" else "float32"
-    try:
-        with in_use(marker) if made_keys is not None else nullcontext():
-            report = export(
-                options.run,
-                options.out,
-                ExportOptions(
-                    client_precision=precision,
-                    server_precision=options.server_precision,
-                    parties=options.parties,
-                    server_bundles=tuple(options.server_bundle),
-                    server_public_keys=server_keys,
-                    data=options.data,
-                    parity_images=options.parity_images,
-                    gates=Gates(min_sqnr_db=options.min_sqnr_db, max_accuracy_drop_points=options.max_accuracy_drop),
-                    secret=secret,
-                ),
-                progress=console.say,
-            )
-    except BaseException:
-        if made_keys is not None:
-            shutil.rmtree(made_keys, ignore_errors=True)
-        if made_folder:
-            with suppress(OSError):  # not there, or not empty
-                options.out.rmdir()
-        raise
-    if made_keys is not None:
-        marker.unlink()
+    with _keys_to_pin(options) as server_keys:
+        report = export(
+            options.run,
+            options.out,
+            ExportOptions(
+                client_precision=precision,
+                server_precision=options.server_precision,
+                parties=options.parties,
+                server_bundles=tuple(options.server_bundle),
+                server_public_keys=server_keys,
+                data=options.data,
+                parity_images=options.parity_images,
+                gates=Gates(min_sqnr_db=options.min_sqnr_db, max_accuracy_drop_points=options.max_accuracy_drop),
+                secret=secret,
+            ),
+            progress=console.say,
+        )
     document = {"client": str(options.out / "client"), "parity": str(options.out / "parity.json")}
     lines = [report.table(), "", f"{options.out / 'client'}: the client bundle, secret: for the device only"]
     if secret is not None:
@@ -130,7 +110,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if not options.server_bundle:
         document |= {path.name: str(path) for path in servers}
         lines += [f"{path}: a server bundle, for its operator" for path in servers]
-    if made_keys is not None:
+    made_keys = options.out / KEYS_FOLDER
+    if not options.server_key and not options.plaintext:
         document["keys"] = str(made_keys)
         lines.append(
             f"{made_keys}: new keys; a server needs its own server*.key_secret and authorized/, the device "
@@ -139,6 +120,36 @@ def run(options: argparse.Namespace, console: Console) -> int:
     lines.append(f"next: ensembler serve {servers[0]} --bind tcp://0.0.0.0:5555")
     console.result(document, "\n".join(lines))
     return 0
+
+
+@contextmanager
+def _keys_to_pin(options: argparse.Namespace) -> Iterator[tuple[str, ...] | None]:
+    """Yields the public keys of the servers, given or new; new ones do not survive an export that fails."""
+    from ensembler.export.pipeline import CLIENT_NAME, in_use, is_abandoned
+
+    made_folder = not options.out.exists()
+    made, marker = options.out / KEYS_FOLDER, options.out / KEYS_FOLDER / UNFINISHED
+    is_new = not options.server_key and not options.plaintext
+    public: tuple[str, ...] | None = None
+    if options.server_key:
+        public = tuple(keys.load_public(path) for path in options.server_key)
+    elif is_new:
+        if marker.is_file() and is_abandoned(marker) and not (options.out / CLIENT_NAME).exists():
+            shutil.rmtree(made)  # of an export that was killed: no bundle has these keys
+        public = new_keys(made, options.parties)
+        marker.touch(mode=0o600)
+    try:
+        with in_use(marker) if is_new else nullcontext():
+            yield public
+    except BaseException:
+        if is_new:
+            shutil.rmtree(made, ignore_errors=True)
+        if made_folder:
+            with suppress(OSError):  # not there, or not empty
+                options.out.rmdir()
+        raise
+    if is_new:
+        marker.unlink()
 
 
 def new_keys(folder: Path, parties: int = 1) -> tuple[str, ...]:
