@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -26,7 +26,21 @@ if TYPE_CHECKING:
     from PIL.Image import Image as PILImage
 
 Pixels = npt.NDArray[np.uint8]
-ImageLike: TypeAlias = "str | os.PathLike[str] | bytes | PILImage | npt.NDArray[Any]"
+
+
+class PillowImage(Protocol):
+    """A PIL image, without importing pillow."""
+
+    @property
+    def mode(self) -> str:
+        """Pillow's name of the pixels' format."""
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Width and height."""
+
+
+ImageLike: TypeAlias = str | os.PathLike[str] | bytes | PillowImage | npt.NDArray[Any]
 
 MAX_ENCODED_BYTES = 64 * 1024 * 1024
 MAX_PIXELS = 64 * 1024 * 1024

@@ -214,3 +214,12 @@ def test_relative_links_of_the_documents_lead_somewhere():
     for path in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", path.read_text(encoding="utf-8")):
             assert (path.parent / target).exists(), f"{path.name}: {target}"
+
+
+def test_the_api_reference_is_made_without_a_warning(tmp_path):
+    command = [sys.executable, "-m", "pdoc", "--docformat", "google", "--output-directory", str(tmp_path), "ensembler"]
+    done = subprocess.run([*command, "!ensembler.cli"], capture_output=True, text=True, timeout=250)
+    assert (done.returncode, done.stderr) == (0, "")
+    page = (tmp_path / "ensembler.html").read_text(encoding="utf-8")
+    for name in ("EdgeClient", "AsyncEdgeClient", "Prediction", "ClientInfo"):
+        assert f'id="{name}"' in page

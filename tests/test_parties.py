@@ -78,6 +78,15 @@ def test_the_joined_answers_are_those_of_one_server(two, running, tiny, tiny_ima
     assert info.payload_bytes_up == 2 * wire.bytes_up
 
 
+def test_the_command_line_takes_an_address_for_each_operator(two, running, tiny_images, tmp_path, capsys):
+    from PIL import Image
+
+    Image.fromarray(tiny_images[0]).save(tmp_path / "image.png")
+    servers = [word for address in running for word in ("--server", address)]
+    assert main(["predict", str(two / "client"), str(tmp_path / "image.png"), *servers, "--json"]) == 0
+    assert len(json.loads(capsys.readouterr().out)["predictions"]) == 1
+
+
 def test_every_operator_is_sent_the_same_features_under_the_same_id(two, tiny_images, monkeypatch):
     from ensembler.protocol.messages import Message, decode, encode
     from ensembler.transport.inprocess import InProcessTransport

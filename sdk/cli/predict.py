@@ -19,7 +19,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("bundle", type=Path, help="the folder of a client bundle")
     parser.add_argument("images", nargs="+", help="image files")
-    parser.add_argument("--server", required=True, help="tcp://host:port")
+    parser.add_argument(
+        "--server",
+        action="append",
+        required=True,
+        help="tcp://host:port; once for each operator, in the export's order",
+    )
     parser.add_argument("--key", type=Path, default=None, help="the device's secret key file")
     add_bundle_secret(parser)
     parser.add_argument("--plaintext", action="store_true", help="connect without encryption")
