@@ -33,6 +33,40 @@ class Skipping(nn.Module):
         return self.fc(functional.gelu(c.mean((2, 3))))
 
 
+class Overwriting(Skipping):
+    """Writes into what it is given, behind every cut, in each of the ways that torch has."""
+
+    def __init__(self, num_classes: int = 3) -> None:
+        super().__init__(num_classes)
+        self.swish = nn.SiLU(inplace=True)
+
+    def forward(self, x):
+        y = self.swish(self.first(x))
+        y = functional.hardswish(self.second(y), inplace=True)
+        y = self.third(y)
+        y += 1
+        y.mul_(0.5)
+        return self.fc(y.mean((2, 3)))
+
+
+class Twice(Skipping):
+    """Uses its linear layer twice."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.square = nn.Linear(8, 8)
+
+    def forward(self, x):
+        return self.fc(self.square(torch.relu(self.square(self.first(x).mean((2, 3))))))
+
+
+ONE = Skipping()
+
+
+def shared() -> nn.Module:
+    return ONE
+
+
 def skipping() -> nn.Module:
     return Skipping()
 

@@ -120,6 +120,44 @@ def test_a_tail_for_one_answer_keeps_its_weights():
     assert widened(tail, 1).fc.weight is before
 
 
+@torch.no_grad()
+def test_no_part_writes_into_what_it_is_given():
+    net = whole("own_nets:Overwriting")
+    wanted = net.module(images())
+    for cut in net.cuts:
+        if cut.names[0] == "mean":
+            continue
+        head, body, tail = net.split(cut.names[0], "fc")
+        features = head.eval()(images())
+        before = features.clone()
+        answers = body.eval()(features)
+        assert torch.equal(features, before), cut.names
+        assert tail.eval()(answers).tolist() == wanted.tolist()
+
+
+def test_a_function_that_gives_one_net_again_and_again_is_refused():
+    first = traced_net(spec("own_nets:shared"))
+    with pytest.raises(ConfigError, match="returned the same net twice"):
+        traced_net(spec("own_nets:shared"))
+    assert first.cuts
+
+
+def test_a_function_that_gives_another_net_than_before_is_tried_out_again(monkeypatch):
+    import own_nets
+
+    monkeypatch.setattr(own_nets, "changing", own_nets.Skipping, raising=False)
+    assert traced_net(spec("own_nets:changing")).cuts
+    monkeypatch.setattr(own_nets, "changing", own_nets.Overwriting)
+    assert [cut.names[0] for cut in traced_net(spec("own_nets:changing")).cuts][:2] == ["first", "swish"]
+
+
+def test_a_tail_that_uses_its_linear_layer_twice_is_refused():
+    net = traced_net(spec("own_nets:Twice"))
+    assert net.tail_starts == ["fc"]
+    with pytest.raises(ConfigError, match="square is used more than once"):
+        net.split("first", "square")
+
+
 def test_a_buffer_that_is_not_stored_with_the_net_is_stored_with_its_part():
     _, body, _ = whole("own_nets:skipping").split("first", "fc")
     assert "gain" in body.state_dict()
@@ -188,7 +226,7 @@ def test_weights_used_on_both_sides_forbid_the_cut():
     net = traced_net(spec("own_nets:Tied"))
     # After its second use everything is before the cut.
     assert [cut.names[0] for cut in net.cuts] == ["first", "second", "mean"]
-    with pytest.raises(ConfigError, match=r"second\.bias is used on both sides"):
+    with pytest.raises(ConfigError, match=r"second\.bias is used on both sides; valid: first, second"):
         net.split("third", "fc")
 
 

@@ -38,7 +38,7 @@ class TrainConfig:
         reg_weight: lambda of Eq. 3.
         reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
         wire_bits: of one code of the features on the wire; ``auto`` takes the fewest that cost the stage-1 nets no
-            more than ``max_wire_drop_points``, see ``training.wire``.
+            more than ``max_wire_drop_points``, see ``training.stages.fewest_bits``.
         answer_bits: of one code of the answers, 8 or 4.
         max_wire_drop_points: what ``auto`` may cost.
         epochs_stage1: passes over the data for each stage-1 net.

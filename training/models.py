@@ -9,6 +9,7 @@ from __future__ import annotations
 import importlib
 import inspect
 import sys
+import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -90,6 +91,8 @@ class ArchSpec:
     bottleneck: Bottleneck | None = None
 
 
+# The nets that users' functions returned, as long as they live.
+_OWN: dict[int, weakref.ref[nn.Module]] = {}
 # What a net's first build told, so that the next N of the same kind need not be run.
 _FACTS: dict[ArchSpec, tuple[NodeFacts, ...]] = {}
 
@@ -179,6 +182,11 @@ def _own(spec: ArchSpec) -> nn.Module:
         raise ConfigError(f"--arch {spec.name}: {type(error).__name__}: {error}") from error
     if not isinstance(module, nn.Module):
         raise ConfigError(f"--arch {spec.name} returned {type(module).__name__}, not a torch nn.Module")
+    if id(module) in _OWN and _OWN[id(module)]() is module:
+        raise ConfigError(
+            f"--arch {spec.name} returned the same net twice; N nets are trained, so it must build a new one every time"
+        )
+    _OWN[id(module)] = weakref.ref(module)
     return module
 
 

@@ -20,6 +20,9 @@ from ensembler.protocol.errors import ConfigError
 
 # What may stand between the answers and the tail's first linear layer: it works on each of P * F numbers alone.
 _ELEMENTWISE_MODULES = (nn.Dropout, nn.ReLU, nn.ReLU6, nn.GELU, nn.SiLU, nn.Hardswish, nn.Tanh, nn.Identity)
+_IN_PLACE_OPERATORS = frozenset(
+    {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "setitem"}
+)
 _ELEMENTWISE_FUNCTIONS = (torch.relu, F.relu, F.gelu, F.silu, torch.tanh)
 LISTED = 12
 TRIED_BATCH = 3
@@ -125,7 +128,7 @@ class TracedNet:
         if end >= start:
             raise ConfigError(
                 f"{self._name}: --head-end {head_end} is not before --tail-start {tail_start}, so nothing is left for "
-                "the server; cut the head earlier"
+                f"the server; cut the head earlier; {self._offer()}"
             )
         head_out, body_out = self._crossing(end)[0], self._crossing(start)[0]
         return (
@@ -147,7 +150,9 @@ class TracedNet:
         if shape is None or shape[0] != self._batch:
             raise ConfigError(f"{self._name} cannot be cut after {name}: no batch of floats crosses; {self._offer()}")
         if shared := self._shared(place):
-            raise ConfigError(f"{self._name} cannot be cut after {name}: {shared} is used on both sides")
+            raise ConfigError(
+                f"{self._name} cannot be cut after {name}: {shared} is used on both sides; {self._offer()}"
+            )
         return place
 
     def _tail_place(self, name: str) -> int:
@@ -180,8 +185,11 @@ class TracedNet:
             return f"a tail takes one vector an image, {found} crosses there"
         if shared := self._shared(place):
             return f"{shared} is used on both sides"
-        if first_linear(self.module, self._nodes[place:]) is None:
+        linear = first_linear(self.module, self._nodes[place:])
+        if linear is None:
             return "its first layer with weights is not nn.Linear, which must take P answers side by side"
+        if sum(node.op == "call_module" and node.target == linear for node in self._nodes) > 1:
+            return f"{linear} is used more than once, and is to be made P times as wide for one of the uses"
         return None
 
     # --- the graph ---
@@ -243,6 +251,9 @@ class TracedNet:
         copies: dict[fx.Node, fx.Node] = {}
         if entry is not None:
             copies[entry] = graph.placeholder("x")
+            if any(_is_in_place(node) for node in self._nodes[start:end]):
+                # All bodies are given the same features: none may write into them.
+                copies[entry] = graph.call_method("clone", (copies[entry],))
 
         def copied(node: fx.Node) -> fx.Node:
             if node not in copies:  # a constant or parameter: made anew in every part that uses it
@@ -256,9 +267,8 @@ class TracedNet:
             exit_node = output.args[0]
         graph.output(copies[exit_node])
         part = fx.GraphModule(self.module, graph, class_name="Part")
-        part.graph.eliminate_dead_code()
+        # Not eliminate_dead_code(): y.mul_(2) looks dead to it when nobody uses what it returns.
         part.delete_all_unused_submodules()
-        part.recompile()
         return part
 
 
@@ -299,11 +309,12 @@ def traced(
             f"{name}: forward() does different things in training and evaluation (F.dropout or an if on "
             "self.training); use modules such as nn.Dropout, which know their mode"
         )
-    graph = graphs[False]
+    graph = _without_in_place(graphs[False])
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     if len(placeholders) != 1:
         raise ConfigError(f"{name}: forward() takes {len(placeholders)} arguments; one, the images, is supported")
-    if facts is not None:
+    # A function may give another net than it did before; what was told of that one is then of no use.
+    if facts is not None and len(facts) == len(graph.graph.nodes):
         return TracedNet(name, graph.train(was_training), facts)
     batch = TRIED_BATCH
     recorder = _Recorder(graph.eval())
@@ -364,6 +375,26 @@ class _Recorder(fx.Interpreter):
         floats = isinstance(result, Tensor) and result.dtype == torch.float32 and result.ndim > 0
         self.facts[n] = NodeFacts(tuple(result.shape) if floats else None, counter.get_total_flops())
         return result
+
+
+def _is_in_place(node: fx.Node) -> bool:
+    """Whether a step may write into what it is given: ``x += y``, ``x.relu_()``, ``torch.relu_(x)``."""
+    name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
+    if node.op == "call_function" and getattr(node.target, "__module__", "") == "_operator":
+        return name in _IN_PLACE_OPERATORS
+    return node.op in ("call_method", "call_function") and name.endswith("_") and not name.endswith("__")
+
+
+def _without_in_place(graph: fx.GraphModule) -> fx.GraphModule:
+    """Has activations return new tensors: what crosses a cut is used by several nets."""
+    for module in graph.modules():
+        if getattr(module, "inplace", None) is True:
+            setattr(module, "inplace", False)  # noqa: B010 (mypy knows no such attribute)
+    for node in graph.graph.nodes:
+        if node.kwargs.get("inplace") is True:
+            node.update_kwarg("inplace", False)
+    graph.recompile()
+    return graph
 
 
 def _steps(graph: fx.GraphModule) -> list[tuple[str, str, str, str]]:

@@ -521,7 +521,7 @@ def _require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, l
     if (source.arch, source.labels) != (arch, tuple(labels)) or source.config.num_nets != config.num_nets:
         raise ConfigError(
             f"--stage1 {source.path}: that run has another architecture, image size, classes or N; "
-            "give the same --arch, --data and -N"
+            "give the same --arch, --head-end, --tail-start, --bottleneck, --data and -N"
         )
 
 

@@ -53,7 +53,8 @@ def codec_for(values: Tensor, clipped: float, bits: int = 8) -> AffineCodec:
     low = float(flat.topk(rank, largest=False).values[-1])
     if bits == 8:
         return AffineCodec.from_range(low, high)
-    sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES)]
+    # An odd step: an even one may divide the width of a map, and see some of its columns only.
+    sample = flat[:: max(1, flat.numel() // SAMPLED_VALUES) | 1]
     candidates = [
         AffineCodec.from_range(low * i / RANGES_TRIED, high * i / RANGES_TRIED, bits)
         for i in range(RANGES_TRIED // 16, RANGES_TRIED + 1)

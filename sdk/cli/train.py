@@ -64,11 +64,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _bits(text: str) -> int | str:
+    if text != "auto" and not text.isdecimal():
+        raise argparse.ArgumentTypeError(f"{text}: choose 8, 4, 3, 2 or auto")
     return text if text == "auto" else int(text)
 
 
 def _bottleneck(text: str) -> tuple[int, ...]:
-    return tuple(int(part) for part in text.split(","))
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"{text}: give channels,stride,bits, for instance 8,4,2")
+    return tuple(int(part) for part in parts)
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
