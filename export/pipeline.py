@@ -64,7 +64,7 @@ class ExportOptions:
     Attributes:
         client_precision: of head and tail.
         server_precision: of the bodies; ``auto`` is int8 where that reaches the gate, else float32. Not used when
-            ``server_bundle`` is given.
+            ``server_bundles`` are given.
         parties: among how many operators the N bodies are divided, each with a server bundle of its own.
         server_bundles: existing server bundles of the same stage 1, one for each operator: only a client bundle is made
             for them.
@@ -118,18 +118,45 @@ def export(
         raise ConfigError(f"--out {out}: cannot be written: {error.strerror}") from error
     try:
         with in_use(partial):
-            report = _build(job, partial, options, progress)
+            with _scratch(partial / "scratch"):
+                report = _build(job, partial, options, progress)
             report.require()
             (partial / REPORT_NAME).touch(mode=0o600)
             (partial / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
             # The client comes last: where it is, everything is.
-            for name in (*job.made, REPORT_NAME, CLIENT_NAME):
-                (partial / name).rename(out / name)
+            _publish(partial, out, (*job.made, REPORT_NAME, CLIENT_NAME))
     except OSError as error:
         raise ExportError(f"--out {out}: cannot be written: {error.strerror}; nothing was exported") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report
+
+
+@contextmanager
+def _scratch(folder: Path) -> Iterator[None]:
+    """Has temporary files written into ``folder``, onnxruntime's too.
+
+    Head, noise and tail pass through them as plain graphs. In the system's folder a kill would leave them behind.
+    """
+    folder.mkdir(mode=0o700)
+    before, tempfile.tempdir = tempfile.tempdir, str(folder)
+    try:
+        yield
+    finally:
+        tempfile.tempdir = before
+
+
+def _publish(partial: Path, out: Path, names: Sequence[str]) -> None:
+    """Moves all of ``names`` into ``out``, or none."""
+    moved: list[str] = []
+    try:
+        for name in names:
+            (partial / name).rename(out / name)
+            moved.append(name)
+    except BaseException:
+        for name in moved:
+            (out / name).rename(partial / name)
+        raise
 
 
 @contextmanager
@@ -173,6 +200,7 @@ class _Job:
     Attributes:
         run: the run folder.
         dataset: its images.
+        client: the trained client.
         nets: the stage-1 nets, in training order.
         bodies: their bodies, in the server's order.
         wires: one for each operator.
@@ -183,6 +211,7 @@ class _Job:
 
     run: RunFolder
     dataset: Dataset
+    client: Client
     nets: Sequence[Stage1Net]
     bodies: Sequence[nn.Module]
     wires: Sequence[WireSpec]
@@ -219,12 +248,12 @@ def _checked(run_path: Path, out: Path, options: ExportOptions) -> _Job:
         PartySpec(bodies_id=each.bodies_id, num_nets=each.num_nets, server_public_key=None if keys is None else keys[i])
         for i, each in enumerate(wires)
     )
-    return _Job(run, dataset, nets, bodies, wires, parties, existing, made)
+    return _Job(run, dataset, load_client(run), nets, bodies, wires, parties, existing, made)
 
 
 def _build(job: _Job, partial: Path, options: ExportOptions, progress: Callable[[str], None]) -> parity.ParityReport:
     """Writes the bundles into ``partial`` and measures them."""
-    client = load_client(job.run)
+    client = job.client
     codec = client.wire.feature_codec
 
     def arrived(images: Pixels) -> Tensor:
@@ -283,8 +312,8 @@ def party_wires(bodies: Sequence[nn.Module], wire: WireSpec, sizes: Sequence[int
     """
     if sum(sizes) != wire.num_nets:
         raise BundleMismatchError(
-            f"the server bundles hold {sum(sizes)} nets together, the run has {wire.num_nets}; give one for each "
-            "operator, in the order of the first export"
+            f"--server-bundle holds other nets than the run, or not all of them: {sum(sizes)} instead of "
+            f"{wire.num_nets}; give one for each operator, in the order of the first export"
         )
     if len(sizes) == 1:
         return [wire]

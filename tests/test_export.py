@@ -915,6 +915,82 @@ def test_a_baseline_exports_one_net_that_works(defense, mode, std, baselines, ti
     assert (net.noise == 0).all() == (defense == "none")
 
 
+DAMAGED = {
+    "config.json": [
+        ("config", []),
+        ("config", None),
+        ("image_size", [32]),
+        ("image_size", None),
+        ("image_size", ["a", "b"]),
+        ("labels", 5),
+    ],
+    "wire.json": [
+        ("order", [0, 7, 1]),
+        ("order", [0, 0, 1]),
+        ("order", ["a", "b", "c"]),
+        ("answer_codecs", []),
+        ("feature_shape", "ab"),
+        ("answer_width", None),
+    ],
+    "client/secret.json": [("selector", [0, 99]), ("selector", ["a"]), ("selector", [0, 0]), ("seed", "x")],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "field", "value"), [(name, field, value) for name, cases in DAMAGED.items() for field, value in cases]
+)
+def test_a_damaged_file_of_a_run_is_refused_by_name(name, field, value, copied_run, tmp_path):
+    document = json.loads((copied_run / name).read_text(encoding="utf-8"))
+    (copied_run / name).write_text(json.dumps(document | {field: value}), encoding="utf-8")
+    with pytest.raises(DataError, match=re.escape(name)):
+        exported(copied_run, tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("option", "value"), [("noise_std", 10**400), ("bottleneck", [8.5, 2, 2]), ("arch", 5), ("arch", [])]
+)
+def test_a_damaged_option_of_a_run_is_refused(option, value, copied_run, tmp_path):
+    document = json.loads((copied_run / "config.json").read_text(encoding="utf-8"))
+    document["config"][option] = value
+    (copied_run / "config.json").write_text(json.dumps(document), encoding="utf-8")
+    with pytest.raises(DataError, match=r"config\.json"):
+        exported(copied_run, tmp_path / "out")
+
+
+def test_temporary_files_of_an_export_lie_in_its_own_folder(tiny, tmp_path, monkeypatch):
+    elsewhere = tmp_path / "system"
+    elsewhere.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(elsewhere))
+    seen = []
+    original = tempfile.mkdtemp
+
+    def spy(*arguments, **options):
+        seen.append(original(*arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(tempfile, "mkdtemp", spy)
+    exported(tiny.run, tmp_path / "out", server_bundles=(tiny.server,))
+    inside = [path for path in seen if "scratch" in path]
+    assert len(inside) >= 4  # for head and tail: folding, quantising, onnxruntime's own
+    assert all(Path(path).is_relative_to(tmp_path / "out") for path in seen)
+    assert not any(elsewhere.iterdir())
+    assert tempfile.tempdir == str(elsewhere)
+
+
+def test_a_failure_between_the_last_renames_takes_the_first_ones_back(tiny, tmp_path, monkeypatch):
+    rename = Path.rename
+
+    def fail_for_the_client(self, target):
+        if self.name == "client":
+            raise OSError(errno.EIO, "Input/output error")
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_client)
+    with pytest.raises(ExportError, match="nothing was exported"):
+        exported(tiny.run, tmp_path / "out", server_precision="int8")
+    assert not any((tmp_path / "out").iterdir())
+
+
 def test_a_full_disk_leaves_nothing(tiny, tmp_path, monkeypatch):
     real = Path.write_bytes
 

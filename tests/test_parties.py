@@ -184,7 +184,7 @@ def test_a_second_client_for_the_same_operators_is_made_from_their_bundles_in_or
     assert main([*command, "--out", str(tmp_path / "swapped"), *bundles[1], *bundles[0]]) == 1
     assert "in the order in which they were exported" in capsys.readouterr().err
     assert main([*command, "--out", str(tmp_path / "half"), *bundles[0]]) == 1
-    assert "hold 2 nets together, the run has 3" in capsys.readouterr().err
+    assert "not all of them: 2 instead of 3" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

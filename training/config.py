@@ -174,6 +174,12 @@ class TrainConfig:
         if isinstance(values.get("bottleneck"), list):  # JSON has no tuples
             values = values | {"bottleneck": tuple(values["bottleneck"])}
         try:
-            return cls(**values)
-        except TypeError as error:
+            config = cls(**values)
+        except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"the run's config.json does not fit this version: {error}") from error
+        # A type that no option has would only be noticed deep inside torch.
+        texts = {name: values.get(name, "") for name in ("data", "arch", "head_end", "tail_start", "device")}
+        wrong = [name for name, value in texts.items() if not isinstance(value, str | None)]
+        if wrong or any(type(part) is not int for part in config.bottleneck or ()):
+            raise ConfigError(f"the run's config.json does not fit this version: {', '.join(wrong) or 'bottleneck'}")
+        return config

@@ -168,6 +168,11 @@ class RunFolder:
         complete = {"config", "image_size", "labels"} <= document.keys()
         if document.get("version") != RUN_VERSION or not complete:
             raise DataError(f"{path} was written by another version; train again, or install the matching version")
+        with run._complete("config.json"):
+            size, labels = document["image_size"], document["labels"]
+            _require(len(size) == 2 and all(type(side) is int for side in size))
+            _require(isinstance(labels, list) and all(isinstance(label, str) for label in labels))
+            _ = run.config, run.arch
         return run
 
     # --- the parts ---
@@ -238,6 +243,11 @@ class RunFolder:
             scale, zero_point, bits = triple
             return AffineCodec(scale=scale, zero_point=zero_point, bits=bits)
 
+        order, shape = document["order"], document["feature_shape"]
+        _require(len(document["answer_codecs"]) == len(order) > 0)
+        _require(all(type(i) is int for i in order) and sorted(order) == list(range(len(order))))
+        _require(isinstance(shape, list) and len(shape) > 0 and all(type(axis) is int and axis > 0 for axis in shape))
+        _require(type(document["answer_width"]) is int and isinstance(document["bodies_id"], str))
         return WireState(
             spec=WireSpec(
                 bodies_id=document["bodies_id"],
@@ -257,7 +267,11 @@ class RunFolder:
         """Reads selector and seed."""
         document = self.read_json(self.SECRET_FILE)
         with self._complete(self.SECRET_FILE):
-            return ClientSecret(selector=tuple(document["selector"]), seed=document["seed"])
+            selector, seed = document["selector"], document["seed"]
+            nets = range(self.config.trained_nets)
+            _require(all(type(k) is int and k in nets for k in selector))
+            _require(len(set(selector)) == len(selector) > 0 and type(seed) is int and seed >= 0)
+            return ClientSecret(selector=tuple(selector), seed=seed)
 
     def copy_stage1(self, source: RunFolder) -> None:
         """Takes the stage-1 nets of another run as they are."""
@@ -322,7 +336,7 @@ class RunFolder:
         """Turns what a readable file lacks into an error that names it."""
         try:
             yield
-        except (KeyError, IndexError, TypeError, ValueError, AttributeError, ConfigError) as error:
+        except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
             raise DataError(f"{self.path / name} is damaged or of another version; train again") from error
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
@@ -344,7 +358,7 @@ class RunFolder:
         for line in lines:
             try:
                 record: object = json.loads(line)
-            except ValueError:
+            except (ValueError, RecursionError):
                 break
             if not isinstance(record, dict) or not line.endswith(b"\n"):
                 break
@@ -372,6 +386,12 @@ class RunFolder:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _require(holds: bool) -> None:
+    """Raises what ``_complete`` turns into an error that names the file."""
+    if not holds:
+        raise ValueError
 
 
 def _codec_json(codec: AffineCodec) -> list[float | int]:

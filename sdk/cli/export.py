@@ -125,24 +125,33 @@ def run(options: argparse.Namespace, console: Console) -> int:
 @contextmanager
 def _keys_to_pin(options: argparse.Namespace) -> Iterator[tuple[str, ...] | None]:
     """Yields the public keys of the servers, given or new; new ones do not survive an export that fails."""
-    from ensembler.export.pipeline import CLIENT_NAME, in_use, is_abandoned
+    from ensembler.export.pipeline import CLIENT_NAME, in_use, is_abandoned, party_sizes
+    from ensembler.training.runs import RunFolder
 
-    made_folder = not options.out.exists()
+    made_folder, had_client = not options.out.exists(), (options.out / CLIENT_NAME).exists()
     made, marker = options.out / KEYS_FOLDER, options.out / KEYS_FOLDER / UNFINISHED
     is_new = not options.server_key and not options.plaintext
     public: tuple[str, ...] | None = None
     if options.server_key:
         public = tuple(keys.load_public(path) for path in options.server_key)
     elif is_new:
-        if marker.is_file() and is_abandoned(marker) and not (options.out / CLIENT_NAME).exists():
+        # Keys take their time: not for a run or a number of operators that the export would refuse.
+        party_sizes(RunFolder.open(options.run).read_wire().spec.num_nets, options.parties)
+        if marker.is_file() and is_abandoned(marker) and not had_client:
             shutil.rmtree(made)  # of an export that was killed: no bundle has these keys
-        public = new_keys(made, options.parties)
-        marker.touch(mode=0o600)
+        _refuse_existing(made)
     try:
-        with in_use(marker) if is_new else nullcontext():
-            yield public
-    except BaseException:
         if is_new:
+            try:
+                made.mkdir(parents=True, mode=0o700)
+                marker.touch(mode=0o600)
+            except OSError as error:
+                raise ConfigError(f"--out {options.out}: cannot be written: {error.strerror}") from error
+        with in_use(marker) if is_new else nullcontext():
+            yield _create_keys(made, options.parties) if is_new else public
+    except BaseException:
+        # Ctrl-C after the last rename: a finished bundle pins these keys.
+        if is_new and (had_client or not (options.out / CLIENT_NAME).exists()):
             shutil.rmtree(made, ignore_errors=True)
         if made_folder:
             with suppress(OSError):  # not there, or not empty
@@ -154,8 +163,16 @@ def _keys_to_pin(options: argparse.Namespace) -> Iterator[tuple[str, ...] | None
 
 def new_keys(folder: Path, parties: int = 1) -> tuple[str, ...]:
     """Makes a pair for each operator's server and one for a device, which is authorised; returns the public keys."""
+    _refuse_existing(folder)
+    return _create_keys(folder, parties)
+
+
+def _refuse_existing(folder: Path) -> None:
     if folder.exists():
         raise ConfigError(f"{folder} exists; choose another --out, remove it, or pass --server-key with the key to pin")
+
+
+def _create_keys(folder: Path, parties: int) -> tuple[str, ...]:
     # The names are those of the bundles: server, or server_0, server_1, ...
     names = ["server"] if parties <= 1 else [f"server_{index}" for index in range(parties)]
     public = [keys.create(folder, name)[0] for name in names]
