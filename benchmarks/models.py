@@ -87,8 +87,8 @@ def main() -> None:
         "torch through the same quantised wire, on held-out images (bodies: all nets together, on stage-1 features;\n"
         "`inf` is bit-identical). top-1: same answer as torch through the wire, in percent of 600 images. An `f`\n"
         "after a number: int8 misses the export's gate there. Bodies are then served in float32 by default\n"
-        "(`--server-precision auto`); for a head the export says so, and `--quantize none` is the way. One net each, 4 epochs\n"
-        f"of 768 demo images; {results.machine()}.\n\n"
+        "(`--server-precision auto`); for a head the export says so, and `--quantize none` is the way. One net each,\n"
+        f"4 epochs of 768 demo images; {results.machine()}.\n\n"
         "```\n" + "\n".join(lines) + "\n```\n",
         encoding="utf-8",
     )

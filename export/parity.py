@@ -48,7 +48,8 @@ class Gates:
     Attributes:
         min_sqnr_db: of head, all bodies together on stage-1 features, and tail. A stage whose codes have fewer than 8
             bits need not be better than its codec: a tiny error before the quantiser moves a value by a whole step.
-        max_accuracy_drop_points: from torch in float to the artifacts, on held-out images.
+        max_accuracy_drop_points: from the better of torch in float and torch through the wire to the artifacts, on
+            held-out images.
     """
 
     min_sqnr_db: float = 35.0

@@ -80,12 +80,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Trains."""
     need_torch()
     from ensembler.training.plan import make_plan
+    from ensembler.training.runs import RunFolder
     from ensembler.training.plots import draw
     from ensembler.training.stages import resume, train
 
     if options.dry_run and options.resume is None:
         if options.data is None:
             raise ConfigError("train --dry-run needs --data")
+        if options.stage1 is not None:
+            RunFolder.open(options.stage1)
         plan = make_plan(_config(options), stage1_is_given=options.stage1 is not None)
         console.result(plan.to_dict(), plan.text())
         return 0
