@@ -16,6 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from ensembler.protocol.codec import require_codes
 from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
 from ensembler.protocol.manifest import ServerManifest, load_server
 
@@ -50,7 +51,7 @@ class OnnxEngine:
         """Runs every body once for real; a bundle whose graphs do not answer as its manifest says is refused.
 
         Raises:
-            BundleError: wrong shape or dtype.
+            BundleError: wrong shape, dtype or codes.
         """
         wire = self.manifest.wire
         try:
@@ -66,6 +67,9 @@ class OnnxEngine:
 
         Returns:
             Answers' codes ``(B, N, F)`` uint8, in the bundle's order.
+
+        Raises:
+            BundleError: codes of more bits than the manifest says.
         """
         wire = self.manifest.wire
         answers = np.empty((len(features), wire.num_nets, wire.answer_width), np.uint8)
@@ -77,6 +81,7 @@ class OnnxEngine:
 
         starts = range(0, len(features), self._part_rows)
         self._crew.run(piece, [(body, start) for start in starts for body in range(wire.num_nets)])
+        require_codes(answers, wire.answer_codecs[0], "a body")
         return answers
 
     def close(self) -> None:

@@ -11,6 +11,7 @@ import numpy.typing as npt
 
 from ensembler.edge_runtime.backends import as_codes, open_session
 from ensembler.edge_runtime.sealing import BundleSecret, opener
+from ensembler.protocol.codec import require_codes
 from ensembler.protocol.errors import BundleError
 from ensembler.protocol.manifest import ClientManifest, Kdf, load_client
 
@@ -63,6 +64,7 @@ class EdgeRuntime:
         codes = as_codes(self._head.run(inputs))
         if codes.shape != (len(images), *wire.feature_shape):
             raise BundleError(f"the head answers with shape {codes.shape[1:]}, the manifest says {wire.feature_shape}")
+        require_codes(codes, wire.feature_codec, "the head")
         return codes
 
     def finish(self, answers: Codes) -> Floats:

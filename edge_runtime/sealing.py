@@ -48,14 +48,19 @@ def create_key(path: Path) -> None:
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # O_EXCL: made here, with these rights, or not at all.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        with os.fdopen(descriptor, "wb") as stream:
-            stream.write(os.urandom(KEY_BYTES))
-    except OSError as error:
-        if path.exists():
+        try:
+            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        except FileExistsError as error:
             raise KeyFileError(
                 f"{path} exists; a key is never overwritten: choose another name, or remove it"
             ) from error
+        try:
+            with os.fdopen(descriptor, "wb") as stream:
+                stream.write(os.urandom(KEY_BYTES))
+        except BaseException:
+            path.unlink()  # half a key would be in the way of a whole one
+            raise
+    except OSError as error:
         raise KeyFileError(f"{path}: the key cannot be written: {error.strerror}") from error
 
 
@@ -110,7 +115,8 @@ def from_file(source: str | os.PathLike[str], kdf: Kdf) -> BundleSecret:
 
 def _private_bytes(path: Path, limit: int) -> bytes:
     try:
-        with path.open("rb") as stream:
+        # Without O_NONBLOCK, to open a pipe waits until somebody writes.
+        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
             status = os.fstat(stream.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise KeyFileError(f"{path} is not a file; ensembler keys bundle FILE makes a key")

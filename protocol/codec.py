@@ -19,7 +19,7 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.errors import BundleError, ConfigError
 
 CODEC_BITS = {"u8": 8, "u4": 4, "u3": 3, "u2": 2}
 MAX_SCALE = float(np.finfo(np.float32).max) / 255  # beyond it a code stands for infinity
@@ -95,6 +95,19 @@ class AffineCodec:
         """Returns the values that ``codes`` stand for, any shape, uint8 in and float32 out."""
         values: Floats = (codes.astype(np.float32) - np.float32(self.zero_point)) * np.float32(self.scale)
         return values
+
+
+def require_codes(codes: Codes, codec: AffineCodec, model: str) -> None:
+    """Refuses a model's answer that is no codes of ``codec``: packed, a code of too many bits would change others.
+
+    Raises:
+        BundleError: the model emits codes of more bits than its bundle says.
+    """
+    if codec.bits < 8 and codes.max(initial=0) > codec.code_max:
+        raise BundleError(
+            f"{model} answers with codes above {codec.code_max}, which {codec.name} does not have; export the bundle "
+            "again"
+        )
 
 
 def known_bits() -> str:

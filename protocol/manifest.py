@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import re
 import stat
 from collections.abc import Callable, Mapping
@@ -23,6 +24,7 @@ from ensembler.protocol.errors import (
     BundleVersionError,
     ConfigError,
 )
+from ensembler.protocol.messages import LIMITS
 
 FORMAT = "ensembler-bundle"
 VERSION = 1
@@ -41,6 +43,10 @@ CIPHER = "chacha20-poly1305"
 MIN_SCRYPT_LOG2_N, MAX_SCRYPT_LOG2_N = 14, 17
 SCRYPT_R = 8
 MAX_SCRYPT_P = 4
+
+_Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
 
 NoiseMode = Literal["none", "fixed", "fresh"]
 Precision = Literal["int8", "float32"]
@@ -294,12 +300,21 @@ def describe_file(path: Path) -> FileEntry:
     return FileEntry(size_bytes=path.stat().st_size, sha256=digest)
 
 
+def is_curve_key(text: str) -> bool:
+    """Returns whether ``text`` stands for a CURVE key: 40 characters of Z85, each five of them below 2^32."""
+    digits = [_Z85.find(character) for character in text]
+    if len(digits) != 40 or min(digits) < 0:
+        return False
+    groups = (digits[start : start + 5] for start in range(0, 40, 5))
+    return all(sum(digit * 85**power for power, digit in enumerate(reversed(group))) < 1 << 32 for group in groups)
+
+
 def _load(folder: Path, parse: Callable[[bytes, str], T]) -> T:
     path = folder / MANIFEST_NAME
     try:
         if not folder.is_dir():
             raise BundleError(f"no bundle at {folder}: it is not a folder; ensembler-export makes one")
-        _require_regular(path)
+        require_regular(path)
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
         manifest = parse(path.read_bytes(), str(path))
@@ -315,7 +330,7 @@ def _load(folder: Path, parse: Callable[[bytes, str], T]) -> T:
 
 def _verify(folder: Path, files: Mapping[str, FileEntry]) -> None:
     for name, expected in files.items():
-        _require_regular(folder / name)
+        require_regular(folder / name)
         found = describe_file(folder / name)
         if found != expected:
             raise BundleTamperedError(
@@ -324,7 +339,7 @@ def _verify(folder: Path, files: Mapping[str, FileEntry]) -> None:
             )
 
 
-def _require_regular(path: Path) -> None:
+def require_regular(path: Path) -> None:
     """Refuses a pipe or a device, which might never end to be read, or a folder."""
     if not stat.S_ISREG(path.stat().st_mode):
         raise BundleError(f"{path} cannot be read: it is not a file; copy the bundle again")
@@ -386,6 +401,7 @@ class _Reader:
                 isinstance(v, list)
                 and 1 <= len(v) <= limit
                 and all(isinstance(s, str) and len(s) <= MAX_LABEL_CHARACTERS for s in v)
+                and not any(_SURROGATE.search(s) for s in v)  # JSON can state half a pair, UTF-8 cannot
             ),
         )
         return items
@@ -432,7 +448,7 @@ class _Reader:
                     bodies_id=reader.hexadecimal("bodies_id"),
                     num_nets=reader.integer("num_nets", 1, wire.num_nets),
                     server_public_key=reader.get(
-                        "server_public_key", lambda v: v is None or (isinstance(v, str) and len(v) == 40)
+                        "server_public_key", lambda v: v is None or (isinstance(v, str) and is_curve_key(v))
                     ),
                 )
             )
@@ -461,14 +477,22 @@ class _Reader:
             "feature_shape",
             lambda v: isinstance(v, list) and 1 <= len(v) <= 4 and all(type(n) is int and 0 < n <= MAX_AXIS for n in v),
         )
+        if math.prod(shape) > LIMITS.tensor_bytes:
+            raise wire.error("feature_shape", f"has more than {LIMITS.tensor_bytes} values; a message holds no more")
         codecs = wire.get("answer_codecs", lambda v: isinstance(v, list) and 1 <= len(v) <= MAX_NETS)
         answer_codecs = tuple(wire.codec(codec, f"answer_codecs[{i}]") for i, codec in enumerate(codecs))
         if len({codec.bits for codec in answer_codecs}) > 1:
             raise wire.error("answer_codecs", "mixes codecs of several bits; the answers travel as one tensor")
+        width = wire.integer("answer_width", 1, MAX_AXIS)
+        if width * len(answer_codecs) > LIMITS.tensor_bytes:
+            raise wire.error(
+                "answer_width",
+                f"times {len(answer_codecs)} nets is more than {LIMITS.tensor_bytes} values; a message holds no more",
+            )
         return WireSpec(
             bodies_id=wire.hexadecimal("bodies_id"),
             feature_shape=tuple(shape),
             feature_codec=wire.codec(wire.document.get("feature_codec"), "feature_codec"),
-            answer_width=wire.integer("answer_width", 1, MAX_AXIS),
+            answer_width=width,
             answer_codecs=answer_codecs,
         )

@@ -106,10 +106,12 @@ class AsyncEdgeClient:
             while (item := await asyncio.wrap_future(taker.submit(stream.take))) is not None:
                 yield item
         finally:
-            if bridge is not None:
-                await bridge.aclose()
-            stream.close(wait=False)
-            taker.shutdown(wait=False)
+            try:
+                if bridge is not None:
+                    await bridge.aclose()
+            finally:  # also when that wait is cancelled
+                stream.close(wait=False)
+                taker.shutdown(wait=False)
 
     def info(self) -> ClientInfo:
         """Says what this client is; see ``EdgeClient.info``."""
@@ -132,7 +134,7 @@ class AsyncEdgeClient:
 
     def _close(self) -> None:
         self._client.close()
-        self._threads.shutdown(wait=True, cancel_futures=True)
+        self._threads.shutdown(wait=True)  # calls that still wait for a thread fail at once, in ``work``
 
     async def __aenter__(self) -> AsyncEdgeClient:
         return self
@@ -157,6 +159,7 @@ class AsyncEdgeClient:
         self._require_usable()
 
         def work() -> T:
+            self._require_usable()
             left_ms = 1000 * (deadline - time.monotonic())
             if left_ms <= 0:
                 raise DeadlineExceededError(

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ensembler.protocol.codec import packed_row_bytes
 from ensembler.protocol.errors import BundleError
-from ensembler.protocol.manifest import MAX_MANIFEST_BYTES, ClientManifest, NoiseMode, Precision
+from ensembler.protocol.manifest import MAX_MANIFEST_BYTES, ClientManifest, NoiseMode, Precision, require_regular
 
 PRIVACY_NAME = "privacy.json"
 
@@ -70,7 +71,10 @@ def describe(
         feature_shape=wire.feature_shape,
         codec=wire.feature_codec.name,
         payload_bytes_up=wire.bytes_up * len(manifest.parties),
-        payload_bytes_down=wire.bytes_down,
+        # Every operator's reply is filled up to whole bytes.
+        payload_bytes_down=sum(
+            packed_row_bytes((party.num_nets, wire.answer_width), wire.answer_bits) for party in manifest.parties
+        ),
         precision=manifest.precision,
         noise_mode=manifest.noise_mode,
         backend=backend,
@@ -82,6 +86,7 @@ def describe(
 
 def _privacy(path: Path) -> dict[str, Any] | None:
     try:
+        require_regular(path)
         with path.open("rb") as stream:
             data = stream.read(MAX_MANIFEST_BYTES + 1)
         card = json.loads(data) if len(data) <= MAX_MANIFEST_BYTES else None

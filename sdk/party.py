@@ -122,11 +122,11 @@ class Party:
         if message.tensor is None or message.tensor.shape != expected or message.bits != wire.answer_bits:
             shape = None if message.tensor is None else message.tensor.shape
             raise ProtocolError(
-                f"the server answered with shape {shape} in {message.bits} bits, {expected} in {wire.answer_bits} "
+                f"{self.server} answered with shape {shape} in {message.bits} bits, {expected} in {wire.answer_bits} "
                 "was asked for; is it the right server?"
             )
         if message.bodies_id != self.bodies_id:
-            raise ProtocolError("the server answered for other nets than were asked for")
+            raise ProtocolError(f"{self.server} answered for other nets than were asked for")
         return message.tensor
 
     def close(self) -> None:
@@ -164,19 +164,20 @@ class Party:
 def exchange_all(parties: list[Party], requests: list[Message], deadline: float) -> list[Reply]:
     """Asks all parties at once and waits for all; one that fails, fails the call, whichever it is.
 
-    Which nets are selected has no say in it: an answer that is not needed is waited for like any other.
+    Which nets are selected has no say in it: an answer that is not needed is waited for like any other. Ctrl-C ends the
+    call at once; the other threads end by the deadline.
 
     Raises:
         EnsemblerError: the first party's that failed, in their order; see ``Party.exchange``.
     """
     if len(parties) == 1:
         return [parties[0].exchange(requests[0], deadline)]
-    outcomes: list[Reply | BaseException | None] = [None] * len(parties)
+    outcomes: list[Reply | Exception | None] = [None] * len(parties)
 
     def ask(index: int) -> None:
         try:
             outcomes[index] = parties[index].exchange(requests[index], deadline)
-        except BaseException as error:  # raised in the caller's thread
+        except Exception as error:  # raised below, in the caller's thread
             outcomes[index] = error
 
     threads = [threading.Thread(target=ask, args=(i,), daemon=True) for i in range(1, len(parties))]

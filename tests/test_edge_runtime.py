@@ -9,6 +9,7 @@ import subprocess
 import sys
 import threading
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +22,7 @@ from ensembler.edge_runtime.backends import BACKENDS, as_codes, open_session
 from ensembler.edge_runtime.images import to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, fresh_noise, softmax
 from ensembler.protocol.errors import BundleError, BundleTamperedError, ConfigError, ImageError
-from ensembler.protocol.manifest import MANIFEST_NAME, ImageSpec, describe_file, load_client
+from ensembler.protocol.manifest import MANIFEST_NAME, ImageSpec, describe_file, load_client, to_json
 
 SPEC = ImageSpec(height=16, width=16)
 WIDE = ImageSpec(height=8, width=24)
@@ -242,6 +243,15 @@ def test_a_head_that_contradicts_its_manifest_is_refused(tiny, tmp_path, tiny_im
     runtime = EdgeRuntime(doctored(tiny.client, tmp_path / "client", head=head))
     with pytest.raises(BundleError, match=r"the head answers with shape \(768,\), the manifest says"):
         runtime.encode(tiny_images[:1])
+
+
+def test_a_head_that_emits_codes_of_more_bits_than_its_manifest_says_is_refused(tiny, tmp_path, tiny_images):
+    folder = shutil.copytree(tiny.client, tmp_path / "client")
+    manifest = load_client(folder)
+    codec = replace(manifest.wire.feature_codec, bits=2, zero_point=0)
+    (folder / MANIFEST_NAME).write_bytes(to_json(replace(manifest, wire=replace(manifest.wire, feature_codec=codec))))
+    with pytest.raises(BundleError, match="the head answers with codes above 3, which u2 does not have"):
+        EdgeRuntime(folder).encode(tiny_images[:2])
 
 
 def test_a_tail_that_contradicts_its_manifest_is_refused(tiny, tmp_path):

@@ -87,6 +87,19 @@ def test_warming_up_refuses_graphs_that_do_not_compute_what_the_manifest_says(ti
     engine.close()
 
 
+def test_bodies_that_answer_with_codes_of_more_bits_than_the_manifest_says_are_refused(tiny, tmp_path, codes):
+    from dataclasses import replace
+
+    folder = shutil.copytree(tiny.server, tmp_path / "server")
+    manifest = load_server(folder)
+    codecs = tuple(replace(codec, bits=2, zero_point=0) for codec in manifest.wire.answer_codecs)
+    forged(manifest, folder, wire=replace(manifest.wire, answer_codecs=codecs))
+    engine = OnnxEngine(folder, threads=1)
+    with pytest.raises(BundleError, match="a body answers with codes above 3, which u2 does not have"):
+        engine.run(codes)
+    engine.close()
+
+
 def test_warming_up_a_good_bundle_says_nothing(tiny):
     engine = OnnxEngine(tiny.server, threads=2)
     engine.warm_up()

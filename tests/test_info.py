@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import json
+import os
 import shutil
-from dataclasses import FrozenInstanceError, asdict, fields
+from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
 
 from ensembler import AsyncEdgeClient, ClientInfo, EdgeClient
+from ensembler.info import describe
+from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import BundleError
-from ensembler.protocol.manifest import load_client
+from ensembler.protocol.manifest import PartySpec, load_client
 from ensembler.protocol.messages import INFER, RESULT, decode
 from ensembler.transport import keys
 from ensembler.transport.inprocess import InProcessTransport
@@ -101,6 +104,30 @@ def test_a_damaged_privacy_card_is_named(copied, content, message):
         pytest.raises(BundleError, match=rf"privacy\.json {message}"),
     ):
         edge.info()
+
+
+def test_a_pipe_in_the_place_of_the_privacy_card_is_refused_instead_of_waited_for(copied):
+    os.mkfifo(copied / "privacy.json")
+    with (
+        EdgeClient(copied, SERVER, plaintext=True) as edge,
+        pytest.raises(BundleError, match=r"privacy\.json cannot be read: it is not a file"),
+    ):
+        edge.info()
+
+
+def test_the_bytes_down_of_several_operators_are_those_of_every_reply(tiny):
+    manifest = load_client(tiny.client)
+    codecs = (AffineCodec(scale=1.0, zero_point=0, bits=4),) * 4
+    wire = replace(manifest.wire, answer_width=3, answer_codecs=codecs)
+    parties = tuple(PartySpec(bodies_id="ab" * 32, num_nets=n, server_public_key=None) for n in (1, 3))
+    info = describe(
+        tiny.client,
+        replace(manifest, wire=wire, parties=parties),
+        backend="onnxruntime",
+        servers=("a", "b"),
+        encrypted=False,
+    )
+    assert info.payload_bytes_down == 2 + 5  # 3 codes and 9 codes of 4 bits, each reply whole bytes
 
 
 def test_the_asyncio_client_says_the_same(tiny):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import stat
 
 import pytest
+import zmq.auth
 
 from ensembler.protocol.errors import ConfigError, KeyFileError
 from ensembler.transport import keys
@@ -65,14 +67,31 @@ def test_the_public_file_is_refused_where_a_secret_is_needed(tmp_path):
 
 @pytest.mark.parametrize(
     "content",
-    [b"", b"hello", b"\xff\xfe\x00", b'metadata\ncurve\n    public-key = "short"\n', bytes(5000)],
-    ids=["empty", "text", "binary", "short key", "zeros"],
+    [
+        b"",
+        b"hello",
+        b"\xff\xfe\x00",
+        b'metadata\ncurve\n    public-key = "short"\n',
+        b'metadata\ncurve\n    public-key = "' + b"~" * 40 + b'"\n',
+        bytes(5000),
+    ],
+    ids=["empty", "text", "binary", "short key", "other letters", "zeros"],
 )
 def test_a_file_that_is_no_key_is_refused(tmp_path, content):
     path = tmp_path / "x.key"
     path.write_bytes(content)
     with pytest.raises(KeyFileError, match=r"x\.key"):
         keys.load_public(path)
+
+
+def test_a_pipe_and_a_huge_file_are_no_keys_and_are_not_read(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe.key")
+    with (tmp_path / "huge.key").open("wb") as stream:
+        stream.truncate(1 << 40)
+    monkeypatch.setattr(zmq.auth, "load_certificate", lambda path: pytest.fail(f"{path} was read"))
+    for name in ("pipe.key", "huge.key"):
+        with pytest.raises(KeyFileError, match=f"{name} is not a CURVE key file"):
+            keys.load_public(tmp_path / name)
 
 
 def test_a_missing_key_file_is_named(tmp_path):

@@ -140,7 +140,9 @@ def codecs_of(bits):
 any_wire = st.builds(
     WireSpec,
     bodies_id=st.text("0123456789abcdef", min_size=64, max_size=64),
-    feature_shape=st.lists(st.integers(1, 1 << 20), min_size=1, max_size=4).map(tuple),
+    feature_shape=(
+        st.lists(st.integers(1, 90), min_size=1, max_size=4) | st.lists(st.integers(1, 1 << 20), min_size=1, max_size=1)
+    ).map(tuple),
     feature_codec=bits.flatmap(codecs_of),
     answer_width=st.integers(1, 1 << 20),
     answer_codecs=bits.flatmap(lambda bits: st.lists(codecs_of(bits), min_size=1, max_size=5).map(tuple)),
@@ -200,6 +202,13 @@ def test_answers_in_codecs_of_several_bits_are_refused():
     changed = document("server")
     changed["wire"]["answer_codecs"][1] |= {"codec": "u4", "zero_point": 0}
     with pytest.raises(BundleError, match="answer_codecs mixes codecs"):
+        parse("server", changed)
+
+
+def test_answers_that_no_message_could_hold_are_refused():
+    changed = document("server")
+    changed["wire"] |= {"answer_codecs": changed["wire"]["answer_codecs"][:1] * 65, "answer_width": 1 << 20}
+    with pytest.raises(BundleError, match=r"wire\.answer_width times 65 nets is more than 67108864"):
         parse("server", changed)
 
 
@@ -263,6 +272,8 @@ MANGLED = {
     "empty text": "",
     "text": "no",
     "long text": "x" * 1001,
+    "half a character": "\ud800",
+    "text like a key": " " * 40,
     "empty list": [],
     "list": [None],
     "deep list": [[[]]],
@@ -274,7 +285,7 @@ MANGLED = {
 def is_allowed(path, value):
     """Whether a mangled value happens to be one that the field may have."""
     if path[0] == "labels" and len(path) == 2:
-        return isinstance(value, str) and len(value) <= 1000
+        return isinstance(value, str) and len(value) <= 1000 and value != "\ud800"
     return (path[-1] in ("server_public_key", "encryption") and value is None) or (
         path == ("noise_std",) and value == 0.3
     )
@@ -303,6 +314,12 @@ def test_a_mangled_field_is_refused_by_name(kind, path):
         ("client", ("precision",), "int4"),
         ("client", ("noise_std",), 1e6),
         ("client", ("parties", 0, "server_public_key"), "x" * 39),
+        ("client", ("parties", 0, "server_public_key"), "é" * 40),
+        ("client", ("parties", 0, "server_public_key"), "~" * 40),
+        ("client", ("parties", 0, "server_public_key"), "\udcff" * 40),
+        ("client", ("parties", 0, "server_public_key"), "A" * 40 + "\n"),
+        ("client", ("parties", 0, "server_public_key"), "#" * 40),  # beyond 2^32
+        ("client", ("labels",), ["cat", "\udcff"]),
         ("client", ("parties", 0, "num_nets"), 4),
         ("client", ("parties",), []),
         ("client", ("head",), "nowhere.onnx"),
@@ -311,6 +328,8 @@ def test_a_mangled_field_is_refused_by_name(kind, path):
         ("client", ("wire", "feature_shape"), [1] * 5),
         ("client", ("wire", "feature_shape"), [16, 0, 8]),
         ("client", ("wire", "feature_shape"), [16, (1 << 20) + 1]),
+        ("client", ("wire", "feature_shape"), [1 << 20, 65]),
+        ("client", ("wire", "feature_shape"), [1 << 20] * 4),
         ("client", ("wire", "feature_codec", "codec"), "u5"),
         ("client", ("wire", "feature_codec", "scale"), 0.1),  # not a float32 value
         ("client", ("wire", "feature_codec", "scale"), 1e300),
@@ -403,7 +422,11 @@ def test_a_file_name_that_could_reach_outside_the_bundle_is_refused(kind, name):
 # --- fuzz ---
 
 json_values = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=20),
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text(st.characters(exclude_categories=()), max_size=20),
     lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
     max_leaves=10,
 )
@@ -443,7 +466,9 @@ def test_damaged_bytes_are_read_or_refused(kind, changes):
     content = bytearray(to_json(KINDS[kind][0]))
     for position, value in changes:
         content[position % len(content)] = value
-    read_or_refuse(kind, bytes(content))
+    read = read_or_refuse(kind, bytes(content))
+    if read is not None:
+        assert parse(kind, to_json(read)) == read
 
 
 # --- folders ---

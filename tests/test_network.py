@@ -37,6 +37,7 @@ from ensembler.protocol.errors import (
 from ensembler.protocol.messages import ERROR, INFER, RESULT, STATUS, Message, decode, encode
 from ensembler.transport import keys
 from ensembler.transport.inprocess import InProcessTransport
+from ensembler.transport.zmq_client import ZmqTransport
 from ensembler.transport.zmq_server import ServerSocket
 
 LONG_MS = 60_000
@@ -47,6 +48,37 @@ def running(tiny, serve):
     """A server process with CURVE that the tests of this module share; yields its endpoint."""
     with serve(tiny.server) as (endpoint, _):
         yield endpoint
+
+
+def test_an_error_while_connecting_closes_what_was_opened(monkeypatch):
+    connect = zmq.Socket.connect
+
+    def broken(self, address):
+        if address.startswith("inproc:"):  # the monitor's
+            return connect(self, address)
+        raise RuntimeError("not a ZMQError")
+
+    monkeypatch.setattr(zmq.Socket, "connect", broken)
+    found = []
+
+    def make():
+        try:
+            ZmqTransport("tcp://127.0.0.1:9", server_key=None, keys=None)
+        except RuntimeError as error:
+            found.append(str(error))
+
+    thread = threading.Thread(target=make, daemon=True)  # without the fix it never ends
+    thread.start()
+    thread.join(30)
+    assert found == ["not a ZMQError"]
+
+
+@pytest.mark.parametrize(
+    "address", ["tcp://\udcff:5555", "ipc://\udcff", "tcp://höst:5555", "tcp://a\0b:5555", "tcp://host:５５５５"]
+)
+def test_an_address_with_characters_that_no_address_has_is_refused(address):
+    with pytest.raises(ConfigError, match="characters that no address has; give tcp://host:port"):
+        ZmqTransport(address, server_key=None, keys=None)
 
 
 class SlowEngine:

@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import json
+import threading
+from dataclasses import replace
 
+import numpy as np
 import pytest
 
 from ensembler.cli import main
 from ensembler.client import EdgeClient
+from ensembler.party import Party, Reply, exchange_all
 from ensembler.protocol.errors import (
     AuthenticationError,
     ConfigError,
     DeadlineExceededError,
+    ProtocolError,
     ServerUnreachableError,
     UnknownBodiesError,
 )
-from ensembler.protocol.manifest import load_client, load_server
+from ensembler.protocol.manifest import PartySpec, load_client, load_server
+from ensembler.protocol.messages import Message
+from ensembler.transport.inprocess import InProcessTransport
 
 OPEN = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100")
 LONG_MS = 60_000.0
@@ -141,6 +148,43 @@ def test_swapped_servers_without_encryption_are_refused_by_their_nets(two, serve
         pytest.raises(UnknownBodiesError, match=second.replace(".", r"\.")),
     ):
         edge.predict(tiny_images[0])
+
+
+def test_ctrl_c_ends_a_call_without_waiting_for_the_other_operators():
+    entered, release, ended = threading.Event(), threading.Event(), threading.Event()
+
+    class Interrupted:
+        server = "a"
+
+        def exchange(self, request, deadline):
+            assert entered.wait(30)
+            raise KeyboardInterrupt
+
+    class Silent:
+        server = "b"
+
+        def exchange(self, request, deadline):
+            entered.set()
+            release.wait(30)
+            ended.set()
+
+    with pytest.raises(KeyboardInterrupt):
+        exchange_all([Interrupted(), Silent()], [None, None], 0.0)
+    assert not ended.is_set()
+    release.set()
+    assert ended.wait(30)
+
+
+@pytest.mark.parametrize("change", [{"bodies_id": bytes(32)}, {"tensor": None}, {"bits": 4}])
+def test_an_operator_that_answers_something_else_is_named(change, tiny):
+    wire = load_client(tiny.client).wire
+    spec = PartySpec(bodies_id="ab" * 32, num_nets=1, server_public_key=None)
+    party = Party("tcp://second:5555", spec, InProcessTransport(lambda _: []))
+    tensor = np.zeros((2, 1, wire.answer_width), np.uint8)
+    right = Message(operation="result", request_id=bytes(16), bodies_id=party.bodies_id, tensor=tensor)
+    assert party.answers(Reply(right, 0, 0), 2, wire) is tensor
+    with pytest.raises(ProtocolError, match=r"^tcp://second:5555 answered "):
+        party.answers(Reply(replace(right, **change), 0, 0), 2, wire)
 
 
 @pytest.mark.parametrize("missing", [0, 1])

@@ -6,6 +6,8 @@ import dataclasses
 import hashlib
 import hmac
 import json
+import os
+import resource
 import shutil
 import stat
 import sys
@@ -355,6 +357,17 @@ def test_a_bundle_key_is_never_overwritten(tmp_path):
     assert sealing.key(tmp_path / "key").material == before
 
 
+def test_half_a_key_is_removed_and_the_error_is_the_systems(tmp_path):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))  # as on a full disk
+    try:
+        with pytest.raises(KeyFileError, match="the key cannot be written: File too large"):
+            sealing.create_key(tmp_path / "key")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_key_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(KeyFileError, match="the key cannot be written"):
@@ -372,6 +385,13 @@ def test_a_secret_file_that_others_can_read_is_refused_with_the_cure(read, tmp_p
 def test_a_folder_is_no_secret_file(read, tmp_path):
     with pytest.raises(KeyFileError, match=str(tmp_path)):
         read(tmp_path)
+
+
+@pytest.mark.parametrize("read", [sealing.key, sealing.passphrase_file])
+def test_a_pipe_is_no_secret_file_and_is_not_waited_for(read, tmp_path):
+    os.mkfifo(tmp_path / "pipe", 0o600)
+    with pytest.raises(KeyFileError, match="pipe is not a file"):
+        read(tmp_path / "pipe")
 
 
 @pytest.mark.parametrize("content", [PASSPHRASE, f"{PASSPHRASE}\n", f"{PASSPHRASE}\r\n"])

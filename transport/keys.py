@@ -17,10 +17,13 @@ import zmq
 import zmq.auth
 
 from ensembler.protocol.errors import ConfigError, KeyFileError
+from ensembler.protocol.manifest import is_curve_key
 
 PUBLIC_SUFFIX = ".key"
 SECRET_SUFFIX = ".key_secret"  # noqa: S105 (a file name)
-KEY_CHARS = 40
+
+
+MAX_FILE_BYTES = 64 * 1024
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,13 +129,18 @@ def standard_places(name: str) -> list[Path]:
 
 def _load(path: Path) -> tuple[str, str | None]:
     try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode) or status.st_size > MAX_FILE_BYTES:  # a pipe might never end to be read
+            raise KeyFileError(f"{path} is not a CURVE key file; ensembler keys new makes one")
         public, secret = zmq.auth.load_certificate(path)
+    except KeyFileError:
+        raise
     except OSError as error:
         raise KeyFileError(f"the key file {path} cannot be read: {error.strerror or 'no such file'}") from error
     except Exception as error:  # a malformed certificate raises ValueError or UnicodeDecodeError
         raise KeyFileError(f"{path} is not a CURVE key file; ensembler keys new makes one") from error
     texts = [key.decode("ascii", "replace") if key else None for key in (public, secret)]
-    if texts[0] is None or any(text is not None and len(text) != KEY_CHARS for text in texts):
+    if texts[0] is None or any(text is not None and not is_curve_key(text) for text in texts):
         raise KeyFileError(f"{path} is not a CURVE key file; ensembler keys new makes one")
     return texts[0], texts[1]
 

@@ -101,6 +101,9 @@ class ZmqTransport:
             raise ConfigError(
                 f"the server address {self.endpoint!r} is not usable ({error.strerror}); give tcp://host:port"
             ) from None  # the cause's traceback would show the socket options
+        except BaseException:
+            connection.close()  # its monitor, left open, would keep the context from ending
+            raise
         return connection
 
     def close(self) -> None:
@@ -115,6 +118,11 @@ class ZmqTransport:
 def _check(endpoint: str) -> None:
     """Refuses what libzmq would only fail to connect to, for ever and in silence."""
     scheme, _, address = endpoint.partition("://")
+    if not endpoint.isprintable() or not (endpoint.isascii() or scheme == "ipc"):
+        raise ConfigError(
+            f"the server address {endpoint!r} is not usable: it has characters that no address has; give "
+            "tcp://host:port, a host name beyond ASCII in its xn-- form"
+        )
     host, _, port = address.rpartition(":")
     if scheme == "ipc" and address:
         return
