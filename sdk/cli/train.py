@@ -80,8 +80,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Trains."""
     need_torch()
     from ensembler.training.plan import make_plan
-    from ensembler.training.runs import RunFolder
     from ensembler.training.plots import draw
+    from ensembler.training.runs import RunFolder
     from ensembler.training.stages import resume, train
 
     if options.dry_run and options.resume is None:
