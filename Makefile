@@ -45,7 +45,7 @@ bench: $(INSTALLED)
 cifar: $(INSTALLED)
 	$(BIN)/python benchmarks/cifar10_slim.py --data "$(CIFAR10)"
 
-# Fewer bits on the wire, and a bottleneck: three hours on two cores. CIFAR10 as above.
+# Fewer bits on the wire, and a bottleneck: two hours on two cores. CIFAR10 as above.
 wire: $(INSTALLED)
 	$(BIN)/python benchmarks/wire.py --data "$(CIFAR10)"
 
