@@ -14,8 +14,11 @@ import numpy as np
 import numpy.typing as npt
 
 from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
+from ensembler.protocol.options import whole
 
 Array = npt.NDArray[Any]
+
+MAX_THREADS = 1024
 
 
 class Session(Protocol):
@@ -80,15 +83,14 @@ def open_session(
         backend: a name of ``BACKENDS``.
 
     Raises:
-        ConfigError: an unknown backend, or less than one thread.
+        ConfigError: an unknown backend, or a number of threads that is none.
         MissingExtraError: the runtime is not installed.
         BundleError: the runtime cannot load the file.
     """
-    if backend not in BACKENDS:
+    if backend not in list(BACKENDS):  # a list, since not everything can be looked up in a dict
         raise ConfigError(f"unknown backend {backend!r}; known: {', '.join(sorted(BACKENDS))}")
-    if threads < 1:
-        raise ConfigError(f"threads = {threads}: at least one")
-    return BACKENDS[backend](model, name if isinstance(model, bytes) else model.name, threads)
+    count = whole("threads", threads, 1, MAX_THREADS)
+    return BACKENDS[backend](model, name if isinstance(model, bytes) else model.name, count)
 
 
 def as_codes(array: Array) -> npt.NDArray[np.uint8]:

@@ -13,7 +13,7 @@ import os
 import stat
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
 import numpy as np
 import numpy.typing as npt
@@ -28,8 +28,9 @@ if TYPE_CHECKING:
 Pixels = npt.NDArray[np.uint8]
 
 
+@runtime_checkable
 class PillowImage(Protocol):
-    """A PIL image, without importing pillow."""
+    """A PIL image, without importing pillow: what has all of these is taken for one."""
 
     @property
     def mode(self) -> str:
@@ -38,6 +39,12 @@ class PillowImage(Protocol):
     @property
     def size(self) -> tuple[int, int]:
         """Width and height."""
+
+    def convert(self, mode: str) -> Any:
+        """Returns the image in another format."""
+
+    def resize(self, size: tuple[int, int]) -> Any:
+        """Returns the image in another size."""
 
 
 ImageLike: TypeAlias = str | os.PathLike[str] | bytes | PillowImage | npt.NDArray[Any]
@@ -74,7 +81,7 @@ def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
     if isinstance(image, str | os.PathLike):
         path = os.fsdecode(image)
         return _fit(_open(Path(path)), spec, path)
-    if hasattr(image, "convert") and hasattr(image, "resize"):
+    if isinstance(image, PillowImage):
         return _fit(image, spec, "the PIL image")
     raise ImageError(
         f"an image is a path, bytes, a PIL image or an array of uint8 or uint16, not {type(image).__name__}"
@@ -87,7 +94,7 @@ def several(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
     Raises:
         ImageError: one image, or nothing to iterate over.
     """
-    one = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike) or hasattr(images, "convert")
+    one = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | PillowImage)
     if isinstance(images, np.ndarray):
         one = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))
     if one or not isinstance(images, Iterable):

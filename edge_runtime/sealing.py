@@ -16,6 +16,7 @@ from typing import Any
 
 from ensembler.protocol.errors import BundleError, ConfigError, KeyFileError, MissingExtraError
 from ensembler.protocol.manifest import SALT_BYTES, ClientManifest, Kdf, SealSpec, to_json
+from ensembler.protocol.options import expanded
 
 KEY_BYTES = 32
 NONCE_BYTES = 12
@@ -73,8 +74,8 @@ def key(source: str | os.PathLike[str] | bytes) -> BundleSecret:
     if isinstance(source, bytes):
         data, name = source, "the bundle key"
     else:
-        name = os.fspath(source)
-        data = _private_bytes(Path(source).expanduser(), KEY_BYTES + 1)
+        path = expanded("bundle_key", source)
+        data, name = _private_bytes(path, KEY_BYTES + 1), str(path)
     if len(data) != KEY_BYTES:
         raise KeyFileError(f"{name} is not a bundle key of {KEY_BYTES} bytes; ensembler keys bundle FILE makes one")
     return BundleSecret(kdf="hkdf-sha256", material=data)
@@ -93,19 +94,26 @@ def passphrase(text: str) -> BundleSecret:
 
 
 def passphrase_file(source: str | os.PathLike[str]) -> BundleSecret:
-    """Returns the secret of a file that holds a passphrase; line ends at its end do not count.
+    """Returns the secret of a file that holds a passphrase; errors as ``passphrase_of``."""
+    return passphrase(passphrase_of(source))
+
+
+def passphrase_of(source: str | os.PathLike[str]) -> str:
+    """Returns the passphrase that a file holds; line ends at its end do not count.
 
     Raises:
         KeyFileError: missing, readable by others, empty, too long or not UTF-8.
     """
-    path = Path(source).expanduser()
+    path = expanded("the passphrase file", source)
     data = _private_bytes(path, MAX_PASSPHRASE_BYTES + 3)
     try:
-        return passphrase(data.decode("utf-8").rstrip("\r\n"))
+        text = data.decode("utf-8").rstrip("\r\n")
+        passphrase(text)
     except UnicodeDecodeError:  # its text would show the bytes
         raise KeyFileError(f"{path} is not a text in UTF-8, so it holds no passphrase") from None
     except KeyFileError as error:
         raise KeyFileError(f"{path}: {error}") from None
+    return text
 
 
 def from_file(source: str | os.PathLike[str], kdf: Kdf) -> BundleSecret:

@@ -7,7 +7,7 @@ There are four, ``u8``, ``u4``, ``u3`` and ``u2``: unsigned affine codes of so m
 with round-half-to-even, as ONNX ``QuantizeLinear`` does, so that a graph that ends in that operator emits wire codes.
 Inside a program codes are uint8, one a byte; on the wire those of fewer bits are packed, one image after the other,
 the first code in the lowest bits of the first byte. The range is fixed before the selector is drawn
-(docs/threat-model.md), and the size of a message depends on nothing but the shape: there is no entropy coding.
+(docs/threat-model.md), and the size of a message depends on nothing but shape and codec: there is no entropy coding.
 """
 
 from __future__ import annotations

@@ -17,6 +17,7 @@ from ensembler.info import ClientInfo
 from ensembler.prediction import Prediction
 from ensembler.process import OwnProcess
 from ensembler.protocol.errors import ConfigError, DeadlineExceededError
+from ensembler.protocol.options import whole
 from ensembler.streaming import Stream, checked_in_flight
 
 T = TypeVar("T")
@@ -45,12 +46,10 @@ class AsyncEdgeClient:
     def __init__(
         self, bundle: str | os.PathLike[str], server: str | Sequence[str], *, max_calls: int = 8, **options: Any
     ) -> None:
-        if max_calls < 1:
-            raise ConfigError(f"max_calls = {max_calls}: at least 1")
+        self._max_calls = whole("max_calls", max_calls, 1)
         self._client = EdgeClient(bundle, server, **options)
-        self._max_calls = max_calls
         self._process = OwnProcess()
-        self._threads = ThreadPoolExecutor(max_calls, thread_name_prefix="ensembler-async")
+        self._threads = ThreadPoolExecutor(self._max_calls, thread_name_prefix="ensembler-async")
         self._closed = threading.Event()
 
     async def predict(self, image: ImageLike, *, timeout_ms: float | None = None) -> Prediction:

@@ -26,6 +26,7 @@ from ensembler.process import OwnProcess
 from ensembler.protocol.errors import ConfigError, EnsemblerError, KeyFileError
 from ensembler.protocol.manifest import ClientManifest, Kdf, WireSpec
 from ensembler.protocol.messages import INFER, LIMITS, REQUEST_ID_BYTES, STATUS, Message
+from ensembler.protocol.options import expanded, milliseconds, whole
 from ensembler.streaming import answers, checked_in_flight
 from ensembler.transport import keys as key_files
 from ensembler.transport.base import Transport
@@ -45,8 +46,8 @@ class EdgeClient:
 
     Thread-safe: calls from several threads run side by side, each on its own connection.
 
-    Belongs to the process that made it. In a forked child every call raises ``ConfigError``, ``close`` does nothing,
-    and the parent's client goes on working; make a new client in the child.
+    Belongs to the process that made it. In a forked child every call that would ask the server raises ``ConfigError``,
+    ``close`` does nothing, and the parent's client goes on working; make a new client in the child.
 
     Args:
         bundle: the folder of a client bundle.
@@ -93,11 +94,12 @@ class EdgeClient:
     ) -> None:
         if fallback is not None and not callable(fallback):
             raise ConfigError(f"fallback is {type(fallback).__name__}; give a function of an image and an error")
-        if top_k < 1:
-            raise ConfigError(f"top_k = {top_k}: at least 1")
+        top_k = whole("top_k", top_k, 1)
+        if not isinstance(plaintext, bool):  # "false" is true
+            raise ConfigError(f"plaintext = {plaintext!r}: give True or False")
         self._process = OwnProcess()
         self._timeout_ms = checked_timeout(timeout_ms)
-        folder = Path(bundle).expanduser()
+        folder = expanded("bundle", bundle)
         secret = _bundle_secret(bundle_key, passphrase)
         self._runtime = EdgeRuntime(folder, threads=threads, backend=backend, secret=secret)
         self._manifest = self._runtime.manifest
@@ -359,6 +361,10 @@ def _bundle_secret(
     """Returns what looks for the secret of an encrypted bundle: the arguments, then the environment."""
     if bundle_key is not None and passphrase is not None:
         raise ConfigError("bundle_key and passphrase were both given; a bundle is encrypted with one of them")
+    if passphrase is not None and not isinstance(passphrase, str):
+        raise ConfigError(f"passphrase is {type(passphrase).__name__}; give a text (str), or a key file as bundle_key")
+    if bundle_key is not None and not isinstance(bundle_key, bytes):
+        bundle_key = expanded("bundle_key", bundle_key)
 
     def find(kdf: Kdf) -> sealing.BundleSecret | None:
         if bundle_key is not None:
@@ -379,7 +385,9 @@ def _rows_per_request(wire: WireSpec) -> int:
 
 def _addresses(server: str | Sequence[str], manifest: ClientManifest, bundle: Path) -> tuple[str, ...]:
     """Returns one address for each operator."""
-    addresses = (server,) if isinstance(server, str) else tuple(server)
+    addresses = (server,) if isinstance(server, str) or not isinstance(server, Iterable) else tuple(server)
+    if not all(isinstance(address, str) for address in addresses):
+        raise ConfigError(f"server = {server!r}: give tcp://host:port, for several operators a list of such addresses")
     if len(addresses) != len(manifest.parties):
         raise ConfigError(
             f"the bundle {bundle} was exported for {len(manifest.parties)} operators, {len(addresses)} server "
@@ -404,8 +412,6 @@ def checked_timeout(timeout_ms: float) -> float:
     """Returns ``timeout_ms`` if it can be a deadline.
 
     Raises:
-        ConfigError: not above 0, or more than a day.
+        ConfigError: no number, not above 0, or more than a day.
     """
-    if not 0 < timeout_ms <= 24 * 3600 * 1000:
-        raise ConfigError(f"timeout_ms = {timeout_ms}: give more than 0 and at most a day (86,400,000)")
-    return float(timeout_ms)
+    return milliseconds("timeout_ms", timeout_ms, 24 * 3600 * 1000)

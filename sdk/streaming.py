@@ -14,7 +14,7 @@ from typing import Generic, TypeVar
 
 from ensembler.edge_runtime.images import ImageLike
 from ensembler.process import OwnProcess
-from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.options import whole
 
 Answer = TypeVar("Answer")
 
@@ -29,9 +29,7 @@ def checked_in_flight(in_flight: int) -> int:
     Raises:
         ConfigError: less than 1, or more than ``MAX_IN_FLIGHT``.
     """
-    if not 1 <= in_flight <= MAX_IN_FLIGHT:
-        raise ConfigError(f"in_flight = {in_flight}: give 1 to {MAX_IN_FLIGHT} calls at once")
-    return in_flight
+    return whole("in_flight", in_flight, 1, MAX_IN_FLIGHT)
 
 
 class Stream(Generic[Answer]):

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from ensembler import AsyncEdgeClient, EdgeClient
 from ensembler.cli import main
 from ensembler.cloud_runtime.engine import OnnxEngine
 from ensembler.edge_runtime.images import to_pixels
@@ -143,6 +144,42 @@ def test_a_file_in_the_place_of_a_bundle_is_refused(tmp_path, capsys, kind):
     options = ["predict", bundle, "a.png", "--server", "tcp://127.0.0.1:9"] if kind == "client" else ["serve", bundle]
     assert main(options) == 1
     assert f"no bundle at {bundle}: it is not a folder" in said(capsys)
+
+
+# --- options of a program ---
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({"server": None}, "server = None: give tcp://host:port"),
+        ({"server": [None]}, r"server = \[None\]: give tcp://host:port"),
+        ({"server": b"tcp://a:1"}, "server = b'tcp://a:1': give tcp://host:port"),
+        ({"bundle": None}, "bundle is NoneType; give a path"),
+        ({"bundle": b"client"}, "bundle is bytes; give a path"),
+        ({"bundle": "~nosuchuser/x"}, "bundle = '~nosuchuser/x': this machine knows no such home"),
+        ({"key": "~nosuchuser/x"}, "the key argument = '~nosuchuser/x': this machine knows no such home"),
+        ({"key": 5}, "the key argument is int; give a path"),
+        ({"bundle_key": "~nosuchuser/x"}, "bundle_key = '~nosuchuser/x': this machine knows no such home"),
+        ({"bundle_key": 5}, "bundle_key is int; give a path"),
+        ({"passphrase": b"secret phrase"}, "passphrase is bytes; give a text"),
+        ({"plaintext": "false"}, "plaintext = 'false': give True or False"),
+        ({"timeout_ms": "5"}, "timeout_ms = '5': give a number"),
+        ({"timeout_ms": None}, "timeout_ms = None: give a number"),
+        ({"timeout_ms": float("nan")}, "timeout_ms = nan: give a number"),
+        ({"threads": "1"}, "threads = '1': give a whole number"),
+        ({"threads": 1 << 40}, "threads = 1099511627776: give a whole number"),
+        ({"top_k": "5"}, "top_k = '5': give a whole number"),
+        ({"backend": []}, r"unknown backend \[\]"),
+        ({"max_calls": "8"}, "max_calls = '8': give a whole number"),
+    ],
+    ids=str,
+)
+def test_an_option_of_another_type_is_named_with_what_to_give(options, words, tiny):
+    make = AsyncEdgeClient if "max_calls" in options else EdgeClient
+    with pytest.raises(ConfigError, match=words) as caught:
+        make(**({"bundle": tiny.client, "server": "tcp://127.0.0.1:9"} | options))
+    assert "secret phrase" not in str(caught.value)
 
 
 # --- addresses ---

@@ -18,6 +18,7 @@ import zmq.auth
 
 from ensembler.protocol.errors import ConfigError, KeyFileError
 from ensembler.protocol.manifest import is_curve_key
+from ensembler.protocol.options import expanded
 
 PUBLIC_SUFFIX = ".key"
 SECRET_SUFFIX = ".key_secret"  # noqa: S105 (a file name)
@@ -112,9 +113,9 @@ def find(argument: str | os.PathLike[str] | None, variable: str, candidates: Ite
     """
     named = argument if argument is not None else os.environ.get(variable)
     if named:
-        path = Path(named).expanduser()
+        source = "the key argument" if argument is not None else f"the environment variable {variable}"
+        path = expanded(source, named)
         if not path.is_file():
-            source = "the key argument" if argument is not None else f"the environment variable {variable}"
             raise KeyFileError(f"{source} names {path}, which is not a file; ensembler keys new makes keys")
         return path
     return next((path for path in candidates if path.is_file()), None)

@@ -48,7 +48,7 @@ def bundle_secret(options: argparse.Namespace) -> dict[str, Any]:
     """Returns the keyword arguments of ``EdgeClient`` for those options."""
     if options.passphrase_file is None:
         return {"bundle_key": options.bundle_key}
-    return {"passphrase": sealing.passphrase_file(options.passphrase_file).material.decode()}
+    return {"passphrase": sealing.passphrase_of(options.passphrase_file)}
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
