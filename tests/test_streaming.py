@@ -209,7 +209,7 @@ def test_two_streams_of_one_client_do_not_disturb_each_other(edge, tiny_images, 
     ("options", "message"),
     [
         ({"in_flight": 0}, "in_flight = 0"),
-        ({"in_flight": MAX_IN_FLIGHT + 1}, "give 1 to 64"),
+        ({"in_flight": MAX_IN_FLIGHT + 1}, "at least 1 and at most 64"),
         ({"timeout_ms": 0}, "timeout_ms = 0"),
     ],
 )
