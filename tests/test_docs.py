@@ -18,9 +18,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 from PIL import Image
+from test_sealing import BY_KEY, BY_PASSPHRASE, KEY, PASSPHRASE, sealed
 
 from ensembler.cli import main
 from ensembler.client import EdgeClient
+from ensembler.edge_runtime import sealing
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -106,12 +108,25 @@ class Reader:
                 "frames": lambda: iter([image, image]),
                 "show": lambda result: result,
             }
+            if "bundle_key" in text:
+                given |= self.sealed()
             if "client" in text and "as client" not in text:
                 given["client"] = stack.enter_context(EdgeClient("out/demo/client", self.endpoint, timeout_ms=60_000))
             exec(compile(text, "snippet", "exec"), given)
             begin = given.get("main")
             if inspect.iscoroutinefunction(begin):
                 asyncio.run(begin())
+
+    def sealed(self):
+        """Returns the reader's two encrypted bundles, and what opens the second."""
+        demo, key_file = self.folder / "out" / "demo", self.folder / "bundle.key"
+        key_file.write_bytes(KEY)
+        key_file.chmod(0o600)
+        return {
+            "bundle": sealed(self.tiny.client, demo / "by_key", sealing.key(KEY), BY_KEY),
+            "other_bundle": sealed(self.tiny.client, demo / "other", sealing.passphrase(PASSPHRASE), BY_PASSPHRASE),
+            "ask": lambda: PASSPHRASE,
+        }
 
     # --- shell ---
 

@@ -337,7 +337,8 @@ class RunFolder:
         try:
             yield
         except (KeyError, IndexError, TypeError, ValueError, AttributeError, OverflowError, ConfigError) as error:
-            raise DataError(f"{self.path / name} is damaged or of another version; train again") from error
+            reason = f" ({error})" if isinstance(error, ConfigError) else ""
+            raise DataError(f"{self.path / name} is damaged or of another version{reason}; train again") from error
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``."""
