@@ -133,18 +133,7 @@ def pack(codes: Codes, bits: int) -> Codes:
     rows = np.ascontiguousarray(codes).reshape(len(codes), -1)
     if bits == 8:
         return rows
-    per_group = _group(bits)
-    padding = -rows.shape[1] % per_group
-    if padding:
-        rows = np.pad(rows, [(0, 0), (0, padding)])
-    # A group is the fewest codes that fill whole bytes: two of 4 bits, four of 2, eight of 3.
-    groups = rows.reshape(len(rows), -1, per_group)
-    words = np.zeros(groups.shape[:2], np.uint32)
-    for i in range(per_group):
-        words |= groups[:, :, i].astype(np.uint32) << np.uint32(bits * i)
-    group_bytes = per_group * bits // 8
-    packed = np.stack([(words >> np.uint32(8 * i)).astype(np.uint8) for i in range(group_bytes)], axis=2)
-    return packed.reshape(len(rows), -1)[:, : packed_row_bytes(codes.shape[1:], bits)]
+    return _regrouped(rows, bits, 8)[:, : packed_row_bytes(codes.shape[1:], bits)]
 
 
 def unpack(packed: Codes, row_shape: Sequence[int], bits: int) -> Codes:
@@ -155,22 +144,28 @@ def unpack(packed: Codes, row_shape: Sequence[int], bits: int) -> Codes:
     """
     if bits == 8:
         return packed.reshape(len(packed), *row_shape)
-    count, per_group = math.prod(row_shape), _group(bits)
-    group_bytes = per_group * bits // 8
-    padding = -packed.shape[1] % group_bytes
-    if padding:
-        packed = np.pad(packed, [(0, 0), (0, padding)])
-    octets = packed.reshape(len(packed), -1, group_bytes)
-    words = np.zeros(octets.shape[:2], np.uint32)
-    for i in range(group_bytes):
-        words |= octets[:, :, i].astype(np.uint32) << np.uint32(8 * i)
-    mask = np.uint32(2**bits - 1)
-    codes = np.stack([((words >> np.uint32(bits * i)) & mask).astype(np.uint8) for i in range(per_group)], axis=2)
-    rows = codes.reshape(len(packed), -1)
+    count = math.prod(row_shape)
+    rows = _regrouped(packed, 8, bits)
     if rows[:, count:].any():
         raise ValueError("bits beyond the last code are set")
     return rows[:, :count].reshape(len(packed), *row_shape)
 
 
-def _group(bits: int) -> int:
-    return math.lcm(bits, 8) // bits
+def _regrouped(rows: Codes, bits_in: int, bits_out: int) -> Codes:
+    """Reads each row's values of ``bits_in`` bits as one string of bits, and returns it in values of ``bits_out``.
+
+    A row is filled up with zeros to whole groups: the fewest values that both widths divide, as 24 bits are eight codes
+    of 3 bits and three bytes.
+    """
+    group_bits = math.lcm(bits_in, bits_out)
+    values_in, values_out = group_bits // bits_in, group_bits // bits_out
+    padding = -rows.shape[1] % values_in
+    if padding:
+        rows = np.pad(rows, [(0, 0), (0, padding)])
+    groups = rows.reshape(len(rows), -1, values_in)
+    words = np.zeros(groups.shape[:2], np.uint32)
+    for i in range(values_in):
+        words |= groups[:, :, i].astype(np.uint32) << np.uint32(bits_in * i)
+    mask = np.uint32(2**bits_out - 1)
+    parts = [((words >> np.uint32(bits_out * i)) & mask).astype(np.uint8) for i in range(values_out)]
+    return np.stack(parts, axis=2).reshape(len(rows), -1)
