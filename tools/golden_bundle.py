@@ -26,7 +26,7 @@ from ensembler.training.stages import train
 from ensembler.transport.base import Frames
 from ensembler.transport.inprocess import Handler, InProcessTransport
 
-SIZE, CLASSES, PARTIES = 16, 3, 2
+PARTIES = 2
 
 
 def main() -> None:
@@ -34,12 +34,14 @@ def main() -> None:
     target = Path(sys.argv[1])
     if target.exists():
         raise SystemExit(f"{target} exists: a golden bundle is not made anew")
-    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # own_nets
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # own_nets, and images of noise
+    from conftest import LABELS, colour_images
+
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
         for part, count, seed in (("train", 192, 1), ("test", 64, 2)):
-            x, y = images(count, seed)
-            np.savez(folder / f"{part}.npz", x=x, y=y, label_names=np.array(("red", "grün", "blue")))
+            x, y = colour_images(count, seed)
+            np.savez(folder / f"{part}.npz", x=x, y=y, label_names=np.array(LABELS))
         config = TrainConfig(
             data=f"npz:{folder / 'train.npz'},{folder / 'test.npz'}",
             arch="own_nets:skipping",
@@ -60,17 +62,8 @@ def main() -> None:
         target.mkdir(parents=True)
         for name in ("client", *(f"server_{index}" for index in range(PARTIES))):
             shutil.copytree(folder / "out" / name, target / name)
-    pixels = np.ascontiguousarray(images(4, 3)[0].transpose(0, 2, 3, 1))
+    pixels = np.ascontiguousarray(colour_images(4, 3)[0].transpose(0, 2, 3, 1))
     np.savez(target / "expected.npz", images=pixels, logits=predicted(target, pixels))
-
-
-def images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns noise whose class is its strongest channel: (count, 3, SIZE, SIZE) uint8 and (count,)."""
-    rng = np.random.Generator(np.random.PCG64(seed))
-    y = rng.integers(0, CLASSES, count)
-    x = rng.integers(0, 120, (count, 3, SIZE, SIZE), dtype=np.uint8)
-    x[np.arange(count), y] += 100
-    return x, y
 
 
 def predicted(folder: Path, pixels: np.ndarray) -> np.ndarray:

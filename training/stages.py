@@ -68,6 +68,14 @@ class Stage1Net:
     net: Net
     noise: Tensor
 
+    def logits(self, x: Tensor, codec: AffineCodec | None = None) -> Tensor:
+        """Returns logits ``(B, K)`` for normalised images, the features sent through ``codec`` if there is one."""
+        sent = self.net.head(x) + self.noise
+        if codec is not None:
+            sent = fake_quantise(sent, codec)
+        logits: Tensor = self.net.tail(self.net.body(sent))
+        return logits
+
 
 class Client(nn.Module):
     """The client's whole pipeline in float: head, noise, wire, the P selected bodies, wire, selector, tail.
@@ -159,13 +167,8 @@ def _train_stage1_net(
     run: RunFolder, config: TrainConfig, item: Stage1Net, index: int, data: Tensors, reporter: Reporter
 ) -> None:
     net, noise, bottleneck = item.net, item.noise, config.squeezed
-
-    def forward(x: Tensor) -> Tensor:
-        sent = net.head(x) + noise
-        if bottleneck is not None:  # its quantiser is part of the net from the first step on
-            sent = fake_quantise(sent, bottleneck.codec)
-        logits: Tensor = net.tail(net.body(sent))
-        return logits
+    # A bottleneck's quantiser is part of the net from the first step on.
+    forward = partial(item.logits, codec=None if bottleneck is None else bottleneck.codec)
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
         logits = forward(x)
@@ -295,12 +298,7 @@ def fewest_bits(nets: Sequence[Stage1Net], images: Tensor, labels: Tensor, max_d
     values = _all_features(nets, x)
 
     def mean_accuracy(codec: AffineCodec | None) -> float:
-        def predict(item: Stage1Net, x: Tensor) -> Tensor:
-            sent = item.net.head(x) + item.noise
-            logits: Tensor = item.net.tail(item.net.body(sent if codec is None else fake_quantise(sent, codec)))
-            return logits
-
-        return sum(accuracy(partial(predict, item), images, labels) for item in nets) / len(nets)
+        return sum(accuracy(partial(item.logits, codec=codec), images, labels) for item in nets) / len(nets)
 
     floor = mean_accuracy(None) - max_drop_points
     widths = sorted(CODEC_BITS.values())
