@@ -83,6 +83,29 @@ def tiny_data(tmp_path_factory) -> str:
     return f"npz:{folder / 'train.npz'},{folder / 'test.npz'}"
 
 
+@pytest.fixture(scope="module")
+def one_thread():
+    """Tensors this small gain nothing from threads, and another number of them may sum in another order."""
+    import torch
+
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+@pytest.fixture(scope="session")
+def configs():
+    """``configs(**smallest)`` returns a function that builds that config of a small net, with changes."""
+    from ensembler.training.config import TrainConfig
+
+    def of(**smallest):
+        common = {"arch": "resnet10_slim", "batch_size": 16, "device": "cpu"}
+        return lambda **changes: TrainConfig(**(common | smallest | changes))
+
+    return of
+
+
 @pytest.fixture(scope="session")
 def tiny_run(tiny_data, tmp_path_factory) -> Path:
     """A run folder: N = 3, P = 2, trained for a few seconds."""

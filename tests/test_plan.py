@@ -8,27 +8,19 @@ import pytest
 
 from ensembler.cli import main
 from ensembler.protocol.errors import ConfigError
-from ensembler.training.config import TrainConfig
 from ensembler.training.plan import duration, make_plan
 from ensembler.training.stages import train
 
 
 @pytest.fixture(scope="module")
-def settings(tiny_data):
-    def build(**changes):
-        smallest = {
-            "data": tiny_data,
-            "arch": "resnet10_slim",
-            "num_nets": 3,
-            "num_selected": 2,
-            "epochs_stage1": 2,
-            "epochs_stage3": 4,
-            "batch_size": 16,
-            "device": "cpu",
-        }
-        return TrainConfig(**(smallest | changes))
-
-    return build
+def settings(configs, tiny_data):
+    return configs(
+        data=tiny_data,
+        num_nets=3,
+        num_selected=2,
+        epochs_stage1=2,
+        epochs_stage3=4,
+    )
 
 
 def test_the_plan_counts_what_the_run_will_do(settings):

@@ -16,51 +16,35 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from safetensors.torch import load_file, save_file
 
 from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training import data as data_sets
 from ensembler.training import stages
 from ensembler.training.checkpoint import data_digest, training_lock
-from ensembler.training.config import TrainConfig
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import resume, train
 
 COMMAND = [sys.executable, "-m", "ensembler.cli", "train"]
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 N, EPOCHS, STEPS = 2, 2, 3
 STAGE1 = tuple(f"stage1/net_{index:02d}.safetensors" for index in range(N))
 DEADLINE_S = 120
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """The processes that these tests start have one thread, and another number may sum in another order."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
-def settings(tiny_data):
-    def build(**changes):
-        smallest = {
-            "data": tiny_data,
-            "arch": "resnet10_slim",
-            "num_nets": N,
-            "num_selected": 1,
-            "epochs_stage1": EPOCHS,
-            "epochs_stage3": EPOCHS,
-            "batch_size": 16,
-            "train_limit": 16 * STEPS,
-            "learning_rate": 0.01,
-            "client_seed": 5,
-            "device": "cpu",
-        }
-        return TrainConfig(**(smallest | changes))
-
-    return build
+def settings(configs, tiny_data):
+    return configs(
+        data=tiny_data,
+        num_nets=N,
+        num_selected=1,
+        epochs_stage1=EPOCHS,
+        epochs_stage3=EPOCHS,
+        train_limit=16 * STEPS,
+        learning_rate=0.01,
+        client_seed=5,
+    )
 
 
 @pytest.fixture(scope="module")

@@ -42,6 +42,8 @@ from ensembler.training.stages import (
 )
 from ensembler.training.wire import codec_for, fake_quantise, fake_quantise_answers
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 SIZE = 16
 N, P = 3, 2
 STD = 0.1
@@ -58,40 +60,23 @@ def save_pair(folder, train_count=64, test_count=32, size=SIZE):
     return f"npz:{folder / 'train.npz'},{folder / 'test.npz'}"
 
 
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Tensors this small gain nothing from threads, and lose much where another program uses the other core."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
     return save_pair(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.fixture(scope="module")
-def settings(pair):
+def settings(configs, pair):
     """Returns a function that builds the smallest config, with changes."""
-
-    def build(**changes):
-        smallest = {
-            "data": pair,
-            "arch": "resnet10_slim",
-            "num_nets": N,
-            "num_selected": P,
-            "noise_std": STD,
-            "epochs_stage1": 1,
-            "epochs_stage3": 1,
-            "batch_size": 16,
-            "learning_rate": 0.01,
-            "device": "cpu",
-        }
-        return TrainConfig(**(smallest | changes))
-
-    return build
+    return configs(
+        data=pair,
+        num_nets=N,
+        num_selected=P,
+        noise_std=STD,
+        epochs_stage1=1,
+        epochs_stage3=1,
+        learning_rate=0.01,
+    )
 
 
 @pytest.fixture(scope="module")
