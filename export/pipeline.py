@@ -44,7 +44,8 @@ from ensembler.training import data as data_sets
 from ensembler.training.data import Dataset
 from ensembler.training.models import PIXEL_SCALE, PIXEL_ZERO_POINT, normalise
 from ensembler.training.runs import RunFolder, bodies_digest
-from ensembler.training.stages import Client, Stage1Net, load_client, load_stage1, mixed_features
+from ensembler.training.stage1 import Stage1Net, load_stage1
+from ensembler.training.stages import Client, load_client, mixed_features
 from ensembler.training.wire import fake_quantise, fake_quantise_answers
 
 CALIBRATION_IMAGES = 512

@@ -13,6 +13,7 @@
     │   ├── BundleVersionError   written by another version of the format
     │   ├── BundleTamperedError  a file does not have its digest
     │   └── BundleMismatchError  client and server bundle do not belong together
+    ├── TrainingError            a training process ended without saying why
     ├── ExportError              the export pipeline
     │   └── GateFailedError      the parity report is worse than its gates allow
     ├── TransportError           no answer from the server
@@ -69,6 +70,10 @@ class MissingExtraError(EnsemblerError):
 
     def __init__(self, package: str, extra: str, purpose: str) -> None:
         super().__init__(f"{purpose} needs {package}: pip install 'ensembler-edge[{extra}]'")
+
+
+class TrainingError(EnsemblerError):
+    """A process that trained a net was killed, or failed; what it had stored is kept."""
 
 
 class BundleError(EnsemblerError):

@@ -44,7 +44,8 @@ from ensembler.protocol.messages import INFER, RESULT, decode
 from ensembler.training import data as data_sets
 from ensembler.training.fit import derived_seed
 from ensembler.training.runs import RunFolder
-from ensembler.training.stages import load_bodies, load_stage1, mixed_features, train
+from ensembler.training.stage1 import load_stage1
+from ensembler.training.stages import load_bodies, mixed_features, train
 from ensembler.training.stages import load_client as load_trained
 from ensembler.transport.inprocess import InProcessTransport
 

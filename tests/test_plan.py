@@ -11,6 +11,8 @@ from ensembler.protocol.errors import ConfigError
 from ensembler.training.plan import duration, make_plan
 from ensembler.training.stages import train
 
+pytestmark = pytest.mark.usefixtures("one_thread")
+
 
 @pytest.fixture(scope="module")
 def settings(configs, tiny_data):
@@ -48,6 +50,23 @@ def test_what_is_not_trained_is_not_planned(settings):
     plan = make_plan(settings(), stage1_is_given=True)
     assert plan.stages.keys() == {"stage3"}
     assert "stage 1   not trained" in plan.text()
+
+
+def test_the_plan_says_what_nets_that_train_together_would_take(settings):
+    plan = make_plan(settings(jobs=2))
+    together, alone = plan.stages["stage1"], plan.stage1_other
+    assert (together.jobs, alone.jobs) == (2, 1)
+    assert together.step_ms > 0
+    assert "3 nets, 2 at a time" in plan.text()
+    assert "--jobs 1 is" in plan.text()
+    assert plan.peak_memory_mib > 3 * plan.peak_memory_measured_mib
+    # This process has one thread to share, and a baseline one net.
+    assert make_plan(settings()).stage1_other is None
+    assert make_plan(settings(jobs=2, defense="single")).stage1_other is None
+
+
+def test_the_plan_of_a_single_step_measures_nets_that_train_together_too(settings):
+    assert make_plan(settings(jobs=3, train_limit=16)).stages["stage1"].step_ms > 0
 
 
 def test_a_plan_of_the_impossible_is_refused_as_the_run_would_be(settings):

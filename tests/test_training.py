@@ -27,15 +27,14 @@ from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, 
 from ensembler.training.losses import max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
 from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, restore
+from ensembler.training.stage1 import load_stage1, stage1
 from ensembler.training.stages import (
     Client,
     fewest_bits,
     fix_wire,
     load_bodies,
     load_client,
-    load_stage1,
     mixed_features,
-    stage1,
     stage2,
     stage3,
     train,

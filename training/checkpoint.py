@@ -9,6 +9,7 @@ from __future__ import annotations
 import fcntl
 import hashlib
 import json
+import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -40,7 +41,7 @@ class Checkpoint:
     """Where one piece of work stands, so that it can go on after a SIGKILL.
 
     It holds weights and buffers, noise, momentum, the schedule's position, the state of the generator that shuffles and
-    augments, torch's global generator (fresh noise draws from it) and the length of ``metrics.jsonl``.
+    augments, torch's global generator (fresh noise draws from it).
 
     Attributes:
         run: the run folder.
@@ -72,10 +73,8 @@ class Checkpoint:
         Raises:
             DataError: the file is damaged, or belongs to another net.
         """
-        records = self.run.read_metrics()
         if not self.run.has(self.name):
-            mine = (i for i, record in enumerate(records) if self._piece.items() <= record.items())
-            self.run.cut_metrics(next(mine, len(records)))
+            self._keep_metrics(0)
             return Progress()
         tensors, position = self._read()
         with self._intact():
@@ -96,7 +95,7 @@ class Checkpoint:
             if "cuda_generator" in tensors and torch.cuda.is_available():
                 torch.cuda.set_rng_state(tensors["cuda_generator"])
             progress = Progress(int(position["epochs"]), float(position["train_accuracy"]))
-            self.run.cut_metrics(int(position["metrics_lines"]))
+        self._keep_metrics(progress.epochs)
         return progress
 
     def save(
@@ -122,16 +121,18 @@ class Checkpoint:
         position = {
             "epochs": progress.epochs,
             "train_accuracy": progress.train_accuracy,
-            "metrics_lines": len(self.run.read_metrics()),
             "group": {key: group[key] for key in GROUP_STATE},
             "schedule": {key: moved[key] for key in SCHEDULE_STATE},
         }
         text = json.dumps(position)
         self.run.save_tensors(self.name, tensors, {"position": text, "digest": _digest(text, tensors)})
 
-    def remove(self) -> None:
-        """Removes the file: the piece is stored."""
-        self.run.remove(self.name)
+    def _keep_metrics(self, epochs: int) -> None:
+        """Drops the piece's own lines of ``metrics.jsonl`` from beyond its first ``epochs``."""
+        beyond = math.inf  # where the held-out accuracy stands, after the last epoch
+        self.run.keep_metrics(
+            lambda record: not self._piece.items() <= record.items() or record.get("epoch", beyond) <= epochs
+        )
 
     def _read(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         with self._intact():
@@ -193,4 +194,8 @@ def training_lock(run: RunFolder) -> Iterator[None]:
             raise ConfigError(f"{run.path}: another process is training this run; wait for it, or stop it") from error
         except OSError:
             pass  # a file system without locks: nothing is known of another process, and training must be possible
-        yield
+        run.lock = stream.fileno()
+        try:
+            yield
+        finally:
+            run.lock = None

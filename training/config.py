@@ -51,6 +51,8 @@ class TrainConfig:
             a secret (who knows it can draw the noise again).
         train_limit: use only the first images of the (shuffled) data; None uses all.
         device: ``auto``, ``cpu`` or ``cuda``.
+        jobs: stage-1 nets that train at once, each in its own process with its share of the threads. The nets are
+            those of any other ``jobs``, up to the rounding of another number of threads.
     """
 
     data: str
@@ -78,6 +80,7 @@ class TrainConfig:
     client_seed: int | None = None
     train_limit: int | None = None
     device: str = "auto"
+    jobs: int = 1
 
     def __post_init__(self) -> None:
         if self.defense not in ("ensembler", "single", "none"):
@@ -106,7 +109,7 @@ class TrainConfig:
                 raise ConfigError(f"{name} = {value}: it must be finite and not negative")
         if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
             raise ConfigError(f"learning_rate = {self.learning_rate}: it must be positive")
-        for name in ("epochs_stage1", "epochs_stage3"):
+        for name in ("epochs_stage1", "epochs_stage3", "jobs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: at least one")
         if self.batch_size < 2:

@@ -117,6 +117,11 @@ def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     ]
 
 
+def steps_per_epoch(images: int, batch_size: int) -> int:
+    """Returns how many batches one pass over the data has."""
+    return -(-images // batch_size)
+
+
 def batches(data: Tensors, size: int, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields one epoch of augmented ``(images uint8 (B, 3, H, W), labels (B,))``; a last batch of one is left out."""
     order = torch.randperm(len(data.train_x), generator=generator).to(data.train_x.device)
@@ -176,7 +181,7 @@ def fit(
     """
     device = data.train_x.device
     generator = torch.Generator().manual_seed(seed)
-    steps = -(-len(data.train_x) // config.batch_size)
+    steps = steps_per_epoch(len(data.train_x), config.batch_size)
     optimizer = torch.optim.SGD(
         parameters, lr=config.learning_rate, momentum=0.9, nesterov=True, weight_decay=config.weight_decay
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import resource
 import statistics
 import tempfile
@@ -15,11 +14,13 @@ import torch
 from torch import nn
 
 from ensembler.training import data as data_sets
+from ensembler.training import together
 from ensembler.training.config import TrainConfig
-from ensembler.training.fit import Tensors, pick_device
+from ensembler.training.fit import Tensors, pick_device, steps_per_epoch
 from ensembler.training.models import build_net
 from ensembler.training.runs import ClientSecret, RunFolder
-from ensembler.training.stages import CALIBRATION_IMAGES, Stage1Net, fix_wire, stage1, stage3
+from ensembler.training.stage1 import Stage1Net, stage1
+from ensembler.training.stages import CALIBRATION_IMAGES, fix_wire, stage3
 
 MEASURED_STEPS = 4  # of each stage; the first one warms up and does not count
 WIRE_IMAGES = 32
@@ -39,6 +40,7 @@ class StagePlan:
         steps_per_epoch: batches.
         step_ms: the median of a few real steps, in milliseconds.
         time_s: of the whole stage, in seconds.
+        jobs: pieces that train at once; each step takes ``step_ms`` meanwhile.
     """
 
     pieces: int
@@ -47,6 +49,7 @@ class StagePlan:
     steps_per_epoch: int
     step_ms: float
     time_s: float
+    jobs: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +66,8 @@ class Plan:
         num_selected: P, or 1 for a baseline.
         parameters: of one net: head, body, tail.
         stages: by name, ``stage1`` and ``stage3``; the one that is not trained is absent.
+        stage1_other: stage 1 with the ``jobs`` that were not asked for: 1, or as many as there are threads; None
+            where there is no choice.
         time_s: all stages, in seconds.
         peak_memory_mib: the measured peak of this process, and an estimate of what a whole run adds.
         peak_memory_measured_mib: the measured part.
@@ -78,6 +83,7 @@ class Plan:
     num_selected: int
     parameters: dict[str, int]
     stages: dict[str, StagePlan]
+    stage1_other: StagePlan | None
     time_s: float
     peak_memory_mib: float
     peak_memory_measured_mib: float
@@ -100,11 +106,18 @@ class Plan:
             if stage is None:
                 lines.append(f"{name[:-1]} {name[-1]}   not trained")
             else:
+                at_once = f", {stage.jobs} at a time" if stage.jobs > 1 else ""
                 lines.append(
-                    f"{name[:-1]} {name[-1]}   {stage.pieces} {what}, each {stage.epochs} epochs of "
+                    f"{name[:-1]} {name[-1]}   {stage.pieces} {what}{at_once}, each {stage.epochs} epochs of "
                     f"{stage.steps_per_epoch} steps of {stage.step_ms:.0f} ms: {duration(stage.time_s)}"
                 )
             if name == "stage1":
+                other = self.stage1_other
+                if stage is not None and other is not None:
+                    faster = "faster" if other.time_s < stage.time_s else "no faster"
+                    lines.append(
+                        f"          --jobs {other.jobs} is {faster} here: {duration(other.time_s)}, measured now"
+                    )
                 lines.append(f"stage 2   a secret {self.num_selected} of {self.num_nets}")
         return "\n".join(
             [
@@ -166,20 +179,29 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
     net = build_net(arch)
     data = Tensors.of(dataset, device, config.train_limit)
     selected = config.num_selected if config.is_ensemble else 1
-    steps = math.ceil(len(data.train_x) / config.batch_size)
+    steps = steps_per_epoch(len(data.train_x), config.batch_size)
     few = MEASURED_STEPS * config.batch_size
     brief = Tensors(data.train_x[:few], data.train_y[:few], data.test_x[:2], data.test_y[:2])
     # One net stands for all N: they cost the same.
     tried = replace(config, epochs_stage1=1, epochs_stage3=1, num_nets=1, num_selected=1)
     stages: dict[str, StagePlan] = {}
+    other = None
+    jobs = 1 if stage1_is_given else min(config.jobs, config.trained_nets)
     with tempfile.TemporaryDirectory(prefix="ensembler-plan-") as folder:
         run = RunFolder.create(Path(folder) / "run", tried, arch, dataset.labels)
         clock = _Clock()
         nets = stage1(run, tried, arch, brief, clock) * config.trained_nets
         evaluation = len(data.test_x) / config.batch_size * EVALUATION_SHARE
         if not stage1_is_given:
-            seconds = (config.epochs_stage1 * steps + evaluation) * clock.step_s * config.trained_nets
-            stages["stage1"] = _stage(config.trained_nets, net, config.epochs_stage1, steps, clock, seconds)
+            stages["stage1"] = _stage1(config, net, steps, evaluation, clock.step_s)
+            several = jobs if jobs > 1 else min(torch.get_num_threads(), config.trained_nets)
+            if several > 1:
+                at_once = replace(config, num_nets=several, num_selected=1, epochs_stage1=1, train_limit=few)
+                shared = RunFolder.create(Path(folder) / "together", at_once, arch, dataset.labels)
+                step_s = together.step_s(shared, several, device)
+                other = _stage1(config, net, steps, evaluation, step_s, several)
+                if jobs > 1:
+                    stages["stage1"], other = other, stages["stage1"]
         if config.is_ensemble:
             wire = fix_wire(nets, brief.train_x[:WIRE_IMAGES])
             secret = ClientSecret(selector=tuple(range(selected)), seed=0)
@@ -187,7 +209,7 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
             client = stage3(run, tried, arch, brief, nets, wire, secret, clock)
             # The summary evaluates twice: in float and through the wire.
             seconds = (config.epochs_stage3 * steps + 2 * evaluation) * clock.step_s
-            stages["stage3"] = _stage(1, client, config.epochs_stage3, steps, clock, seconds)
+            stages["stage3"] = _stage(1, client, config.epochs_stage3, steps, clock.step_s, seconds)
         sizes = {path.name: path.stat().st_size for path in run.path.rglob("*") if path.is_file()}
         net_bytes = sizes[Path(run.stage1_file(0)).name]
         client_bytes = sizes.get(Path(run.CLIENT_CHECKPOINT).name, net_bytes)
@@ -205,22 +227,35 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
         num_selected=selected,
         parameters={name: _parameters(part) for name, part in net.named_children()},
         stages=stages,
+        stage1_other=other,
         time_s=sum(stage.time_s for stage in stages.values()),
-        peak_memory_mib=measured + (others + features) / MIB,
+        # Processes that train hold the data and a net each, like this one.
+        peak_memory_mib=measured * (1 + jobs if jobs > 1 else 1) + (others + features) / MIB,
         peak_memory_measured_mib=measured,
         # At its largest: all nets, the client, and the checkpoint of one (weights and momentum).
         disk_mib=(config.trained_nets * net_bytes + 2 * client_bytes + 2 * net_bytes) / MIB,
     )
 
 
-def _stage(pieces: int, module: nn.Module, epochs: int, steps: int, clock: _Clock, seconds: float) -> StagePlan:
+def _stage1(
+    config: TrainConfig, net: nn.Module, steps: int, evaluation: float, step_s: float, jobs: int = 1
+) -> StagePlan:
+    rounds = -(-config.trained_nets // jobs)
+    seconds = (config.epochs_stage1 * steps + evaluation) * step_s * rounds
+    return _stage(config.trained_nets, net, config.epochs_stage1, steps, step_s, seconds, jobs)
+
+
+def _stage(
+    pieces: int, module: nn.Module, epochs: int, steps: int, step_s: float, seconds: float, jobs: int = 1
+) -> StagePlan:
     return StagePlan(
         pieces=pieces,
         trained_parameters=_parameters(module),
         epochs=epochs,
         steps_per_epoch=steps,
-        step_ms=1000 * clock.step_s,
+        step_ms=1000 * step_s,
         time_s=seconds,
+        jobs=jobs,
     )
 
 

@@ -19,6 +19,7 @@ Files are written whole or not at all.
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
 import os
@@ -73,6 +74,7 @@ class RunFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.lock: int | None = None  # the descriptor of ``training_lock``, while this process holds it
 
     @classmethod
     def create(
@@ -344,7 +346,7 @@ class RunFolder:
         """Adds one line to ``metrics.jsonl``."""
         path = self.path / "metrics.jsonl"
         try:
-            with path.open("a", encoding="utf-8") as stream:
+            with self._metrics_lock(), path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
         except OSError as error:
             raise _unwritten(path, error) from error
@@ -366,11 +368,23 @@ class RunFolder:
             records.append(record)
         return records
 
-    def cut_metrics(self, count: int) -> None:
-        """Keeps the first ``count`` records of ``metrics.jsonl`` and drops the rest, a torn line too."""
-        if self.has("metrics.jsonl"):
-            text = "".join(json.dumps(record) + "\n" for record in self.read_metrics()[:count])
-            self._replace("metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"), 0o600)
+    def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
+        """Drops every record of ``metrics.jsonl`` that is not ``wanted``, and a torn line."""
+        with self._metrics_lock():
+            if self.has("metrics.jsonl"):
+                text = "".join(json.dumps(record) + "\n" for record in self.read_metrics() if wanted(record))
+                self._replace("metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"), 0o600)
+
+    @contextmanager
+    def _metrics_lock(self) -> Iterator[None]:
+        """Holds ``metrics.jsonl``, to which every process of a run adds lines, for this one."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with suppress(OSError):  # a file system without locks: a line of metrics may get lost, and nothing else
+                fcntl.flock(folder, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(folder)
 
     def _replace(self, name: str, write: Callable[[Path], object], mode: int) -> None:
         path = self.path / name

@@ -9,14 +9,13 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ensembler.protocol.codec import CODEC_BITS, AffineCodec
 from ensembler.protocol.errors import ConfigError, DataError
@@ -47,6 +46,7 @@ from ensembler.training.runs import (
     module_tensors,
     restore,
 )
+from ensembler.training.stage1 import Stage1Net, freeze, load_stage1, placed, stage1
 from ensembler.training.wire import (
     CLIPPED_ANSWERS,
     CLIPPED_FEATURES,
@@ -57,24 +57,6 @@ from ensembler.training.wire import (
 
 CALIBRATION_IMAGES = 1024
 BITS_IMAGES = 4096
-
-M = TypeVar("M", bound=nn.Module)
-
-
-@dataclass(frozen=True)
-class Stage1Net:
-    """One stage-1 net with its fixed noise tensor ``(C, h, w)``."""
-
-    net: Net
-    noise: Tensor
-
-    def logits(self, x: Tensor, codec: AffineCodec | None = None) -> Tensor:
-        """Returns logits ``(B, K)`` for normalised images, the features sent through ``codec`` if there is one."""
-        sent = self.net.head(x) + self.noise
-        if codec is not None:
-            sent = fake_quantise(sent, codec)
-        logits: Tensor = self.net.tail(self.net.body(sent))
-        return logits
 
 
 class Client(nn.Module):
@@ -126,86 +108,6 @@ class Client(nn.Module):
             codecs = tuple(self.wire.answer_codecs[i] for i in self.selector)
             answers = fake_quantise_answers(answers, codecs)
         return self.combine(answers)
-
-
-# --- stage 1 ---
-
-
-def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, reporter: Reporter) -> list[Stage1Net]:
-    """Trains N nets, each on its own with its own fixed noise after the head (Eq. 2); a stored one is kept."""
-    shape = feature_shape(arch)
-    trained = []
-    for index in range(config.trained_nets):
-        if run.has(run.stage1_file(index)):
-            run.remove(run.stage1_checkpoint(index))
-            stored = _stored_stage1_net(run, index)
-            # In the layout that it was trained in: another one rounds differently.
-            net = _placed(stored.net, data.train_x.device)
-            trained.append(Stage1Net(net, stored.noise.to(data.train_x.device)))
-            continue
-        torch.manual_seed(derived_seed(config.seed, 1, index, 0))
-        net = _placed(build_net(arch), data.train_x.device)
-        noise = gaussian_noise(shape, config.stage1_noise_std, derived_seed(config.seed, 1, index, 1))
-        noise = noise.to(data.train_x.device)
-        result = Stage1Net(net, noise)
-        _train_stage1_net(run, config, result, index, data, reporter)
-        run.save_tensors(
-            run.stage1_file(index),
-            {
-                **module_tensors("head", net.head),
-                **module_tensors("body", net.body),
-                **module_tensors("tail", net.tail),
-                "noise": noise,
-            },
-        )
-        run.remove(run.stage1_checkpoint(index))
-        trained.append(Stage1Net(_freeze(net), noise))
-    return trained
-
-
-def _train_stage1_net(
-    run: RunFolder, config: TrainConfig, item: Stage1Net, index: int, data: Tensors, reporter: Reporter
-) -> None:
-    net, noise, bottleneck = item.net, item.noise, config.squeezed
-    # A bottleneck's quantiser is part of the net from the first step on.
-    forward = partial(item.logits, codec=None if bottleneck is None else bottleneck.codec)
-
-    def step(x: Tensor, targets: Tensor) -> StepResult:
-        logits = forward(x)
-        return StepResult(F.cross_entropy(logits, targets), logits)
-
-    net.train()
-    for metrics in fit(
-        net.parameters(),
-        step,
-        data,
-        config,
-        epochs=config.epochs_stage1,
-        seed=derived_seed(config.seed, 1, index, 2),
-        reporter=reporter,
-        label=f"stage 1, net {index + 1} of {config.trained_nets}",
-        checkpoint=Checkpoint(
-            run,
-            run.stage1_checkpoint(index),
-            {**module_tensors("net", net), "noise": noise},
-            {"stage": 1, "net": index},
-        ),
-    ):
-        run.append_metrics({"stage": 1, "net": index, **asdict(metrics)})
-    net.eval()
-    run.append_metrics({"stage": 1, "net": index, "test_accuracy": accuracy(forward, data.test_x, data.test_y)})
-
-
-def _placed(module: M, device: torch.device) -> M:
-    """Moves a module to its device, channels last: a third faster on the CPU."""
-    module.to(device)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return module
-
-
-def _freeze(net: Net) -> Net:
-    """Makes the net constant: eval() too, since batch-norm statistics updated in P bodies would name the selector."""
-    return net.eval().requires_grad_(False)
 
 
 # --- between stages 1 and 2 ---
@@ -343,7 +245,7 @@ def stage3(
     fresh = config.noise_mode == "fresh"
     noise = gaussian_noise(wire.spec.feature_shape, 0.0 if fresh else config.noise_std, derived_seed(secret.seed, 3, 1))
     client = Client(net, noise, wire.spec, secret.selector, config.noise_std if fresh else 0.0)
-    client = _placed(client, device)
+    client = placed(client, device)
     bodies = [nets[i].net.body for i in wire.order]
     selected = [bodies[k] for k in secret.selector]
     previous = [nets[i].net.head for i in wire.order]
@@ -416,7 +318,9 @@ def train(
         return _run_stages(run, config, arch, Tensors.of(dataset, device, config.train_limit), reporter)
 
 
-def resume(path: Path, *, device: str | None = None, reporter: Reporter | None = None) -> dict[str, Any]:
+def resume(
+    path: Path, *, device: str | None = None, jobs: int | None = None, reporter: Reporter | None = None
+) -> dict[str, Any]:
     """Goes on with an interrupted run at its last finished epoch.
 
     On the CPU, with the same number of threads, it ends in the same bits as a run that nobody interrupted.
@@ -424,6 +328,7 @@ def resume(path: Path, *, device: str | None = None, reporter: Reporter | None =
     Args:
         path: the run folder; every option comes from its ``config.json``.
         device: ``auto``, ``cpu`` or ``cuda`` in place of the stored one.
+        jobs: in place of the stored number.
         reporter: told of the progress.
 
     Returns:
@@ -436,7 +341,7 @@ def resume(path: Path, *, device: str | None = None, reporter: Reporter | None =
     run = RunFolder.open_unfinished(path)
     with training_lock(run):
         config = run.config
-        config = replace(config, device=device or config.device)
+        config = replace(config, device=device or config.device, jobs=jobs or config.jobs)
         placed = pick_device(config.device)
         dataset = data_sets.load(config.data)
         if data_digest(dataset) != run.data_digest:
@@ -562,28 +467,12 @@ def _summary(
             # What two heads that never met have in common: the cosine of the paper means little without it.
             across = [max_cosine(head, heads[:i] + heads[i + 1 :]) for i, head in enumerate(heads)]
             summary["max_cosine_between_stage1_heads"] = float(torch.stack(across).mean())
-    lines = run.read_metrics()
-    run.cut_metrics(next((i for i, line in enumerate(lines) if "summary" in line), len(lines)))
+    run.keep_metrics(lambda record: "summary" not in record)
     run.append_metrics({"summary": summary})
     return summary
 
 
 # --- reading it back ---
-
-
-def load_stage1(run: RunFolder, device: torch.device | None = None) -> list[Stage1Net]:
-    """Reads the N stage-1 nets, frozen, in training order."""
-    nets = [_stored_stage1_net(run, index) for index in range(run.config.trained_nets)]
-    return [Stage1Net(item.net.to(device or "cpu"), item.noise.to(device or "cpu")) for item in nets]
-
-
-def _stored_stage1_net(run: RunFolder, index: int) -> Stage1Net:
-    """Reads one stage-1 net, frozen, on the CPU."""
-    tensors = run.load_tensors(run.stage1_file(index))
-    net = build_net(run.arch)
-    for name, module in (("head", net.head), ("body", net.body), ("tail", net.tail)):
-        restore(module, name, tensors)
-    return Stage1Net(_freeze(net), tensors["noise"])
 
 
 def load_client(run: RunFolder) -> Client:
@@ -595,7 +484,7 @@ def load_client(run: RunFolder) -> Client:
         restore(module, name, tensors)
     fresh = config.is_ensemble and config.noise_mode == "fresh"
     client = Client(
-        _freeze(net),
+        freeze(net),
         tensors["noise"],
         run.read_wire().spec,
         secret.selector,

@@ -13,7 +13,7 @@ NAME = "train"
 HELP = "train N nets, draw the secret selector, train the client (Ensembler, three stages)"
 
 # What the parser adds for every verb, and what may stand beside --resume.
-NOT_OF_THE_RUN = frozenset({"verb", "json", "resume", "device"})
+NOT_OF_THE_RUN = frozenset({"verb", "json", "resume", "device", "jobs"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -59,6 +59,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--train-limit", type=int, help="use only the first images of the data")
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
     parser.add_argument(
+        "--jobs", type=int, help="stage-1 nets that train at once; --dry-run says if it is faster here (default: 1)"
+    )
+    parser.add_argument(
         "--stage1", type=Path, default=None, help="reuse stage 1 of this run: a further client for its server"
     )
 
@@ -97,7 +100,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     try:
         if options.resume is not None:
             _refuse_beside_resume(options)
-            summary = resume(options.resume, device=options.device, reporter=reporter)
+            summary = resume(options.resume, device=options.device, jobs=options.jobs, reporter=reporter)
         else:
             if options.data is None or options.out is None:
                 raise ConfigError("train needs --data and --out for a new run, or --resume RUN for an interrupted one")
@@ -140,5 +143,5 @@ def _refuse_beside_resume(options: argparse.Namespace) -> None:
     if given:
         raise ConfigError(
             f"{', '.join(given)}: not with --resume, where every option comes from {options.resume / 'config.json'}; "
-            "only --device may be given"
+            "only --device and --jobs may be given"
         )
