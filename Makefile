@@ -19,8 +19,10 @@ INSTALLED = $(VENV)/.installed
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
 
+# A process for every core and one thread each: most tests have use for no more. By file, since a file's tests share
+# what they made.
 test: $(INSTALLED)
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

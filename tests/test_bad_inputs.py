@@ -395,14 +395,14 @@ def test_ctrl_c_while_predicting_ends_with_130_and_one_json_line(tiny, tmp_path)
 def test_ctrl_c_while_training_is_one_line_that_names_resume_once_there_is_a_run(
     tiny_data, tmp_path, capsys, monkeypatch, piece
 ):
-    from ensembler.training import stages
+    from ensembler.training import stage1, stages
 
     def interrupt(*_, **__):
         signal.raise_signal(signal.SIGINT)
 
     owner, name = {
         "data": (data_sets, "load"),
-        "stage 1": (stages, "_train_stage1_net"),
+        "stage 1": (stage1, "fit"),
         "stage 3": (stages, "stage3"),
     }[piece]
     monkeypatch.setattr(owner, name, interrupt)

@@ -169,7 +169,8 @@ def test_a_killed_parent_takes_its_processes_along_and_resume_goes_on(tiny_data,
     command = [sys.executable, "-m", "ensembler.cli", "train"]
     given = [
         *("--data", tiny_data, "--out", out, "--arch", "resnet10_slim", "-N", 2, "-P", 1, "--batch-size", 16),
-        *("--epochs-stage1", EPOCHS_KILLED, "--epochs-stage3", 1, "--learning-rate", 0.01, "--jobs", 2, "--device", "cpu"),
+        *("--epochs-stage1", EPOCHS_KILLED, "--epochs-stage3", 1, "--learning-rate", 0.01),
+        *("--jobs", 2, "--device", "cpu"),
     ]
     checkpoints = [out / RunFolder(out).stage1_checkpoint(index) for index in range(2)]
     deadline = time.monotonic() + DEADLINE_S
