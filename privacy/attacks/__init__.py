@@ -1,0 +1,26 @@
+"""The attacks, one file each. ``ATTACKS`` holds them by name, from the weakest access to the strongest."""
+
+from __future__ import annotations
+
+from ensembler.privacy.attacks.base import Attack
+from ensembler.privacy.attacks.controls import MeanImage, Misaligned
+from ensembler.privacy.attacks.likelihood import Likelihood
+from ensembler.privacy.attacks.matching import Matching
+from ensembler.privacy.attacks.pairs import KnownPairs, Oracle
+from ensembler.privacy.attacks.shadow import Adaptive, SingleShadow
+
+_ALL: tuple[Attack, ...] = (
+    MeanImage(),
+    Misaligned(),
+    SingleShadow(),
+    Adaptive(),
+    Matching(),
+    Matching(observed=64),
+    KnownPairs(10),
+    KnownPairs(100),
+    KnownPairs(1000),
+    Oracle(),
+    Likelihood(prior=False),
+    Likelihood(prior=True),
+)
+ATTACKS: dict[str, Attack] = {attack.NAME: attack for attack in _ALL}

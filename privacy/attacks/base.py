@@ -1,0 +1,103 @@
+"""What every attack is: a name, a threat model, and a way from a view of the scene to reconstructions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from ensembler.privacy.decoder import Effort, Reconstruct
+from ensembler.privacy.scene import Access, View
+from ensembler.protocol.errors import EnsemblerError
+from ensembler.training.fit import derived_seed
+
+
+class AttackImpossibleError(EnsemblerError):
+    """The attack cannot be run on this scene; the message says why. The report lists it as not run."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Plan:
+    """How hard an attack tries, and with which randomness.
+
+    Attributes:
+        effort: of decoders.
+        steps: of what an attack optimises itself: shadow nets, moments, images.
+        restarts: of attacks that may end in a wrong minimum.
+        num_nets: N of the scene, for what an attack does once for each.
+        seed: of everything that the attack draws.
+        tick: called after every step of any kind, with what it belongs to.
+    """
+
+    effort: Effort = field(default_factory=Effort)
+    steps: int = 400
+    restarts: int = 6
+    num_nets: int = 1
+    seed: int = 0
+    tick: Callable[[str], None] = lambda _: None
+
+    def generator(self, *parts: int) -> torch.Generator:
+        """Returns a generator on the CPU for one piece of the attack."""
+        return torch.Generator().manual_seed(derived_seed(self.seed, 5, *parts))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finding:
+    """What an attack brings back.
+
+    Attributes:
+        variants: from features as they arrive ``(B, *feature_shape)`` to images ``(B, 3, H, W)`` in [0, 1]. Where there
+            are several by name, the audit takes the best, chosen with ground truth, and says so.
+        seen: what the attacker itself can see of its success, for instance the losses of its restarts.
+        gates: sanity checks by what they say; one that is False makes a low score inconclusive.
+        images: judge on so many images only; None takes all.
+    """
+
+    variants: dict[str, Reconstruct]
+    seen: dict[str, Any] = field(default_factory=dict)
+    gates: dict[str, bool] = field(default_factory=dict)
+    images: int | None = None
+
+
+class Attack(Protocol):
+    """One attack.
+
+    Attributes:
+        NAME: as on the command line and in reports.
+        ACCESS: its threat model.
+        SOURCE: paper and section, or ours.
+        WORDS: what it does, for people, in a sentence.
+    """
+
+    @property
+    def NAME(self) -> str: ...  # noqa: N802, D102
+    @property
+    def ACCESS(self) -> Access: ...  # noqa: N802, D102
+    @property
+    def SOURCE(self) -> str: ...  # noqa: N802, D102
+    @property
+    def WORDS(self) -> str: ...  # noqa: N802, D102
+
+    def ticks(self, plan: Plan) -> int:
+        """Returns how often ``plan.tick`` will be called, at most."""
+
+    def run(self, view: View, plan: Plan) -> Finding:
+        """Attacks.
+
+        Args:
+            view: what its threat model grants.
+            plan: how hard.
+
+        Raises:
+            AttackImpossibleError: not on this scene.
+        """
+
+
+def needed(value: Tensor | None, what: str) -> Tensor:
+    """Returns what a view grants; a wrong view is an error of the caller."""
+    if value is None:
+        raise AttackImpossibleError(f"this attack needs {what}")
+    return value

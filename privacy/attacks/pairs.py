@@ -1,0 +1,93 @@
+"""Attacks with pairs of image and features: from a device that the attacker owns, a few or as many as it has images.
+
+With all of its images and a decoder trained until it is flat, this is the oracle: what a server could see at best.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+
+from torch import Tensor
+
+from ensembler.privacy.attacks.base import AttackImpossibleError, Finding, Plan
+from ensembler.privacy.decoder import Decoder, painted, train_decoder
+from ensembler.privacy.scene import Access, View
+
+
+class KnownPairs:
+    """Ridge regression on a few pairs: seconds, and no training.
+
+    Args:
+        count: pairs.
+    """
+
+    ACCESS = Access.DEVICE
+    SOURCE = "ours"
+
+    def __init__(self, count: int) -> None:
+        self.NAME = f"known-pairs-{count}"
+        self.WORDS = f"ridge regression on {count} images that the attacker sent through the same device"
+        self._count = count
+
+    def ticks(self, plan: Plan) -> int:  # noqa: ARG002 (the protocol's)
+        """See ``Attack``."""
+        return 0
+
+    def run(self, view: View, plan: Plan) -> Finding:  # noqa: ARG002 (the protocol's)
+        """See ``Attack``."""
+        if view.send is None:
+            raise AttackImpossibleError("this attack needs a device")
+        if len(view.auxiliary) < self._count:
+            raise AttackImpossibleError(f"{self._count} pairs: the attacker has {len(view.auxiliary)} images")
+        images = view.auxiliary[: self._count]
+        features = view.send(images)
+        held = view.auxiliary[self._count : self._count + 256]
+        decoder = best_ridge(view, features, images, held, view.send(held) if len(held) else None)
+        return Finding(variants={"": partial(painted, decoder)})
+
+
+class Oracle:
+    """A decoder trained on pairs of all the images, until it is flat."""
+
+    NAME = "oracle-decoder"
+    ACCESS = Access.DEVICE
+    SOURCE = "bound; He et al. 2019"
+    WORDS = "trains a decoder on all the attacker's images, sent through the same device: the bound"
+
+    def ticks(self, plan: Plan) -> int:
+        """See ``Attack``."""
+        return plan.effort.steps
+
+    def run(self, view: View, plan: Plan) -> Finding:
+        """See ``Attack``."""
+        if view.send is None:
+            raise AttackImpossibleError("this attack needs a device")
+        decoder = train_decoder(
+            view.send,
+            view.auxiliary,
+            view.wire.feature_shape,
+            plan.effort,
+            plan.generator(0),
+            lambda: plan.tick("decoder"),
+        )
+        return Finding(variants={"": partial(painted, decoder)})
+
+
+def best_ridge(view: View, features: Tensor, images: Tensor, held: Tensor, held_features: Tensor | None) -> Decoder:
+    """Returns the linear decoder of the ridge that does best on the attacker's further images."""
+    size = (images.shape[-2], images.shape[-1])
+    best, best_error = None, float("inf")
+    for ridge in RIDGES:
+        decoder = Decoder(view.wire.feature_shape, size, 4).to(view.device)
+        decoder.fit_linear(features, images, ridge)
+        decoder.eval()
+        error = 0.0
+        if held_features is not None:
+            error = float((painted(decoder, held_features) - held.float() / 255).square().mean())
+        if error < best_error:
+            best, best_error = decoder, error
+    assert best is not None
+    return best
+
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)

@@ -1,0 +1,404 @@
+"""The audit: runs attacks on an exported device and says what a server could see, worst first.
+
+``audit()`` builds the scene, runs the attacks of a budget with several seeds, judges every reconstruction on images
+that no attack saw, checks that the attacks were strong enough to mean something, and writes the report with its JSON
+beside it. What is done is kept in ``NAME.parts/`` until the report is written, so that a run that was killed goes on.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import platform
+import shutil
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor
+
+from ensembler.privacy.attacks import ATTACKS
+from ensembler.privacy.attacks.base import Attack, AttackImpossibleError, Plan
+from ensembler.privacy.decoder import Effort, pixels
+from ensembler.privacy.metrics import mse, psnr_db, ssim
+from ensembler.privacy.report import write_report
+from ensembler.privacy.scene import Access, Scene, make_scene
+from ensembler.protocol.errors import ConfigError, DataError
+from ensembler.protocol.manifest import load_client
+from ensembler.training.fit import Reporter, Silent
+from ensembler.training.runs import RunFolder
+
+REPORT_VERSION = 1
+SHOWN = 8  # images in the grids
+FLOOR, ORACLE = "mean-image", "oracle-decoder"
+READABLE, RECOGNISABLE = 0.5, 0.3  # SSIM; 0.3 is C2PI's threshold of a failed attack
+ORACLE_SLACK = 0.03  # of SSIM, by which another attack may beat the oracle before the oracle counts as badly trained
+ORACLE_GAIN = 0.02  # of SSIM over the floor, below which the oracle shows nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Budget:
+    """Which attacks run, and how hard.
+
+    Attributes:
+        attacks: names; all are mandatory.
+        plan: how hard.
+        seeds: how many times with other randomness.
+        words: for people.
+    """
+
+    attacks: tuple[str, ...]
+    plan: Plan
+    seeds: int
+    words: str
+
+
+QUICK = (FLOOR, "misaligned-decoder", "known-pairs-100", ORACLE, "distribution-matching")
+BUDGETS: dict[str, Budget] = {
+    "quick": Budget(
+        attacks=QUICK,
+        plan=Plan(effort=Effort(steps=300, width=32), steps=500, restarts=2),
+        seeds=1,
+        words="minutes: the floor, the oracle, and the strongest attack of a server alone",
+    ),
+    "standard": Budget(
+        attacks=tuple(ATTACKS),
+        plan=Plan(effort=Effort(steps=1200, width=48), steps=600, restarts=4),
+        seeds=2,
+        words="an hour or two: every attack",
+    ),
+    "thorough": Budget(
+        attacks=tuple(ATTACKS),
+        plan=Plan(effort=Effort(steps=4000, width=64), steps=1200, restarts=8),
+        seeds=3,
+        words="a night: every attack, longer and from more starts",
+    ),
+}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Score:
+    """What one attack with one seed reached; arrays hold one number for each judged image."""
+
+    name: str
+    seed: int
+    ssim: npt.NDArray[np.float32]
+    psnr_db: npt.NDArray[np.float32]
+    mse: npt.NDArray[np.float32]
+    shown: npt.NDArray[np.uint8]
+    seconds: float
+    seen: dict[str, Any]
+    gates: dict[str, bool]
+    chosen: bool
+
+
+def audit(
+    run: Path,
+    bundle: Path,
+    out: Path,
+    *,
+    budget: str = "standard",
+    attacks: Sequence[str] | None = None,
+    data: str | None = None,
+    auxiliary: str = "disjoint",
+    seeds: int | None = None,
+    device: torch.device | None = None,
+    command: str = "",
+    reporter: Reporter | None = None,
+) -> dict[str, Any]:
+    """Attacks an exported device and writes the report.
+
+    Args:
+        run: the run that it was exported from.
+        bundle: its client bundle.
+        out: the report, ``.html``; the same name with ``.json`` is written beside it.
+        budget: a name of ``BUDGETS``.
+        attacks: names in place of the budget's; the floor and the oracle always run.
+        data: whose held-out images are used; None takes the run's.
+        auxiliary: see ``scene.make_scene``.
+        seeds: how many, in place of the budget's.
+        device: where to compute.
+        command: for the report.
+        reporter: told of the progress.
+
+    Returns:
+        What the JSON holds.
+
+    Raises:
+        ConfigError: an unknown name, or a place that cannot be written.
+        DataError: see ``make_scene``.
+        BundleError: see ``make_scene``.
+    """
+    reporter = reporter or Silent()
+    if budget not in BUDGETS:
+        raise ConfigError(f"--budget {budget}: choose {', '.join(BUDGETS)}")
+    if out.suffix != ".html":
+        raise ConfigError(f"--out {out}: give a name that ends in .html; the JSON comes beside it")
+    chosen = BUDGETS[budget]
+    names = _ordered(chosen.attacks if attacks is None else (FLOOR, ORACLE, *attacks))
+    count = chosen.seeds if seeds is None else seeds
+    if count < 1:
+        raise ConfigError(f"--seeds {count}: at least one")
+    started = time.monotonic()
+    scene = make_scene(run, bundle, data=data, auxiliary=auxiliary, device=device)
+    subject = _subject(run, bundle)
+    images = {
+        "data": data or RunFolder.open(run).config.data,
+        "auxiliary": len(scene.everything.auxiliary),
+        "auxiliary_source": auxiliary,
+        "observed": len(scene.everything.observed) if scene.everything.observed is not None else 0,
+        "evaluated": len(scene.evaluated),
+    }
+    parts = _Parts(out.with_suffix(".parts"), {"subject": subject, "images": images, "budget": budget})
+    scores: list[Score] = []
+    not_run: dict[str, str] = {}
+    for seed in range(count):
+        for name in names:
+            if name in not_run or (seed and name == FLOOR):
+                continue
+            stored = parts.read(name, seed)
+            if stored is None:
+                try:
+                    stored = _score(ATTACKS[name], scene, chosen.plan, seed, reporter)
+                except AttackImpossibleError as error:
+                    not_run[name] = str(error)
+                    continue
+                parts.write(stored)
+            scores.append(stored)
+    rows = [_row(ATTACKS[name], [s for s in scores if s.name == name]) for name in names if name not in not_run]
+    gates = _gates(rows, scores)
+    document = {
+        "version": REPORT_VERSION,
+        "date": datetime.now(UTC).isoformat(timespec="seconds"),
+        "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
+        "seconds": round(time.monotonic() - started, 1),
+        "command": command,
+        "budget": budget,
+        "seeds": list(range(count)),
+        "subject": subject,
+        "images": images,
+        "attacks": sorted(rows, key=lambda row: -row["ssim"]["mean"]),
+        "not_run": [{"name": name, "why": why} for name, why in not_run.items()]
+        + [{"name": name, "why": f"not part of this audit ({budget})"} for name in ATTACKS if name not in names],
+        "gates": gates,
+        "verdict": _verdict(rows, gates),
+    }
+    shown = (scene.evaluated[:SHOWN].permute(0, 2, 3, 1).cpu().numpy()).astype(np.uint8)
+    write_report(document, shown, {s.name: s.shown for s in scores if s.seed == 0}, out)
+    _write_whole(out.with_suffix(".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    parts.remove()
+    return document
+
+
+def _ordered(names: Sequence[str]) -> list[str]:
+    unknown = [name for name in names if name not in ATTACKS]
+    if unknown:
+        raise ConfigError(f"--attack {unknown[0]}: choose {', '.join(ATTACKS)}")
+    return [name for name in ATTACKS if name in names]
+
+
+def _score(attack: Attack, scene: Scene, plan: Plan, seed: int, reporter: Reporter) -> Score:
+    """Runs one attack on its view of the scene, and judges what it brings back."""
+    began = time.monotonic()
+    nets = len(scene.everything.bodies or ())
+    steps = Plan(
+        effort=plan.effort,
+        steps=plan.steps,
+        restarts=plan.restarts,
+        num_nets=nets,
+        seed=seed,
+        tick=reporter.step,
+    )
+    reporter.begin(f"{attack.NAME}, seed {seed}", attack.ticks(steps))
+    finding = attack.run(scene.view(attack.ACCESS), steps)
+    judged = slice(0, finding.images)
+    truth, arrived = pixels(scene.evaluated[judged]), scene.arrived[judged]
+    results = {name: _judge(reconstruct(arrived), truth) for name, reconstruct in finding.variants.items()}
+    best = max(results, key=lambda name: float(results[name][0].mean()))
+    similarity, ratio, error, shown = results[best]
+    seen = dict(finding.seen)
+    if len(results) > 1:
+        seen["ssim_of_each"] = {name: round(float(result[0].mean()), 4) for name, result in results.items()}
+        seen["best"] = best
+    reporter.end(f"SSIM {similarity.mean():.3f}, {ratio.mean():.1f} dB")
+    return Score(
+        name=attack.NAME,
+        seed=seed,
+        ssim=similarity,
+        psnr_db=ratio,
+        mse=error,
+        shown=shown,
+        seconds=time.monotonic() - began,
+        seen=seen,
+        gates=dict(finding.gates),
+        chosen=len(results) > 1,
+    )
+
+
+@torch.no_grad()
+def _judge(images: Tensor, truth: Tensor) -> tuple[Any, Any, Any, Any]:
+    images = images.clamp(0, 1)
+    similarity, ratio, error = (measure(images, truth).cpu().numpy() for measure in (ssim, psnr_db, mse))
+    shown = (255 * images[:SHOWN]).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
+    return similarity, ratio, error, shown
+
+
+def _row(attack: Attack, scores: Sequence[Score]) -> dict[str, Any]:
+    similarity = [float(score.ssim.mean()) for score in scores]
+    ratio = [float(score.psnr_db.mean()) for score in scores]
+    deciles = np.quantile(np.concatenate([score.ssim for score in scores]), np.linspace(0, 1, 11))
+    return {
+        "name": attack.NAME,
+        "access": int(attack.ACCESS),
+        "access_words": attack.ACCESS.words,
+        "source": attack.SOURCE,
+        "words": attack.WORDS,
+        "control": attack.ACCESS == Access.NONE,
+        "ssim": _spread(similarity) | {"deciles": [round(float(value), 4) for value in deciles]},
+        "psnr_db": _spread(ratio),
+        "mse": round(float(np.mean([score.mse.mean() for score in scores])), 6),
+        "seconds": round(sum(score.seconds for score in scores), 1),
+        "seen": {str(score.seed): score.seen for score in scores},
+        "chosen_with_ground_truth": any(score.chosen for score in scores),
+    }
+
+
+def _spread(values: Sequence[float]) -> dict[str, float]:
+    return {
+        "mean": round(float(np.mean(values)), 4),
+        "lowest": round(min(values), 4),
+        "highest": round(max(values), 4),
+    }
+
+
+def _gates(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[dict[str, Any]]:
+    """Returns whether the attacks were strong enough for a low score to mean something."""
+    mean = {row["name"]: row["ssim"]["mean"] for row in rows}
+    strongest = max((name for name in mean if name != ORACLE), key=mean.__getitem__)
+    gates = [
+        {
+            "name": "the oracle beats the floor",
+            "passed": mean[ORACLE] >= mean[FLOOR] + ORACLE_GAIN,
+            "words": f"SSIM {mean[ORACLE]:.3f} against {mean[FLOOR]:.3f} of the mean image",
+        },
+        {
+            "name": "no attack beats the oracle",
+            "passed": mean[strongest] <= mean[ORACLE] + ORACLE_SLACK,
+            "words": f"{strongest}, the strongest other attack, reaches {mean[strongest]:.3f}, and the oracle "
+            f"{mean[ORACLE]:.3f}",
+        },
+    ]
+    for score in scores:
+        for words, passed in score.gates.items():
+            gates.append({"name": f"{score.name}, seed {score.seed}", "passed": passed, "words": words})
+    return gates
+
+
+def _verdict(rows: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    attacks = [row for row in rows if not row["control"]]
+    worst = max(attacks, key=lambda row: row["ssim"]["mean"])
+    value = worst["ssim"]["mean"]
+    alone = max(
+        (row for row in attacks if row["access"] == Access.QUERY_FREE),
+        key=lambda row: row["ssim"]["mean"],
+        default=None,
+    )
+    failed = [gate["name"] for gate in gates if not gate["passed"]]
+    server = ""
+    if alone is not None:
+        server = f" A server alone reaches {alone['ssim']['mean']:.2f} ({alone['name']})."
+    if value >= READABLE:
+        word, what = "readable", "The images that this device sends can be read."
+    elif value >= RECOGNISABLE:
+        word, what = "recognisable", "The images that this device sends can be recognised in part."
+    elif failed:
+        word, what = "inconclusive", f"The attacks failed a sanity check ({failed[0]}): a low score proves nothing."
+    else:
+        word, what = "obscured", "No attack tried here recognises the images; stronger ones may."
+    sentence = f"{what} The strongest attack, {worst['name']}, reaches SSIM {value:.2f}.{server}"
+    return {"word": word, "sentence": sentence, "ssim": value, "attack": worst["name"]}
+
+
+def _subject(run_path: Path, bundle: Path) -> dict[str, Any]:
+    run, manifest = RunFolder.open(run_path), load_client(bundle)
+    config = run.config
+    digests = {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(bundle.iterdir()) if path.is_file()
+    }
+    return {
+        "run": str(run_path),
+        "bundle": str(bundle),
+        "bodies_id": manifest.wire.bodies_id,
+        "digests": digests,
+        "arch": config.arch,
+        "head_end": config.head_end or "the architecture's own",
+        "image_size": list(run.arch.image_size),
+        "feature_shape": list(manifest.wire.feature_shape),
+        "wire_bits": manifest.wire.feature_codec.bits,
+        "bytes_up": manifest.wire.bytes_up,
+        "num_nets": config.trained_nets,
+        "num_selected": config.num_selected if config.is_ensemble else 1,
+        "defense": config.defense,
+        "noise_std": config.noise_std,
+        "noise_mode": manifest.noise_mode,
+    }
+
+
+class _Parts:
+    """What is done so far, one file for each attack and seed, of exactly this audit."""
+
+    def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
+        self._folder = folder
+        self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise ConfigError(f"--out {folder.parent}: cannot be written: {error.strerror}") from error
+
+    def _path(self, name: str, seed: int) -> Path:
+        return self._folder / f"{name}-{seed}.npz"
+
+    def read(self, name: str, seed: int) -> Score | None:
+        """Returns a stored score; one that is damaged or of another audit is none."""
+        try:
+            with np.load(self._path(name, seed), allow_pickle=False) as stored:
+                texts = json.loads(str(stored["texts"]))
+                if texts.pop("identity") != self._identity:
+                    return None
+                arrays = {key: stored[key] for key in ("ssim", "psnr_db", "mse", "shown")}
+            return Score(**texts, **arrays)
+        except (OSError, ValueError, KeyError, TypeError, EOFError):
+            return None
+
+    def write(self, score: Score) -> None:
+        """Stores a score, whole or not at all."""
+        values = asdict(score)
+        arrays = {key: values.pop(key) for key in ("ssim", "psnr_db", "mse", "shown")}
+        path = self._path(score.name, score.seed)
+        temporary = path.with_suffix(".tmp")
+        try:
+            with temporary.open("wb") as stream:
+                np.savez(stream, texts=np.array(json.dumps(values | {"identity": self._identity})), **arrays)
+            temporary.replace(path)
+        except OSError as error:
+            raise DataError(f"{path} cannot be written: {error.strerror}; make room, then start again") from error
+
+    def remove(self) -> None:
+        """Removes the folder: the report is written."""
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    temporary = path.with_suffix(".tmp")
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(path)
+    except OSError as error:
+        raise DataError(f"{path} cannot be written: {error.strerror}") from error

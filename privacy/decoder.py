@@ -1,0 +1,224 @@
+"""From features back to images: the one decoder that every attack with a head of its own trains.
+
+A linear map from each neighbourhood of features to the pixels under it, in closed form (ridge regression), and a
+residual network that learns what the linear map misses, trained until images that it was not trained on no longer
+improve. The warm start matters: a decoder that is not trained to its end makes a defence look better than it is.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ensembler.privacy.metrics import ssim
+from ensembler.training.stage1 import placed
+
+Features = Callable[[Tensor], Tensor]
+Reconstruct = Callable[[Tensor], Tensor]
+
+MAX_NEIGHBOURHOOD = 1600  # numbers that the linear map reads for one position
+RIDGE_ROWS = 200_000
+BATCH = 64
+CHUNK = 256
+
+
+@dataclass(frozen=True, kw_only=True)
+class Effort:
+    """How hard attacks try.
+
+    Attributes:
+        steps: of a decoder's training, at most.
+        patience: checks without progress after which its learning rate falls, and at the second time it ends.
+        check_every: steps between checks on images that are not trained on.
+        width: channels of the decoder's residual network.
+        ssim_weight: of (1 - SSIM) beside the mean squared error.
+    """
+
+    steps: int = 1200
+    patience: int = 3
+    check_every: int = 100
+    width: int = 48
+    ssim_weight: float = 0.1
+
+
+def as_map(features: Tensor) -> Tensor:
+    """Returns features as ``(B, C, h, w)``; tokens ``(B, T, D)`` go on their square grid, a vector is one cell."""
+    if features.dim() == 4:
+        return features
+    if features.dim() == 3:
+        tokens = features[:, features.shape[1] - math.isqrt(features.shape[1]) ** 2 :]
+        side = math.isqrt(tokens.shape[1])
+        if side > 1:
+            return tokens.transpose(1, 2).reshape(len(tokens), -1, side, side)
+    return features.flatten(1)[..., None, None]
+
+
+def pixels(images: Tensor) -> Tensor:
+    """Returns uint8 images as float in [0, 1]."""
+    return images.float() / 255
+
+
+class Decoder(nn.Module):
+    """Linear map plus residual network; ``(B, *feature_shape)`` -> images ``(B, 3, H, W)`` in [0, 1]."""
+
+    def __init__(self, feature_shape: tuple[int, ...], image_size: tuple[int, int], width: int) -> None:
+        super().__init__()
+        channels, height, width_cells = as_map(torch.empty(1, *feature_shape)).shape[1:]
+        self.cell = (max(1, image_size[0] // height), max(1, image_size[1] // width_cells))
+        self.image_size = image_size
+        self.reach = next(
+            (k for k in (5, 3) if channels * k * k <= MAX_NEIGHBOURHOOD and min(height, width_cells) > 1), 1
+        )
+        self.mean: Tensor
+        self.scale: Tensor
+        self.register_buffer("mean", torch.zeros(1, channels, 1, 1))
+        self.register_buffer("scale", torch.ones(1, channels, 1, 1))
+        painted = 3 * self.cell[0] * self.cell[1]
+        self.linear = nn.Conv2d(channels, painted, self.reach, padding=self.reach // 2, bias=False)
+        self.bias = nn.Parameter(torch.zeros(painted))
+        self.enter = nn.Conv2d(channels + painted, width, 3, padding=1)
+        self.blocks = nn.ModuleList(_Residual(width) for _ in range(3))
+        self.leave = nn.Conv2d(width, painted, 3, padding=1)
+        last = nn.Conv2d(24, 3, 3, padding=1)
+        self.smooth = nn.Sequential(nn.Conv2d(6, 24, 3, padding=1), nn.ReLU(), last)
+        for silent in (self.leave, last):  # at first the linear map alone speaks
+            for parameter in silent.parameters():
+                nn.init.zeros_(parameter)
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Returns images; not clamped while training, so that gradients reach pixels that overshoot."""
+        x = (as_map(features) - self.mean) / self.scale
+        linear = self.linear(x) + self.bias[:, None, None]
+        hidden = self.enter(torch.cat([x, linear], 1))
+        for block in self.blocks:
+            hidden = block(hidden)
+        first, second = self._painted(linear), self._painted(self.leave(hidden))
+        images: Tensor = first + second
+        images = images + self.smooth(torch.cat([first, images], 1))
+        return images if self.training else images.clamp(0, 1)
+
+    def _painted(self, cells: Tensor) -> Tensor:
+        """Lays out each position's pixels: ``(B, 3 r s, h, w)`` -> ``(B, 3, H, W)``."""
+        r, s = self.cell
+        batch, _, height, width = cells.shape
+        laid = (
+            cells.view(batch, 3, r, s, height, width).permute(0, 1, 4, 2, 5, 3).reshape(batch, 3, height * r, width * s)
+        )
+        if laid.shape[-2:] != self.image_size:
+            laid = F.interpolate(laid, self.image_size, mode="nearest")
+        return laid
+
+    @torch.no_grad()
+    def fit_linear(self, features: Tensor, images: Tensor, ridge: float = 1e-3) -> None:
+        """Solves for the linear map: ridge regression over every position of ``features``, uint8 ``images``."""
+        maps = as_map(features)
+        self.mean.copy_(maps.mean((0, 2, 3), keepdim=True))
+        self.scale.copy_(maps.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
+        keep = max(1, RIDGE_ROWS // (maps.shape[2] * maps.shape[3]))
+        x = (maps[:keep] - self.mean) / self.scale
+        height, width = maps.shape[2] * self.cell[0], maps.shape[3] * self.cell[1]
+        target = pixels(images[:keep])
+        if target.shape[-2:] != (height, width):
+            target = F.interpolate(target, (height, width), mode="nearest")
+        r, s = self.cell
+        cells = F.unfold(target, (r, s), stride=(r, s)).transpose(1, 2).flatten(0, 1)
+        rows = F.unfold(x, self.reach, padding=self.reach // 2).transpose(1, 2).flatten(0, 1)
+        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
+        gram = rows.T @ rows
+        gram.diagonal().add_(ridge * len(rows))
+        solution = torch.linalg.solve(gram, rows.T @ cells)
+        self.linear.weight.copy_(solution[:-1].T.reshape(self.linear.weight.shape))
+        self.bias.copy_(solution[-1])
+
+
+class _Residual(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.first = nn.Conv2d(width, width, 3, padding=1)
+        self.second = nn.Conv2d(width, width, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        out: Tensor = x + self.second(F.relu(self.first(F.relu(x))))
+        return out
+
+
+def train_decoder(
+    features_of: Features,
+    images: Tensor,
+    feature_shape: tuple[int, ...],
+    effort: Effort,
+    generator: torch.Generator,
+    tick: Callable[[], None] = lambda: None,
+) -> Decoder:
+    """Returns a decoder for the head ``features_of``, trained on ``images`` until it is flat.
+
+    Args:
+        features_of: from uint8 images to features; called anew for each batch, so noise may differ each time.
+        images: ``(M, 3, H, W)`` uint8; a tenth is kept to see when training is flat.
+        feature_shape: of one image.
+        effort: how hard.
+        generator: of shuffling.
+        tick: called after every step.
+    """
+    kept = max(1, min(500, len(images) // 10))
+    held, train = images[:kept], images[kept:]
+    size = (images.shape[-2], images.shape[-1])
+    decoder = placed(Decoder(feature_shape, size, effort.width), images.device)
+    with torch.no_grad():
+        some = train[:2000]
+        decoder.fit_linear(torch.cat([features_of(part) for part in torch.split(some, CHUNK)]), some)
+        held_features = torch.cat([features_of(part) for part in torch.split(held, CHUNK)])
+    optimizer = torch.optim.Adam(decoder.parameters(), 1e-3)
+    best = _loss(decoder, held_features, held, effort)
+    best_state = {name: value.clone() for name, value in decoder.state_dict().items()}
+    stale, falls = 0, 0
+    for step in range(1, effort.steps + 1):
+        chosen = torch.randint(len(train), (min(BATCH, len(train)),), generator=generator).to(images.device)
+        with torch.no_grad():
+            features = features_of(train[chosen])
+        loss = _objective(decoder.train()(features), pixels(train[chosen]), effort)
+        optimizer.zero_grad(set_to_none=True)
+        loss.backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+        tick()
+        if step % effort.check_every == 0 or step == effort.steps:
+            value = _loss(decoder, held_features, held, effort)
+            if value < best * 0.995:
+                stale = 0
+            else:
+                stale += 1
+            if value < best:
+                best, best_state = value, {name: v.clone() for name, v in decoder.state_dict().items()}
+            if stale >= effort.patience:
+                falls, stale = falls + 1, 0
+                if falls == 2:
+                    break
+                for group in optimizer.param_groups:
+                    group["lr"] /= 4
+    decoder.load_state_dict(best_state)
+    return decoder.eval()
+
+
+def _objective(painted: Tensor, target: Tensor, effort: Effort) -> Tensor:
+    loss = F.mse_loss(painted, target)
+    if effort.ssim_weight:
+        loss = loss + effort.ssim_weight * (1 - ssim(painted, target).mean())
+    return loss
+
+
+@torch.no_grad()
+def _loss(decoder: Decoder, features: Tensor, images: Tensor, effort: Effort) -> float:
+    decoder.eval()
+    parts = [decoder(part) for part in torch.split(features, CHUNK)]
+    return float(_objective(torch.cat(parts), pixels(images), effort))
+
+
+@torch.no_grad()
+def painted(decoder: nn.Module, features: Tensor) -> Tensor:
+    """Returns ``decoder``'s images for ``features``, in parts."""
+    return torch.cat([decoder(part) for part in torch.split(features, CHUNK)])

@@ -1,0 +1,214 @@
+"""Who knows what: a device that was exported, images, and the part of it all that an attacker may use.
+
+A ``Scene`` holds everything. An attack is handed a ``View`` of it, in which whatever its threat model does not grant is
+not there; so no attack can look by mistake at what it must not know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from enum import IntEnum
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+from torch import Tensor, nn
+
+from ensembler.edge_runtime.runtime import EdgeRuntime
+from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError
+from ensembler.protocol.manifest import WireSpec
+from ensembler.training import data as data_sets
+from ensembler.training.fit import derived_seed
+from ensembler.training.models import ArchSpec
+from ensembler.training.runs import RunFolder
+from ensembler.training.stages import Client, load_bodies, load_client
+
+# How the images are divided unless told otherwise, at most: for judging and for observing; the attacker owns the rest.
+EVALUATED, OBSERVED = 500, 2000
+FEWEST = 32  # of each part; below, a mean says nothing
+
+
+class Access(IntEnum):
+    """What an attacker has, beside images of the same kind; each includes the ones before."""
+
+    NONE = 0
+    QUERY_FREE = 1
+    DEVICE = 2
+    WHITE_BOX = 3
+
+    @property
+    def words(self) -> str:
+        """For people."""
+        return {
+            Access.NONE: "images of the same kind, nothing of this system",
+            Access.QUERY_FREE: "a server: its nets, the architecture, what devices send; it cannot send its own images",
+            Access.DEVICE: "a server that also owns a device: pairs of image and features",
+            Access.WHITE_BOX: "the device's weights and noise, as after a theft",
+        }[self]
+
+
+@dataclass(frozen=True, kw_only=True)
+class View:
+    """What one attack is given. What its threat model does not grant is None.
+
+    Attributes:
+        access: the threat model.
+        arch: the architecture, known to everybody.
+        wire: shapes and codecs, as in every server bundle.
+        noise_std: of the defence's noise, whose values are secret.
+        fresh_noise: whether every request draws its own.
+        auxiliary: images that the attacker owns, ``(A, 3, H, W)`` uint8.
+        auxiliary_labels: their classes ``(A,)``.
+        observed: features as they arrived, of images that the attacker never sees, ``(O, C, h, w)`` float32.
+        bodies: the N server nets in the server's order.
+        send: from images uint8 ``(B, 3, H, W)`` to features, on a device that the attacker owns.
+        client: the device's secrets.
+    """
+
+    access: Access
+    arch: ArchSpec
+    wire: WireSpec
+    noise_std: float
+    fresh_noise: bool
+    auxiliary: Tensor
+    auxiliary_labels: Tensor
+    observed: Tensor | None = None
+    bodies: tuple[nn.Module, ...] | None = None
+    send: Callable[[Tensor], Tensor] | None = None
+    client: Client | None = None
+
+    @property
+    def device(self) -> torch.device:
+        """Where everything is."""
+        return self.auxiliary.device
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scene:
+    """One exported device and the images to attack it with.
+
+    Attributes:
+        everything: the view of somebody who knows all.
+        evaluated: the images that reconstructions are compared with, ``(E, 3, H, W)`` uint8; no attack sees them.
+        arrived: their features as the server gets them, ``(E, C, h, w)``.
+        selector: the secret positions.
+        auxiliary_source: ``disjoint`` from all that trained the victim, or ``train``: the very images that did.
+    """
+
+    everything: View
+    evaluated: Tensor
+    arrived: Tensor
+    selector: tuple[int, ...]
+    auxiliary_source: str
+
+    def view(self, access: Access) -> View:
+        """Returns what an attacker with ``access`` knows."""
+        all_of_it = self.everything
+        hidden: dict[str, None] = {}
+        if access < Access.QUERY_FREE:
+            hidden |= {"observed": None, "bodies": None}
+        if access < Access.DEVICE:
+            hidden |= {"send": None}
+        if access < Access.WHITE_BOX:
+            hidden |= {"client": None}
+        known = {name: getattr(all_of_it, name) for name in all_of_it.__dataclass_fields__}
+        return View(**(known | hidden | {"access": access}))
+
+
+def make_scene(
+    run_path: Path,
+    bundle: Path,
+    *,
+    data: str | None = None,
+    auxiliary: str = "disjoint",
+    observed: int = OBSERVED,
+    evaluated: int = EVALUATED,
+    seed: int = 0,
+    device: torch.device | None = None,
+) -> Scene:
+    """Reads an exported device and divides the images.
+
+    Args:
+        run_path: the run that the bundle was exported from; float bodies and, for white-box attacks, the client.
+        bundle: the client bundle, whose features are attacked: quantised, as they cross the wire.
+        data: whose held-out part is divided; None takes the run's own data.
+        auxiliary: ``disjoint``: the attacker owns a part of the held-out images; ``train``: it owns the images that
+            trained the victim, as the paper assumes.
+        observed: how many images' features the server collects.
+        evaluated: how many images the reconstructions are judged on.
+        seed: of the division.
+        device: where attacks compute.
+
+    Raises:
+        ConfigError: impossible counts.
+        DataError: too few images, other classes, or images of another size.
+        BundleError: damaged, or not of this run.
+    """
+    device = device or torch.device("cpu")
+    run = RunFolder.open(run_path)
+    runtime = EdgeRuntime(bundle)
+    wire = run.read_wire().spec
+    if runtime.manifest.wire != wire:
+        raise BundleMismatchError(
+            f"{bundle} was not exported from {run_path}: its bodies_id is {runtime.manifest.wire.bodies_id[:12]}..., "
+            f"the run's is {wire.bodies_id[:12]}...; give the --run that it came from"
+        )
+    config = run.config
+    images = data_sets.load(data or config.data)
+    if images.image_size != run.arch.image_size:
+        raise DataError(
+            f"--data {data}: images of {images.image_size[0]}x{images.image_size[1]} pixels; the device takes "
+            f"{run.arch.image_size[0]}x{run.arch.image_size[1]}"
+        )
+    if tuple(images.labels) != tuple(run.labels):
+        raise DataError(f"--data {data}: its classes are not the run's; the attacks on the bodies need the same")
+    if auxiliary not in ("disjoint", "train"):
+        raise ConfigError(f"--aux {auxiliary}: choose disjoint or train")
+    order = np.random.default_rng(derived_seed(seed, 4)).permutation(len(images.test_x))
+    held_out = len(order)
+    # Small data sets are divided evenly rather than not at all.
+    evaluated, observed = min(evaluated, held_out // 4), min(observed, held_out // 3)
+    if min(evaluated, observed) < FEWEST:
+        raise DataError(
+            f"--data {data or config.data}: {held_out} held-out images are too few to audit with; {4 * FEWEST} are the "
+            "least, and a few thousand show more"
+        )
+    judged, seen, owned = np.split(order, [evaluated, evaluated + observed])
+    if auxiliary == "train":
+        limit = config.train_limit
+        owned_x, owned_y = images.train_x[:limit], images.train_y[:limit]
+    else:
+        owned_x, owned_y = images.test_x[owned], images.test_y[owned]
+
+    def send(batch: Tensor) -> Tensor:
+        pixels = np.ascontiguousarray(batch.permute(0, 2, 3, 1).cpu().numpy())
+        parts = [runtime.encode(part) for part in np.split(pixels, range(256, len(pixels), 256))]
+        return torch.from_numpy(wire.feature_codec.decode(np.concatenate(parts))).to(device)
+
+    def as_tensor(array: npt.NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(device)
+
+    client = load_client(run)
+    shown = as_tensor(images.test_x[judged])
+    return Scene(
+        everything=View(
+            access=Access.WHITE_BOX,
+            arch=run.arch,
+            wire=wire,
+            noise_std=config.noise_std if config.defense != "none" else 0.0,
+            fresh_noise=runtime.manifest.noise_mode == "fresh",
+            auxiliary=as_tensor(owned_x),
+            auxiliary_labels=as_tensor(owned_y),
+            observed=send(as_tensor(images.test_x[seen])),
+            bodies=tuple(body.to(device) for body in load_bodies(run)),
+            send=send,
+            client=client.to(device),
+        ),
+        evaluated=shown,
+        arrived=send(shown),
+        selector=client.selector,
+        auxiliary_source=auxiliary,
+    )

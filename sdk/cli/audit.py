@@ -1,0 +1,88 @@
+"""``ensembler audit``: what could a server reconstruct of the images that this device sends?"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+import sys
+import tempfile
+from pathlib import Path
+
+from ensembler.cli.console import Console, ProgressReporter, need_export
+from ensembler.protocol.errors import ConfigError
+
+NAME = "audit"
+HELP = "attack an exported device and write a report of what a server could see"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Declares the options."""
+    parser.add_argument("subject", type=Path, metavar="RUN|BUNDLE", help="a run folder, or a client bundle with --run")
+    parser.add_argument("--run", type=Path, help="the run that the bundle was exported from")
+    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the report (default: report.html)")
+    parser.add_argument("--data", help="whose held-out images are used (default: the run's data)")
+    parser.add_argument("--budget", default="standard", help="quick, standard or thorough (default: standard)")
+    parser.add_argument("--attack", action="append", help="this attack in place of the budget's; may be repeated")
+    parser.add_argument("--aux", default="disjoint", help="the attacker owns disjoint images, or the train set (train)")
+    parser.add_argument("--seeds", type=int, help="how often each attack is repeated (default: the budget's)")
+    parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Audits."""
+    need_export()
+    from ensembler.privacy.audit import audit
+    from ensembler.training.fit import pick_device
+
+    subject: Path = options.subject
+    reporter = ProgressReporter(console)
+    with tempfile.TemporaryDirectory(prefix="ensembler-audit-") as folder:
+        if (subject / "manifest.json").is_file():
+            if options.run is None:
+                raise ConfigError(
+                    f"audit {subject}: a bundle needs --run RUN, the run it was exported from: attacks differentiate "
+                    "through its float nets"
+                )
+            run_path, bundle = options.run, subject
+        else:
+            if options.run is not None:
+                raise ConfigError(f"audit {subject}: --run goes with a client bundle, and this is none")
+            run_path, bundle = subject, _exported(subject, Path(folder), console)
+        try:
+            document = audit(
+                run_path,
+                bundle,
+                options.out,
+                budget=options.budget,
+                attacks=options.attack,
+                data=options.data,
+                auxiliary=options.aux,
+                seeds=options.seeds,
+                device=pick_device(options.device),
+                command=shlex.join(["ensembler", *sys.argv[1:]]),
+                reporter=reporter,
+            )
+        except KeyboardInterrupt as interrupt:
+            raise KeyboardInterrupt("finished attacks are kept; the same command goes on") from interrupt
+        finally:
+            reporter.close()
+    lines = [
+        f"{row['name']:<28} SSIM {row['ssim']['mean']:6.3f}   {row['psnr_db']['mean']:5.1f} dB   {row['access_words']}"
+        for row in document["attacks"]
+    ]
+    failed = [f"FAILED CHECK: {gate['name']}: {gate['words']}" for gate in document["gates"] if not gate["passed"]]
+    console.result(
+        document, "\n".join([*lines, *failed, document["verdict"]["sentence"], f"the report: {options.out}"])
+    )
+    return 0
+
+
+def _exported(run_path: Path, folder: Path, console: Console) -> Path:
+    """Exports the run as ``ensembler-export`` does and returns its client bundle; gates do not matter here."""
+    from ensembler.export.parity import Gates
+    from ensembler.export.pipeline import ExportOptions, export
+
+    console.say("exporting the run, since what ships is what is attacked")
+    gates = Gates(min_sqnr_db=-1000.0, max_accuracy_drop_points=100.0)
+    export(run_path, folder / "bundles", ExportOptions(gates=gates))
+    return folder / "bundles" / "client"
