@@ -162,12 +162,13 @@ def train_decoder(
         images: ``(M, 3, H, W)`` uint8; a tenth is kept to see when training is flat.
         feature_shape: of one image.
         effort: how hard.
-        generator: of shuffling.
+        generator: of the beginning and of shuffling.
         tick: called after every step.
     """
     kept = max(1, min(500, len(images) // 10))
     held, train = images[:kept], images[kept:]
     size = (images.shape[-2], images.shape[-1])
+    torch.manual_seed(generator.initial_seed())
     decoder = placed(Decoder(feature_shape, size, effort.width), images.device)
     with torch.no_grad():
         some = train[:2000]

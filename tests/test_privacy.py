@@ -1,0 +1,459 @@
+"""The privacy audit: metrics as pinned, attacks that know what they may, and a verdict that cannot flatter."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from conftest import LABELS, colour_images
+from skimage.metrics import structural_similarity
+from torch import nn
+
+from ensembler.cli import main
+from ensembler.privacy import audit as audits
+from ensembler.privacy.attacks import ATTACKS
+from ensembler.privacy.attacks.base import AttackImpossibleError, Finding, Plan
+from ensembler.privacy.attacks.matching import Cleaner, Moments, Shadow
+from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
+from ensembler.privacy.decoder import Decoder, Effort, as_map, painted, pixels, train_decoder
+from ensembler.privacy.metrics import mse, psnr_db, ssim
+from ensembler.privacy.scene import Access, make_scene
+from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError
+from ensembler.training.models import normalise
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+TINY = Plan(effort=Effort(steps=4, check_every=2, width=4), steps=4, restarts=1)
+DECODER_STEPS = 60
+
+
+@pytest.fixture(scope="module")
+def images(tiny_data, tmp_path_factory):
+    """A ``--data`` specification with the tiny train set and 400 held-out images."""
+    path = tmp_path_factory.mktemp("audit") / "test.npz"
+    x, y = colour_images(400, 7)
+    np.savez(path, x=x, y=y, label_names=np.array(LABELS))
+    return f"{tiny_data.split(',')[0]},{path}"
+
+
+@pytest.fixture(scope="module")
+def scene(tiny, images):
+    return make_scene(tiny.run, tiny.client, data=images, observed=128, evaluated=32)
+
+
+@pytest.fixture
+def random():
+    return torch.Generator().manual_seed(0)
+
+
+@pytest.fixture
+def tiny_budget(monkeypatch):
+    """``quick`` and ``standard`` with a handful of steps."""
+    for name, budget in BUDGETS.items():
+        monkeypatch.setitem(BUDGETS, name, replace(budget, plan=TINY, seeds=1))
+
+
+# --- metrics ---
+
+
+@pytest.mark.parametrize("noise", [0.0, 0.05, 0.4])
+def test_ssim_is_that_of_scikit_image_with_the_pinned_options(random, noise):
+    images = torch.rand(5, 3, 24, 31, generator=random)
+    others = (images + noise * torch.randn(images.shape, generator=random)).clamp(0, 1)
+    wanted = [
+        structural_similarity(
+            x.numpy(),
+            y.numpy(),
+            channel_axis=0,
+            data_range=1,
+            gaussian_weights=True,
+            sigma=1.5,
+            use_sample_covariance=False,
+        )
+        for x, y in zip(images, others, strict=True)
+    ]
+    assert ssim(images, others).tolist() == pytest.approx(wanted, abs=2e-3)
+
+
+def test_ssim_of_the_negative_is_negative_and_kept(random):
+    images = torch.rand(2, 3, 16, 16, generator=random)
+    assert (ssim(images, 1 - images) < -0.5).all()
+
+
+def test_psnr_and_mse_are_of_each_image():
+    images = torch.zeros(2, 3, 11, 11)
+    others = torch.stack([torch.full((3, 11, 11), 0.1), torch.zeros(3, 11, 11)])
+    assert mse(images, others).tolist() == pytest.approx([0.01, 0])
+    assert psnr_db(images, others).tolist() == pytest.approx([20, 100])
+
+
+@pytest.mark.parametrize(
+    "shapes", [((1, 3, 10, 16), (1, 3, 10, 16)), ((1, 3, 16, 16), (2, 3, 16, 16)), ((3, 16, 16),) * 2]
+)
+def test_ssim_refuses_what_it_is_not_defined_for(shapes):
+    with pytest.raises(ConfigError, match="SSIM"):
+        ssim(*(torch.zeros(shape) for shape in shapes))
+
+
+# --- who knows what ---
+
+
+def test_the_parts_of_the_images_have_nothing_in_common(scene, tiny):
+    view = scene.view(Access.DEVICE)
+    owned = {image.tobytes() for image in view.auxiliary.numpy()}
+    judged = {image.tobytes() for image in scene.evaluated.numpy()}
+    with np.load(tiny.data.removeprefix("npz:").split(",")[0]) as stored:
+        trained = {image.tobytes() for image in stored["x"]}
+    assert not owned & judged
+    assert not (owned | judged) & trained
+    features = {f.tobytes() for f in view.observed.numpy()}
+    assert not features & {f.tobytes() for f in scene.arrived.numpy()}
+    assert not features & {f.tobytes() for f in view.send(view.auxiliary).numpy()}
+
+
+def test_with_aux_train_the_attacker_owns_what_trained_the_victim(tiny, images):
+    owned = make_scene(tiny.run, tiny.client, data=images, auxiliary="train").everything.auxiliary
+    with np.load(tiny.data.removeprefix("npz:").split(",")[0]) as stored:
+        assert {image.tobytes() for image in owned.numpy()} == {image.tobytes() for image in stored["x"]}
+
+
+def test_features_are_those_of_the_exported_client_as_they_cross_the_wire(scene):
+    steps = scene.arrived / scene.everything.wire.feature_codec.scale
+    assert torch.allclose(steps, steps.round(), atol=1e-3)
+    client = scene.everything.client
+    in_float = client.noised(client.head(normalise(scene.evaluated)))
+    assert 0 < float((scene.arrived - in_float).abs().max()) < float(in_float.abs().max())
+
+
+@pytest.mark.parametrize(
+    ("access", "hidden"),
+    [
+        (Access.NONE, {"observed", "bodies", "send", "client"}),
+        (Access.QUERY_FREE, {"send", "client"}),
+        (Access.DEVICE, {"client"}),
+        (Access.WHITE_BOX, set()),
+    ],
+)
+def test_a_view_holds_what_its_threat_model_grants_and_no_more(scene, access, hidden):
+    view = scene.view(access)
+    assert {name for name in ("observed", "bodies", "send", "client") if getattr(view, name) is None} == hidden
+    assert view.access is access
+    assert not any("selector" in name for name in view.__dataclass_fields__)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [({"auxiliary": "mine"}, "choose disjoint or train"), ({"data": "demo"}, "the device takes 16x16")],
+)
+def test_an_impossible_scene_is_refused(tiny, change, message):
+    with pytest.raises((ConfigError, DataError), match=message):
+        make_scene(tiny.run, tiny.client, **change)
+
+
+def with_names(tmp_path, images, names):
+    parts = []
+    for name in images.removeprefix("npz:").split(","):
+        with np.load(name) as stored:
+            arrays = {key: stored[key] for key in stored} | {"label_names": np.array(names)}
+        parts.append(str(tmp_path / name.rsplit("/", 1)[1]))
+        np.savez(parts[-1], **arrays)
+    return "npz:" + ",".join(parts)
+
+
+def test_too_few_images_and_other_classes_are_named(tiny, images, tmp_path):
+    with pytest.raises(DataError, match="96 held-out images are too few to audit with; 128"):
+        make_scene(tiny.run, tiny.client)
+    with pytest.raises(DataError, match="its classes are not the run's"):
+        make_scene(tiny.run, tiny.client, data=with_names(tmp_path, images, ["a", "b", "c"]))
+
+
+def test_a_bundle_of_another_run_is_named(tiny, tmp_path):
+    other = tmp_path / "run"
+    shutil.copytree(tiny.run, other)
+    wire = json.loads((other / "wire.json").read_text())
+    wire["bodies_id"] = "0" * 64
+    (other / "wire.json").write_text(json.dumps(wire))
+    with pytest.raises(BundleMismatchError, match=r"was not exported from.*give the --run that it came from"):
+        make_scene(other, tiny.client)
+
+
+# --- the decoder ---
+
+
+@pytest.mark.parametrize(
+    ("shape", "wanted"), [((16, 8, 8), (16, 8, 8)), ((17, 6), (6, 4, 4)), ((16, 6), (6, 4, 4)), ((40,), (40, 1, 1))]
+)
+def test_features_of_any_shape_are_maps(shape, wanted):
+    assert as_map(torch.zeros(2, *shape)).shape == (2, *wanted)
+
+
+def test_the_linear_map_inverts_what_is_linear(random):
+    images = torch.randint(0, 256, (64, 3, 16, 16), generator=random, dtype=torch.uint8)
+    head = nn.Conv2d(3, 16, 2, stride=2)  # 12 pixels to 16 numbers
+    with torch.no_grad():
+        features = head(normalise(images))
+    decoder = Decoder((16, 8, 8), (16, 16), 4)
+    decoder.fit_linear(features, images, 1e-9)
+    assert float(mse(painted(decoder.eval(), features), pixels(images)).max()) < 1e-4
+
+
+def test_training_improves_on_the_linear_map_and_never_ends_worse(random):
+    coarse = torch.rand(200, 3, 4, 4, generator=random)
+    images = (255 * nn.functional.interpolate(coarse, (16, 16), mode="bilinear")).to(torch.uint8)
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+
+    @torch.no_grad()
+    def features(batch):
+        return head(normalise(batch))
+
+    held, owned = images[:50], images[50:]
+    scores = []
+    for steps in (0, DECODER_STEPS):
+        effort = Effort(steps=steps, check_every=10, width=16)
+        decoder = train_decoder(features, owned, (8, 8, 8), effort, torch.Generator().manual_seed(0))
+        scores.append(float(ssim(painted(decoder, features(held)), pixels(held)).mean()))
+    assert scores[1] > scores[0]
+
+
+# --- attacks: one table for all ---
+
+
+@pytest.mark.parametrize("name", ATTACKS)
+def test_an_attack_works_with_what_its_threat_model_grants_and_gives_images(scene, name):
+    attack = ATTACKS[name]
+    ticks = []
+    plan = replace(TINY, num_nets=3, tick=ticks.append)
+    if name == "known-pairs-1000":
+        with pytest.raises(AttackImpossibleError, match="1000 pairs: the attacker has"):
+            attack.run(scene.view(attack.ACCESS), plan)
+        return
+    finding = attack.run(scene.view(attack.ACCESS), plan)
+    assert len(ticks) <= attack.ticks(plan)
+    for reconstruct in finding.variants.values():
+        images = reconstruct(scene.arrived[:3])
+        assert images.shape == (3, 3, 16, 16)
+        assert torch.isfinite(images).all()
+        assert 0 <= float(images.min()) <= float(images.max()) <= 1
+    assert name == attack.NAME
+    assert attack.SOURCE
+    assert attack.WORDS
+
+
+@pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.ACCESS > Access.NONE])
+def test_an_attack_without_what_it_needs_says_so(scene, name):
+    attack = ATTACKS[name]
+    with pytest.raises(AttackImpossibleError, match="this attack needs"):
+        attack.run(scene.view(Access(attack.ACCESS - 1)), TINY)
+
+
+@pytest.mark.parametrize("name", ["distribution-matching", "shadow-single"])
+def test_the_same_seed_gives_the_same_images_and_another_one_others(scene, name):
+    attack = ATTACKS[name]
+
+    def images(seed):
+        finding = attack.run(scene.view(attack.ACCESS), replace(TINY, seed=seed))
+        return next(iter(finding.variants.values()))(scene.arrived[:2])
+
+    assert torch.equal(images(0), images(0))
+    assert not torch.equal(images(0), images(1))
+
+
+def test_no_attack_changes_the_servers_nets(scene):
+    def state():
+        return [value.clone() for body in scene.everything.bodies for value in body.state_dict().values()]
+
+    before = state()
+    for name in ("shadow-single", "shadow-adaptive"):
+        ATTACKS[name].run(scene.view(Access.QUERY_FREE), TINY)
+    assert all(torch.equal(a, b) for a, b in zip(before, state(), strict=True))
+
+
+# --- distribution matching ---
+
+
+def test_fixed_noise_after_a_relu_can_be_seen_in_what_arrives(scene):
+    view = scene.view(Access.QUERY_FREE)
+    cleaner = Cleaner(view, view.observed)
+    noise = scene.everything.client.noise
+    assert cleaner.after_relu
+    left = float((cleaner.offset[0] - noise).abs().mean() / noise.std())
+    assert left < 0.35  # of 32 images; a guess of nothing would be off by 0.8
+
+
+def test_fresh_noise_is_added_to_the_shadow_instead_of_taken_off(scene):
+    view = replace(scene.view(Access.QUERY_FREE), fresh_noise=True)
+    cleaner = Cleaner(view, view.observed)
+    assert not cleaner.offset.any()
+    same = torch.zeros(1, *view.wire.feature_shape)
+    assert not torch.equal(cleaner.sent(same), cleaner.sent(same))
+
+
+def test_the_clients_own_head_is_nearer_than_any_other(scene):
+    view = scene.view(Access.QUERY_FREE)
+    cleaner = Cleaner(view, view.observed)
+    target = Moments(cleaner.clean(view.observed))
+    own = float(target.distance(cleaner.clean(scene.arrived)))
+    other = Shadow(view, cleaner, torch.Generator().manual_seed(0))
+    assert own < other.distance(target) / 3
+
+
+def test_matching_comes_nearer(scene):
+    view = scene.view(Access.QUERY_FREE)
+    cleaner = Cleaner(view, view.observed)
+    target = Moments(cleaner.clean(view.observed))
+    head = Shadow(view, cleaner, torch.Generator().manual_seed(0))
+    before = head.distance(target)
+    head.match(target, 40, 0.05, 0.02, TINY)
+    assert head.distance(target) < before / 2
+    assert head.negated().distance(target) > head.distance(target)
+
+
+# --- the audit ---
+
+
+@pytest.fixture
+def run_audit(tiny, images, tiny_budget):
+    """Returns a function that audits the tiny client in a moment."""
+    return lambda out, **options: audit(tiny.run, tiny.client, out, **({"budget": "quick", "data": images} | options))
+
+
+def test_an_audit_leaves_a_page_and_its_json_and_nothing_else(run_audit, tmp_path):
+    document = run_audit(tmp_path / "report.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    assert json.loads((tmp_path / "report.json").read_text()) == document
+    means = [row["ssim"]["mean"] for row in document["attacks"]]
+    assert means == sorted(means, reverse=True)
+    assert {row["name"] for row in document["attacks"]} | {item["name"] for item in document["not_run"]} == set(ATTACKS)
+    assert "distribution-matching" in {row["name"] for row in document["attacks"]}
+    assert document["subject"]["digests"].keys() >= {"head.onnx", "tail.onnx", "manifest.json"}
+    assert document["verdict"]["sentence"] in (tmp_path / "report.html").read_text()
+
+
+def test_nothing_in_the_report_tells_the_selector_or_the_noise(run_audit, tmp_path, scene):
+    text = json.dumps(run_audit(tmp_path / "report.html"))
+    assert "selector" not in text
+    assert str(list(scene.selector)) not in text.replace(" ", "").replace(",", ", ")
+
+
+def test_an_audit_that_was_interrupted_goes_on_with_what_is_done(run_audit, tmp_path, monkeypatch):
+    ran = []
+
+    class Broken:
+        NAME, ACCESS, SOURCE, WORDS = ORACLE, Access.DEVICE, "test", "test"
+
+        def ticks(self, plan):
+            return 0
+
+        def run(self, view, plan):
+            raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setitem(ATTACKS, ORACLE, Broken())
+        with pytest.raises(KeyboardInterrupt):
+            run_audit(tmp_path / "report.html")
+    assert (tmp_path / "report.parts").is_dir()
+    original = audits._score
+    monkeypatch.setattr(audits, "_score", lambda attack, *rest: (ran.append(attack.NAME), original(attack, *rest))[1])
+    run_audit(tmp_path / "report.html")
+    assert ran == [ORACLE]
+    assert not (tmp_path / "report.parts").exists()
+
+
+def test_parts_of_another_audit_are_not_taken(run_audit, scene, tmp_path):
+    parts = audits._Parts(tmp_path / "report.parts", {"subject": "another"})
+    score = audits._score(ATTACKS[FLOOR], scene, TINY, 0, audits.Silent())
+    parts.write(score)
+    assert parts.read(FLOOR, 0) is not None
+    (tmp_path / "report.parts" / f"{ORACLE}-0.npz").write_bytes(b"damaged")
+    document = run_audit(tmp_path / "report.html")
+    assert len(document["attacks"]) >= 4
+
+
+def row(name, value, access=1):
+    return {"name": name, "access": access, "control": access == 0, "ssim": {"mean": value}}
+
+
+@pytest.mark.parametrize(
+    ("values", "word"),
+    [
+        ({FLOOR: 0.1, ORACLE: 0.9, "distribution-matching": 0.8}, "readable"),
+        ({FLOOR: 0.1, ORACLE: 0.4, "distribution-matching": 0.2}, "recognisable"),
+        ({FLOOR: 0.1, ORACLE: 0.25, "distribution-matching": 0.2}, "obscured"),
+        ({FLOOR: 0.1, ORACLE: 0.1, "distribution-matching": 0.1}, "inconclusive"),  # an oracle that learned nothing
+        ({FLOOR: 0.1, ORACLE: 0.15, "distribution-matching": 0.29}, "inconclusive"),  # beaten by who knows less
+        ({FLOOR: 0.1, ORACLE: 0.2, "distribution-matching": 0.6}, "readable"),  # a leak that was seen needs no oracle
+    ],
+)
+def test_the_verdict_is_the_strongest_attacks_and_a_low_one_needs_sound_attacks(values, word):
+    rows = [row(name, value, {FLOOR: 0, ORACLE: 2}.get(name, 1)) for name, value in values.items()]
+    verdict = audits._verdict(rows, audits._gates(rows, []))
+    assert verdict["word"] == word
+    assert verdict["ssim"] == max(values[name] for name in values if name != FLOOR)
+    assert f"A server alone reaches {values['distribution-matching']:.2f}" in verdict["sentence"]
+
+
+def test_the_best_of_several_variants_counts_and_is_labelled(scene):
+    class Two:
+        NAME, ACCESS, SOURCE, WORDS = "two", Access.QUERY_FREE, "test", "test"
+
+        def ticks(self, plan):
+            return 0
+
+        def run(self, view, plan):
+            grey = torch.full((1, 3, 16, 16), 0.5)
+            truth = pixels(scene.evaluated)
+            return Finding(
+                variants={"grey": lambda f: grey.expand(len(f), -1, -1, -1), "all": lambda f: truth[: len(f)]}
+            )
+
+    score = audits._score(Two(), scene, TINY, 0, audits.Silent())
+    assert score.ssim.mean() == pytest.approx(1)
+    assert score.chosen
+    assert score.seen["best"] == "all"
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"budget": "huge"}, "--budget huge: choose quick, standard, thorough"),
+        ({"attacks": ["magic"]}, "--attack magic: choose mean-image"),
+        ({"seeds": 0}, "--seeds 0"),
+    ],
+)
+def test_impossible_options_are_refused(run_audit, tmp_path, options, message):
+    with pytest.raises(ConfigError, match=message):
+        run_audit(tmp_path / "report.html", **options)
+
+
+def test_every_budget_has_the_floor_the_oracle_and_the_strongest_attack():
+    for budget in BUDGETS.values():
+        assert isinstance(budget, Budget)
+        assert {FLOOR, ORACLE, "distribution-matching"} <= set(budget.attacks) <= set(ATTACKS)
+
+
+# --- the command line ---
+
+
+def test_audit_from_a_run_exports_it_first_and_prints_the_verdict(tiny, images, tiny_budget, tmp_path, capsys):
+    out = tmp_path / "report.html"
+    command = ["audit", str(tiny.run), "--data", images, "--budget", "quick", "--out", str(out), "--json"]
+    assert main(command) == 0
+    printed = capsys.readouterr()
+    assert json.loads(printed.out)["verdict"] == json.loads(out.with_suffix(".json").read_text())["verdict"]
+    assert "exporting the run" in printed.err
+
+
+def test_audit_of_a_bundle_names_what_it_needs(tiny, tmp_path, capsys):
+    assert main(["audit", str(tiny.client)]) == 2
+    assert "a bundle needs --run RUN" in capsys.readouterr().err
+    assert main(["audit", str(tiny.run), "--run", str(tiny.run)]) == 2
+    assert "--run goes with a client bundle" in capsys.readouterr().err
+    assert main(["audit", str(tiny.client), "--run", str(tiny.run), "--out", str(tmp_path / "report.pdf")]) == 2
+    assert "ends in .html" in capsys.readouterr().err
+    assert main(["audit", str(tmp_path)]) == 2
+    assert "is not a run folder" in capsys.readouterr().err
