@@ -9,14 +9,14 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from conftest import LABELS, colour_images
+from conftest import brief_plan
 from skimage.metrics import structural_similarity
 from torch import nn
 
 from ensembler.cli import main
 from ensembler.privacy import audit as audits
 from ensembler.privacy.attacks import ATTACKS
-from ensembler.privacy.attacks.base import AttackImpossibleError, Finding, Plan
+from ensembler.privacy.attacks.base import AttackImpossibleError, Finding
 from ensembler.privacy.attacks.matching import Cleaner, Moments, Shadow
 from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
 from ensembler.privacy.decoder import Decoder, Effort, as_map, painted, pixels, train_decoder
@@ -28,34 +28,18 @@ from ensembler.training.models import normalise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
-TINY = Plan(effort=Effort(steps=4, check_every=2, width=4), steps=4, restarts=1)
+TINY = brief_plan()
 DECODER_STEPS = 60
 
 
 @pytest.fixture(scope="module")
-def images(tiny_data, tmp_path_factory):
-    """A ``--data`` specification with the tiny train set and 400 held-out images."""
-    path = tmp_path_factory.mktemp("audit") / "test.npz"
-    x, y = colour_images(400, 7)
-    np.savez(path, x=x, y=y, label_names=np.array(LABELS))
-    return f"{tiny_data.split(',')[0]},{path}"
-
-
-@pytest.fixture(scope="module")
-def scene(tiny, images):
-    return make_scene(tiny.run, tiny.client, data=images, observed=128, evaluated=32)
+def scene(tiny, audit_images):
+    return make_scene(tiny.run, tiny.client, data=audit_images, observed=128, evaluated=32)
 
 
 @pytest.fixture
 def random():
     return torch.Generator().manual_seed(0)
-
-
-@pytest.fixture
-def tiny_budget(monkeypatch):
-    """``quick`` and ``standard`` with a handful of steps."""
-    for name, budget in BUDGETS.items():
-        monkeypatch.setitem(BUDGETS, name, replace(budget, plan=TINY, seeds=1))
 
 
 # --- metrics ---
@@ -116,8 +100,8 @@ def test_the_parts_of_the_images_have_nothing_in_common(scene, tiny):
     assert not features & {f.tobytes() for f in view.send(view.auxiliary).numpy()}
 
 
-def test_with_aux_train_the_attacker_owns_what_trained_the_victim(tiny, images):
-    owned = make_scene(tiny.run, tiny.client, data=images, auxiliary="train").everything.auxiliary
+def test_with_aux_train_the_attacker_owns_what_trained_the_victim(tiny, audit_images):
+    owned = make_scene(tiny.run, tiny.client, data=audit_images, auxiliary="train").everything.auxiliary
     with np.load(tiny.data.removeprefix("npz:").split(",")[0]) as stored:
         assert {image.tobytes() for image in owned.numpy()} == {image.tobytes() for image in stored["x"]}
 
@@ -165,11 +149,11 @@ def with_names(tmp_path, images, names):
     return "npz:" + ",".join(parts)
 
 
-def test_too_few_images_and_other_classes_are_named(tiny, images, tmp_path):
+def test_too_few_images_and_other_classes_are_named(tiny, audit_images, tmp_path):
     with pytest.raises(DataError, match="96 held-out images are too few to audit with; 128"):
         make_scene(tiny.run, tiny.client)
     with pytest.raises(DataError, match="its classes are not the run's"):
-        make_scene(tiny.run, tiny.client, data=with_names(tmp_path, images, ["a", "b", "c"]))
+        make_scene(tiny.run, tiny.client, data=with_names(tmp_path, audit_images, ["a", "b", "c"]))
 
 
 def test_a_bundle_of_another_run_is_named(tiny, tmp_path):
@@ -358,9 +342,11 @@ def test_a_client_that_selects_all_nets_has_nothing_to_recover(scene):
 
 
 @pytest.fixture
-def run_audit(tiny, images, tiny_budget):
+def run_audit(tiny, audit_images, tiny_budget):
     """Returns a function that audits the tiny client in a moment."""
-    return lambda out, **options: audit(tiny.run, tiny.client, out, **({"budget": "quick", "data": images} | options))
+    return lambda out, **options: audit(
+        tiny.run, tiny.client, out, **({"budget": "quick", "data": audit_images} | options)
+    )
 
 
 def test_an_audit_leaves_a_page_and_its_json_and_nothing_else(run_audit, tmp_path):
@@ -480,9 +466,9 @@ def test_every_budget_has_the_floor_the_oracle_and_the_strongest_attack():
 # --- the command line ---
 
 
-def test_audit_from_a_run_exports_it_first_and_prints_the_verdict(tiny, images, tiny_budget, tmp_path, capsys):
+def test_audit_from_a_run_exports_it_first_and_prints_the_verdict(tiny, audit_images, tiny_budget, tmp_path, capsys):
     out = tmp_path / "report.html"
-    command = ["audit", str(tiny.run), "--data", images, "--budget", "quick", "--out", str(out), "--json"]
+    command = ["audit", str(tiny.run), "--data", audit_images, "--budget", "quick", "--out", str(out), "--json"]
     assert main(command) == 0
     printed = capsys.readouterr()
     assert json.loads(printed.out)["verdict"] == json.loads(out.with_suffix(".json").read_text())["verdict"]
