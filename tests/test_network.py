@@ -7,6 +7,7 @@ import os
 import signal
 import socket
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -208,6 +209,34 @@ def test_a_device_that_the_server_does_not_know_is_refused_at_once(tiny, running
     _, stranger = keys.create(tmp_path, "stranger")
     with client(tiny, running, key=stranger) as edge, pytest.raises(AuthenticationError, match="authorized"):
         edge.predict(tiny_images[0])
+
+
+def test_a_device_that_was_refused_before_its_first_request_is_told_so_too(tiny, running, tmp_path, tiny_images):
+    """The handshake runs from the moment that the client is made; a refusal takes the socket's queue along."""
+    _, stranger = keys.create(tmp_path, "stranger")
+    deadline = time.monotonic() + 60
+    with client(tiny, running, key=stranger) as edge:
+        (party,) = edge._parties
+        first = party._transport._first
+        while first._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
+            assert time.monotonic() < deadline
+            first._monitor.poll(100, zmq.POLLIN)
+        with pytest.raises(AuthenticationError, match="authorized"):
+            edge.predict(tiny_images[0])
+
+
+def test_a_send_that_finds_no_queue_ends_at_the_deadline(tiny, running, tmp_path):
+    _, stranger = keys.create(tmp_path, "stranger")
+    server_key = keys.load_public(tiny.keys / "server.key")
+    transport = ZmqTransport(running, server_key=server_key, keys=keys.load_pair(stranger))
+    connection = transport.connect()
+    deadline = time.monotonic() + 60
+    with pytest.raises(AuthenticationError):
+        connection.exchange([b"x"], lambda _: None, deadline)
+    with pytest.raises(TransportError):  # the refusal is known already, and is not told twice
+        connection.exchange([b"x"], lambda _: None, time.monotonic() + 0.2)
+    connection.close()
+    transport.close()
 
 
 def test_plaintext_gets_no_answer_from_an_encrypted_server(tiny, running, tiny_images):

@@ -157,19 +157,40 @@ class ZmqConnection:
     def exchange(self, request: Frames, accept: Callable[[Frames], T | None], deadline: float) -> T:
         """See ``Connection``."""
         with mapped_errors(self._endpoint):
-            self._socket.send_multipart(request, copy=False)
+            self._send(request, deadline)
             while True:
                 # Whole milliseconds, rounded up: a poll of 0 would spin through the last one.
                 remaining_ms = max(0, math.ceil(1000 * (deadline - time.monotonic())))
                 events = dict(self._poller.poll(remaining_ms))
                 if self._monitor in events and self._restored():
-                    self._socket.send_multipart(request, copy=False)
+                    self._send(request, deadline)
                 if self._socket in events:
                     accepted = accept(self._socket.recv_multipart())
                     if accepted is not None:
                         return accepted
                 if time.monotonic() >= deadline:
                     raise self._too_late()
+
+    def _send(self, request: Frames, deadline: float) -> None:
+        """Sends, never for longer than until the deadline.
+
+        A server that refuses the handshake takes the queue of this connection with it, also between ``connect`` and
+        the first request; a send that waits for a queue would then wait for ever.
+        """
+        while True:
+            try:
+                self._socket.send_multipart(request, zmq.DONTWAIT, copy=False)
+            except zmq.Again:
+                self._restored()  # raises where the handshake was refused
+                remaining_ms = math.ceil(1000 * (deadline - time.monotonic()))
+                if remaining_ms <= 0:
+                    raise self._too_late() from None
+                poller = zmq.Poller()
+                poller.register(self._socket, zmq.POLLOUT)
+                poller.register(self._monitor, zmq.POLLIN)
+                poller.poll(remaining_ms)
+            else:
+                return
 
     def close(self) -> None:
         """See ``Connection``."""
