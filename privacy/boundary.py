@@ -214,7 +214,7 @@ def find_boundary(
 def _words(study: Study, found: Found) -> str:
     """Returns the outcome in a sentence or two."""
     options, layers = study.options, study.layers
-    attack = "the strongest attack" if options.idpa == STRONGEST else options.idpa
+    attack = "the strongest attack" if options.idpa == STRONGEST else options.idpa.upper()
     if found.potential is None:
         return (
             f"No boundary: {attack} reaches SSIM {study.highest_ssim(len(layers) - 1):.3f} at layer "

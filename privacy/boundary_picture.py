@@ -54,5 +54,5 @@ def _picture(document: Mapping[str, Any]) -> Any:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8, frameon=False)
     found = "no boundary" if document["boundary"] is None else f"boundary: layer {document['boundary']:g}"
-    upper.set_title(f"{document['subject']['arch']}, {options['idpa']}: {found}")
+    upper.set_title(f"{document['subject']['arch']}, {options['idpa']}; {found}")
     return figure
