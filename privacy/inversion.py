@@ -290,26 +290,28 @@ def train_inversion(
     weights = coefficients(len(front.pieces) - 1 if decoder.distilled else 0, scheme)
 
     @torch.no_grad()
-    def sample(chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
-        """Returns noised features and what the decoder's stations should be."""
-        maps = front.maps(normalise(chosen).to(memory_format=torch.channels_last))
-        return noised(maps[-1], noise_magnitude, noise), [pixels(chosen), *maps[:-1]]
+    def maps_of(chosen: Tensor) -> list[Tensor]:
+        return front.maps(normalise(chosen).to(memory_format=torch.channels_last))
 
-    def errors(features: Tensor, wanted: Sequence[Tensor]) -> list[Tensor]:
-        return [F.mse_loss(at, to) for at, to in zip(decoder.stations(features), wanted, strict=False)]
+    def errors(features: Tensor, chosen: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+        """Returns the terms of Eq. 1 without their weights."""
+        stations = decoder.stations(features)
+        return [F.mse_loss(at, to) for at, to in zip(stations, [pixels(chosen), *maps[:-1]], strict=False)]
 
     def loss() -> Tensor:
-        chosen = torch.randint(len(train), (min(BATCH, len(train)),), generator=shuffling).to(images.device)
-        terms = errors(*sample(train[chosen]))
+        chosen = train[torch.randint(len(train), (min(BATCH, len(train)),), generator=shuffling).to(images.device)]
+        maps = maps_of(chosen)
+        terms = errors(noised(maps[-1], noise_magnitude, noise), chosen, maps)
         return torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()
 
-    held_samples = [(len(part), *sample(part)) for part in torch.split(held, CHUNK)]
+    # The maps between are made anew each time: of a deep net they would fill the memory.
+    held_parts = [(part, noised(maps_of(part)[-1], noise_magnitude, noise)) for part in torch.split(held, CHUNK)]
 
     def held_losses() -> list[float]:
         sums = [0.0] * len(weights)
-        for count, features, wanted in held_samples:
-            for index, term in enumerate(errors(features, wanted)):
-                sums[index] += count * float(term)
+        for part, features in held_parts:
+            for index, term in enumerate(errors(features, part, maps_of(part))):
+                sums[index] += len(part) * float(term)
         return [total / kept for total in sums]
 
     steps = train_until_flat(decoder, loss, held_losses, effort, tick)

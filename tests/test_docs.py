@@ -163,6 +163,8 @@ class Reader:
             arguments = [self.tiny.data if word in ("demo", "local/cifar10") else word for word in arguments]
         if verb == "export":
             arguments += OPEN_GATES
+        if verb == "boundary":
+            arguments += ["--steps", "1"]
         if verb == "predict":
             bundle = Path(arguments[1])
             with self.serve(bundle.parent / "server") as (endpoint, _):
