@@ -9,12 +9,12 @@ TORCH_INDEX ?=
 BUNDLES ?= out/demo
 BIN = $(VENV)/bin
 DOCUMENTED = ensembler ensembler.protocol ensembler.transport ensembler.edge_runtime ensembler.cloud_runtime \
-	ensembler.training ensembler.export
+	ensembler.training ensembler.privacy ensembler.export
 PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint docs bench results cifar wire models clean
+.PHONY: demo test lint docs bench results cifar wire privacy models clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -50,6 +50,16 @@ cifar: $(INSTALLED)
 # Fewer bits on the wire, and a bottleneck: two hours on two cores. CIFAR10 as above.
 wire: $(INSTALLED)
 	$(BIN)/python benchmarks/wire.py --data "$(CIFAR10)"
+
+# What a server reads of the clients of `make wire` and of a third one for the same server; an hour and more on two cores.
+SLIM = runs/wire/bits_8
+privacy: $(INSTALLED)
+	test -f $(SLIM)_2/summary.json || $(BIN)/ensembler train --data "$(CIFAR10)" --arch resnet10_slim -N 4 -P 2 --epochs 4 \
+		--stage1 $(SLIM)_0 --out $(SLIM)_2
+	test -d out/wire/bits_8_2 || $(BIN)/ensembler export $(SLIM)_2 --out out/wire/bits_8_2 --plaintext \
+		--server-bundle out/wire/bits_8_0/server
+	$(BIN)/python benchmarks/audit.py $(foreach i,0 1 2,$(SLIM)_$(i)=out/wire/bits_8_$(i)/client)
+	$(BIN)/python benchmarks/audit.py $(SLIM)_0=out/wire/bits_8_0/client --attack shadow-single --attack shadow-adaptive
 
 # Every architecture at several cuts; half an hour.
 models: $(INSTALLED)

@@ -30,6 +30,7 @@ from ensembler.privacy.metrics import mse, psnr_db, ssim
 from ensembler.privacy.parts import Parts, write_whole
 from ensembler.privacy.report import write_report
 from ensembler.privacy.scene import Access, Scene, make_scene
+from ensembler.privacy.selector import recovery
 from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import load_client
 from ensembler.training.fit import Reporter, Silent
@@ -187,6 +188,7 @@ def audit(
         "attacks": sorted(rows, key=lambda row: -row["ssim"]["mean"]),
         "not_run": [{"name": name, "why": why} for name, why in not_run.items()]
         + [{"name": name, "why": f"not part of this audit ({budget})"} for name in ATTACKS if name not in names],
+        "selector": _selector(scene),
         "gates": gates,
         "verdict": _verdict(rows, gates),
     }
@@ -324,6 +326,14 @@ def _verdict(rows: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any
         word, what = "obscured", "No attack tried here recognises the images; stronger ones may."
     sentence = f"{what} The strongest attack, {worst['name']}, reaches SSIM {value:.2f}.{server}"
     return {"word": word, "sentence": sentence, "ssim": value, "attack": worst["name"]}
+
+
+def _selector(scene: Scene) -> dict[str, Any]:
+    """Returns how well the server's own nets tell which are selected; empty where there is nothing to select."""
+    nets = len(scene.everything.bodies or ())
+    if not 0 < len(scene.selector) < nets:
+        return {}
+    return dict(recovery(scene.view(Access.QUERY_FREE), scene.selector))
 
 
 def _subject(run_path: Path, bundle: Path) -> dict[str, Any]:

@@ -124,6 +124,7 @@ def write_report(
         _chart(attacks, len(document["seeds"])),
         _table(attacks),
         _spread(attacks, document["images"]["evaluated"]),
+        _selector(document["selector"]),
         _gates(document["gates"]),
         _explained(attacks),
         _not_run(document["not_run"]),
@@ -395,6 +396,26 @@ def _spread(attacks: Sequence[Attack], images: object) -> str:
             (_block(5, 95, "whole", 3, 14), "box: the middle eight tenths of the images"),
             (_line(50, "median", 3, 17), "stroke in the box: the median"),
             ('<circle class="dot" cx="50%" cy="10" r="4"/>', "ring: the best image"),
+        ),
+    )
+
+
+def _selector(ways: Mapping[str, Mapping[str, Any]]) -> str:
+    if not ways:
+        return ""
+    rows = "".join(
+        f"<tr><th scope='row'>{_text(name)}</th><td>{_number(float(way['auc']))}</td>"
+        f"<td>{'yes' if way['first'] else 'no'}</td></tr>"
+        for name, way in ways.items()
+    )
+    return _section(
+        "Can the server tell which nets count?",
+        "<p>A server can rank its nets by how they fit what arrives. 0.5 is chance, and 0 gives away as much as 1. "
+        "One client has few nets, so one figure means little; the attacks on images above need no such knowledge.</p>",
+        _scrolling(
+            "Ranking the nets",
+            "<table><thead><tr><th scope='col'>Ranked by</th><th scope='col'>AUC</th>"
+            f"<th scope='col'>First one is selected</th></tr></thead><tbody>{rows}</tbody></table>",
         ),
     )
 

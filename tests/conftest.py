@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -81,6 +82,32 @@ def tiny_data(tmp_path_factory) -> str:
         x, y = colour_images(count, seed)
         np.savez(folder / f"{part}.npz", x=x, y=y, label_names=np.array(LABELS))
     return f"npz:{folder / 'train.npz'},{folder / 'test.npz'}"
+
+
+@pytest.fixture(scope="session")
+def audit_images(tiny_data, tmp_path_factory) -> str:
+    """A ``--data`` specification with the tiny train set and 400 held-out images, enough for an audit."""
+    path = tmp_path_factory.mktemp("audit") / "test.npz"
+    x, y = colour_images(400, 7)
+    np.savez(path, x=x, y=y, label_names=np.array(LABELS))
+    return f"{tiny_data.split(',')[0]},{path}"
+
+
+def brief_plan():
+    """An attack's plan of a handful of steps."""
+    from ensembler.privacy.attacks.base import Plan
+    from ensembler.privacy.decoder import Effort
+
+    return Plan(effort=Effort(steps=4, check_every=2, width=4), steps=4, restarts=1)
+
+
+@pytest.fixture
+def tiny_budget(monkeypatch):
+    """Every budget of the audit takes a handful of steps and one seed."""
+    from ensembler.privacy.audit import BUDGETS
+
+    for name, budget in BUDGETS.items():
+        monkeypatch.setitem(BUDGETS, name, dataclasses.replace(budget, plan=brief_plan(), seeds=1))
 
 
 @pytest.fixture(scope="module")

@@ -74,14 +74,16 @@ def at_home(word):
 class Reader:
     """Somebody who pastes one document's snippets into a fresh folder, one after the other."""
 
-    def __init__(self, folder: Path, tiny, endpoint: str, serve) -> None:
+    def __init__(self, folder: Path, tiny, endpoint: str, serve, audit_images: str) -> None:
         self.folder = folder
         self.tiny = tiny
         self.endpoint = endpoint
         self.serve = serve
+        self.audit_images = audit_images
         home = Path(os.environ["HOME"])
         shutil.rmtree(home / ".config", ignore_errors=True)
         shutil.copytree(tiny.out, folder / "out" / "demo")
+        shutil.copytree(tiny.run, folder / "out" / "demo" / "run")
         for name in ("photo.jpg", "a.jpg", "b.jpg", "another.png"):
             Image.new("RGB", (40, 30), (200, 20, 20)).save(folder / name)
         rng = np.random.Generator(np.random.PCG64(3))
@@ -161,6 +163,8 @@ class Reader:
             else:
                 arguments += BRIEF
             arguments = [self.tiny.data if word in ("demo", "local/cifar10") else word for word in arguments]
+        if verb == "audit":
+            arguments += ["--data", self.audit_images]
         if verb == "export":
             arguments += OPEN_GATES
         if verb == "boundary":
@@ -209,10 +213,12 @@ def endpoint(tiny, serve) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
-def test_every_snippet_runs_when_it_is_pasted(path, tiny, endpoint, serve, tmp_path, monkeypatch, capfd):
+def test_every_snippet_runs_when_it_is_pasted(
+    path, tiny, endpoint, serve, audit_images, tiny_budget, tmp_path, monkeypatch, capfd
+):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
-    reader = Reader(tmp_path, tiny, endpoint, serve)
+    reader = Reader(tmp_path, tiny, endpoint, serve, audit_images)
     for language, number, text in snippets(path):
         try:
             if language == "python":

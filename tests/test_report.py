@@ -92,6 +92,7 @@ def document():
             attack("known-pairs-64", 0.62, access=2, spread=0.02),
         ],
         "not_run": [{"name": "averaging", "why": "the noise is fixed, so there is nothing to average"}],
+        "selector": {"batch norm": {"auc": 0.75, "first": True}},
         "gates": [
             {"name": "no-noise", "passed": True, "words": "without noise the oracle reaches 0.95"},
             {"name": "floor", "passed": True, "words": "the best attack is 0.71 above the mean image"},
@@ -161,6 +162,7 @@ def test_a_control_stands_last_even_when_it_scores_most(document, write):
 def test_the_sections_stand_in_the_order_in_which_they_are_needed(document, write):
     assert re.findall(r"<h2>(.*?)</h2>", write(document)) == [
         *LISTS,
+        "Can the server tell which nets count?",
         "Sanity checks",
         "Who could do this",
         "What was not tried",
