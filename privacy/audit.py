@@ -11,7 +11,6 @@ import hashlib
 import json
 import os
 import platform
-import shutil
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -28,10 +27,11 @@ from ensembler.privacy.attacks import ATTACKS
 from ensembler.privacy.attacks.base import Attack, AttackImpossibleError, Plan
 from ensembler.privacy.decoder import Effort, pixels
 from ensembler.privacy.metrics import mse, psnr_db, ssim
+from ensembler.privacy.parts import Parts, write_whole
 from ensembler.privacy.report import write_report
 from ensembler.privacy.scene import Access, Scene, make_scene
 from ensembler.privacy.selector import recovery
-from ensembler.protocol.errors import ConfigError, DataError
+from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import load_client
 from ensembler.training.fit import Reporter, Silent
 from ensembler.training.runs import RunFolder
@@ -194,7 +194,7 @@ def audit(
     }
     shown = (scene.evaluated[:SHOWN].permute(0, 2, 3, 1).cpu().numpy()).astype(np.uint8)
     write_report(document, shown, {s.name: s.shown for s in scores if s.seed == 0}, out)
-    _write_whole(out.with_suffix(".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    write_whole(out.with_suffix(".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     parts.remove()
     return document
 
@@ -362,53 +362,28 @@ def _subject(run_path: Path, bundle: Path) -> dict[str, Any]:
 
 
 class _Parts:
-    """What is done so far, one file for each attack and seed, of exactly this audit."""
+    """What is done so far, one part for each attack and seed, of exactly this audit."""
 
     def __init__(self, folder: Path, identity: Mapping[str, Any]) -> None:
-        self._folder = folder
-        self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise ConfigError(f"--out {folder.parent}: cannot be written: {error.strerror}") from error
-
-    def _path(self, name: str, seed: int) -> Path:
-        return self._folder / f"{name}-{seed}.npz"
+        self._parts = Parts(folder, identity)
 
     def read(self, name: str, seed: int) -> Score | None:
         """Returns a stored score; one that is damaged or of another audit is none."""
+        stored = self._parts.read(f"{name}-{seed}")
+        if stored is None:
+            return None
+        fields: dict[str, Any] = {**stored[0], **stored[1]}
         try:
-            with np.load(self._path(name, seed), allow_pickle=False) as stored:
-                texts = json.loads(str(stored["texts"]))
-                if texts.pop("identity") != self._identity:
-                    return None
-                arrays = {key: stored[key] for key in ("ssim", "psnr_db", "mse", "shown")}
-            return Score(**texts, **arrays)
-        except (OSError, ValueError, KeyError, TypeError, EOFError):
+            return Score(**fields)
+        except TypeError:  # written by another version
             return None
 
     def write(self, score: Score) -> None:
         """Stores a score, whole or not at all."""
         values = asdict(score)
         arrays = {key: values.pop(key) for key in ("ssim", "psnr_db", "mse", "shown")}
-        path = self._path(score.name, score.seed)
-        temporary = path.with_suffix(".tmp")
-        try:
-            with temporary.open("wb") as stream:
-                np.savez(stream, texts=np.array(json.dumps(values | {"identity": self._identity})), **arrays)
-            temporary.replace(path)
-        except OSError as error:
-            raise DataError(f"{path} cannot be written: {error.strerror}; make room, then start again") from error
+        self._parts.write(f"{score.name}-{score.seed}", values, arrays)
 
     def remove(self) -> None:
-        """Removes the folder: the report is written."""
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-
-def _write_whole(path: Path, text: str) -> None:
-    temporary = path.with_suffix(".tmp")
-    try:
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(path)
-    except OSError as error:
-        raise DataError(f"{path} cannot be written: {error.strerror}") from error
+        """Removes them: the report is written."""
+        self._parts.remove()

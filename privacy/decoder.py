@@ -8,7 +8,7 @@ improve. The warm start matters: a decoder that is not trained to its end makes 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -24,6 +24,8 @@ Reconstruct = Callable[[Tensor], Tensor]
 MAX_NEIGHBOURHOOD = 1600  # numbers that the linear map reads for one position
 RIDGE_ROWS = 200_000
 BATCH = 64
+LEARNING_RATE = 1e-3
+FLAT = 0.995  # a loss that is not below so much of the best one has not improved
 CHUNK = 256
 
 
@@ -174,27 +176,55 @@ def train_decoder(
         some = train[:2000]
         decoder.fit_linear(torch.cat([features_of(part) for part in torch.split(some, CHUNK)]), some)
         held_features = torch.cat([features_of(part) for part in torch.split(held, CHUNK)])
-    optimizer = torch.optim.Adam(decoder.parameters(), 1e-3)
-    best = _loss(decoder, held_features, held, effort)
-    best_state = {name: value.clone() for name, value in decoder.state_dict().items()}
-    stale, falls = 0, 0
-    for step in range(1, effort.steps + 1):
+
+    def loss() -> Tensor:
         chosen = torch.randint(len(train), (min(BATCH, len(train)),), generator=generator).to(images.device)
         with torch.no_grad():
             features = features_of(train[chosen])
-        loss = _objective(decoder.train()(features), pixels(train[chosen]), effort)
+        return _objective(decoder(features), pixels(train[chosen]), effort)
+
+    train_until_flat(decoder, loss, lambda: [_loss(decoder, held_features, held, effort)], effort, tick)
+    return decoder
+
+
+def train_until_flat(
+    decoder: nn.Module,
+    loss: Callable[[], Tensor],
+    held: Callable[[], Sequence[float]],
+    effort: Effort,
+    tick: Callable[[], None] = lambda: None,
+) -> int:
+    """Trains with Adam until images that are not trained on no longer improve; leaves the best state, in ``eval()``.
+
+    Args:
+        decoder: what is trained.
+        loss: of a fresh batch; called in training mode.
+        held: the losses on images that are not trained on; called in ``eval()`` mode. Training goes on while any of
+            them falls, and the state is kept in which the first was lowest.
+        effort: how many steps at most, and when it is flat.
+        tick: called after every step.
+
+    Returns:
+        The steps that were made.
+    """
+    optimizer = torch.optim.Adam(decoder.parameters(), LEARNING_RATE)
+    best = list(_held(decoder, held))
+    best_state = _copied(decoder)
+    stale, falls, step = 0, 0, 0
+    for step in range(1, effort.steps + 1):
+        decoder.train()
+        value = loss()
         optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        value.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         tick()
         if step % effort.check_every == 0 or step == effort.steps:
-            value = _loss(decoder, held_features, held, effort)
-            if value < best * 0.995:
-                stale = 0
-            else:
-                stale += 1
-            if value < best:
-                best, best_state = value, {name: v.clone() for name, v in decoder.state_dict().items()}
+            values = _held(decoder, held)
+            falling = any(now < FLAT * before for now, before in zip(values, best, strict=True))
+            stale = 0 if falling else stale + 1
+            if values[0] < best[0]:
+                best_state = _copied(decoder)
+            best = [min(pair) for pair in zip(values, best, strict=True)]
             if stale >= effort.patience:
                 falls, stale = falls + 1, 0
                 if falls == 2:
@@ -202,7 +232,19 @@ def train_decoder(
                 for group in optimizer.param_groups:
                     group["lr"] /= 4
     decoder.load_state_dict(best_state)
-    return decoder.eval()
+    decoder.eval()
+    return step
+
+
+@torch.no_grad()
+def _held(decoder: nn.Module, held: Callable[[], Sequence[float]]) -> Sequence[float]:
+    """Returns ``held()``, in ``eval()`` mode."""
+    decoder.eval()
+    return held()
+
+
+def _copied(decoder: nn.Module) -> dict[str, Tensor]:
+    return {name: value.clone() for name, value in decoder.state_dict().items()}
 
 
 def _objective(painted: Tensor, target: Tensor, effort: Effort) -> Tensor:
@@ -212,9 +254,7 @@ def _objective(painted: Tensor, target: Tensor, effort: Effort) -> Tensor:
     return loss
 
 
-@torch.no_grad()
 def _loss(decoder: Decoder, features: Tensor, images: Tensor, effort: Effort) -> float:
-    decoder.eval()
     parts = [decoder(part) for part in torch.split(features, CHUNK)]
     return float(_objective(torch.cat(parts), pixels(images), effort))
 

@@ -157,26 +157,15 @@ def make_scene(
             f"the run's is {wire.bodies_id[:12]}...; give the --run that it came from"
         )
     config = run.config
-    images = data_sets.load(data or config.data)
-    if images.image_size != run.arch.image_size:
-        raise DataError(
-            f"--data {data}: images of {images.image_size[0]}x{images.image_size[1]} pixels; the device takes "
-            f"{run.arch.image_size[0]}x{run.arch.image_size[1]}"
-        )
-    if tuple(images.labels) != tuple(run.labels):
-        raise DataError(f"--data {data}: its classes are not the run's; the attacks on the bodies need the same")
+    images = load_images(run, data)
     if auxiliary not in ("disjoint", "train"):
         raise ConfigError(f"--aux {auxiliary}: choose disjoint or train")
-    order = np.random.default_rng(derived_seed(seed, 4)).permutation(len(images.test_x))
-    held_out = len(order)
+    held_out = len(images.test_x)
     # Small data sets are divided evenly rather than not at all.
     evaluated, observed = min(evaluated, held_out // 4), min(observed, held_out // 3)
     if min(evaluated, observed) < FEWEST:
-        raise DataError(
-            f"--data {data or config.data}: {held_out} held-out images are too few to audit with; {4 * FEWEST} are the "
-            "least, and a few thousand show more"
-        )
-    judged, seen, owned = np.split(order, [evaluated, evaluated + observed])
+        raise too_few(data or config.data, held_out, 4 * FEWEST)
+    judged, seen, owned = np.split(shuffled(held_out, seed), [evaluated, evaluated + observed])
     if auxiliary == "train":
         limit = config.train_limit
         owned_x, owned_y = images.train_x[:limit], images.train_y[:limit]
@@ -211,4 +200,34 @@ def make_scene(
         arrived=send(shown),
         selector=client.selector,
         auxiliary_source=auxiliary,
+    )
+
+
+def load_images(run: RunFolder, data: str | None) -> data_sets.Dataset:
+    """Returns the images to attack a run with: its own data set, or ``data``.
+
+    Raises:
+        DataError: other classes, or images of another size.
+    """
+    images = data_sets.load(data or run.config.data)
+    if images.image_size != run.arch.image_size:
+        raise DataError(
+            f"--data {data}: images of {images.image_size[0]}x{images.image_size[1]} pixels; the device takes "
+            f"{run.arch.image_size[0]}x{run.arch.image_size[1]}"
+        )
+    if tuple(images.labels) != tuple(run.labels):
+        raise DataError(f"--data {data}: its classes are not the run's; the attacks on the bodies need the same")
+    return images
+
+
+def shuffled(held_out: int, seed: int) -> npt.NDArray[np.int64]:
+    """Returns the order in which held-out images are divided."""
+    return np.random.default_rng(derived_seed(seed, 4)).permutation(held_out)
+
+
+def too_few(data: str, held_out: int, least: int) -> DataError:
+    """Returns the error for a held-out part that cannot be divided."""
+    return DataError(
+        f"--data {data}: {held_out} held-out images are too few to audit with; {least} are the least, and a few "
+        "thousand show more"
     )

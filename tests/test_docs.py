@@ -167,6 +167,8 @@ class Reader:
             arguments += ["--data", self.audit_images]
         if verb == "export":
             arguments += OPEN_GATES
+        if verb == "boundary":
+            arguments += ["--steps", "1"]
         if verb == "predict":
             bundle = Path(arguments[1])
             with self.serve(bundle.parent / "server") as (endpoint, _):

@@ -42,14 +42,14 @@ def draw(path: Path) -> list[Path]:
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a class name in a script that the font does not have
-                _save(figure_of(run), path / name)
+                save_picture(figure_of(run), path / name)
             drawn.append(path / name)
         except Exception as error:
             log.warning("%s could not be drawn (%s); the run itself is complete", path / name, error)
     return drawn
 
 
-def _figure(width: float, height: float) -> Any:
+def blank_figure(width: float, height: float) -> Any:
     """Returns an empty figure of the size in inches; no window, no global state of pyplot."""
     try:
         from matplotlib.backends.backend_agg import FigureCanvasAgg
@@ -61,7 +61,8 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _save(figure: Any, path: Path) -> None:
+def save_picture(figure: Any, path: Path) -> None:
+    """Writes a figure as PNG, whole or not at all, for its owner alone."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         figure.savefig(temporary, format="png", dpi=150)
@@ -77,7 +78,7 @@ def _plan(run: RunFolder) -> Any:
     per_epoch = -(-int(summary["train_images"]) // config.batch_size)
     first, last = config.epochs_stage1 * per_epoch, config.epochs_stage3 * per_epoch if config.is_ensemble else 0
     nets = config.trained_nets
-    figure = _figure(9.0, min(2.2 + 0.28 * (nets + 1), 12.0))
+    figure = blank_figure(9.0, min(2.2 + 0.28 * (nets + 1), 12.0))
     axis = figure.subplots()
     rows = [f"net {index + 1}" for index in range(nets)]
     axis.barh(rows, [first] * nets, left=[first * index for index in range(nets)], color=ONE)
@@ -105,7 +106,7 @@ def _curves(run: RunFolder) -> Any:
     """Loss above, accuracy below; stage 1 on the left, stage 3 on the right."""
     records = run.read_metrics()
     stages = [stage for stage in (1, 3) if any(r.get("stage") == stage and "epoch" in r for r in records)]
-    figure = _figure(5.0 * len(stages), 6.0)
+    figure = blank_figure(5.0 * len(stages), 6.0)
     axes = figure.subplots(2, len(stages), squeeze=False, sharex="col", sharey="row")
     for column, stage in enumerate(stages):
         epochs = [record for record in records if record.get("stage") == stage and "epoch" in record]
@@ -156,7 +157,7 @@ def _confusion(run: RunFolder) -> Any:
     classes = len(counts)
     share = 100 * counts / np.maximum(counts.sum(1, keepdims=True), 1)
     side = min(3.5 + 0.5 * classes, 9.0) if classes <= COUNTED_CLASSES else 14.0
-    figure = _figure(side + 1, side)
+    figure = blank_figure(side + 1, side)
     axis = figure.subplots()
     # The faint off-diagonal cells are what one looks for, so the colours rise fast from zero.
     picture = axis.imshow(np.sqrt(share / 100), cmap="Blues", vmin=0, vmax=1, interpolation="nearest")

@@ -24,6 +24,7 @@ _IN_PLACE_OPERATORS = frozenset(
     {"iadd", "isub", "imul", "itruediv", "ifloordiv", "imod", "ipow", "imatmul", "iand", "ior", "ixor", "setitem"}
 )
 _ELEMENTWISE_FUNCTIONS = (torch.relu, F.relu, F.gelu, F.silu, torch.tanh)
+_RELUS = (torch.relu, torch.relu_, F.relu, F.relu_, F.relu6, "relu", "relu_")
 LISTED = 12
 TRIED_BATCH = 3
 
@@ -38,6 +39,7 @@ class Cut:
         macs: multiply-accumulate operations of everything before it, for one image.
         share: of the net's operations, 0 to 1.
         parameters: of everything before it.
+        relu: whether the tensor comes right out of a ReLU.
     """
 
     names: tuple[str, ...]
@@ -45,6 +47,7 @@ class Cut:
     macs: int
     share: float
     parameters: int
+    relu: bool
 
     @property
     def values(self) -> int:
@@ -79,6 +82,13 @@ class TracedNet:
     # --- what is offered ---
 
     @property
+    def image_size(self) -> tuple[int, int]:
+        """H and W of the images that it takes."""
+        shape = self._facts[self._nodes[0]].shape
+        assert shape is not None  # images are floats
+        return shape[2], shape[3]
+
+    @property
     def cuts(self) -> list[Cut]:
         """Every valid end of the head, from the image on."""
         total = sum(fact.flops for fact in self._facts.values())
@@ -98,6 +108,7 @@ class TracedNet:
                         macs=macs,
                         share=flops / total if total else 0.0,
                         parameters=self._parameters(index + 1),
+                        relu=self._is_relu(node),
                     )
                 )
         return found
@@ -123,19 +134,34 @@ class TracedNet:
         Raises:
             ConfigError: an unknown name, or a place where the net cannot be cut; the message lists those where it can.
         """
-        end = self._head_place(head_end)
-        start = self._tail_place(tail_start)
+        end, start = self._head_place(head_end), self._tail_place(tail_start)
         if end >= start:
             raise ConfigError(
                 f"{self._name}: --head-end {head_end} is not before --tail-start {tail_start}, so nothing is left for "
                 f"the server; cut the head earlier; {self._offer()}"
             )
-        head_out, body_out = self._crossing(end)[0], self._crossing(start)[0]
-        return (
-            self._part(0, end, None, head_out),
-            self._part(end, start, head_out, body_out),
-            self._part(start, len(self._nodes), body_out, None),
-        )
+        head, body, tail = self._cut_at([end, start])
+        return head, body, tail
+
+    def chain(self, ends: Sequence[str]) -> list[fx.GraphModule]:
+        """Returns the net as parts, one after the other, that end where ``ends`` say; the last is the rest.
+
+        Args:
+            ends: names of cuts, from the image on.
+
+        Raises:
+            ConfigError: as ``split``, or a name that does not come after the one before it.
+        """
+        places = [self._head_place(name) for name in ends]
+        for name, before, after in zip(ends[1:], places, places[1:], strict=False):
+            if after <= before:
+                raise ConfigError(f"{self._name}: {name} does not come after the cut before it")
+        return self._cut_at(places)
+
+    def _cut_at(self, places: Sequence[int]) -> list[fx.GraphModule]:
+        edges = [0, *places, len(self._nodes)]
+        values = [None, *(self._crossing(place)[0] for place in places), None]
+        return [self._part(*step) for step in zip(edges, edges[1:], values, values[1:], strict=False)]
 
     def _head_place(self, name: str) -> int:
         if name not in self._last:
@@ -193,6 +219,11 @@ class TracedNet:
         return None
 
     # --- the graph ---
+
+    def _is_relu(self, node: fx.Node) -> bool:
+        if node.op == "call_module":
+            return isinstance(self.module.get_submodule(str(node.target)), (nn.ReLU, nn.ReLU6))
+        return node.op.startswith("call_") and node.target in _RELUS
 
     def _place(self, node: fx.Node) -> int:
         return self._index.get(node, len(self._nodes))  # the output comes last

@@ -6,6 +6,8 @@ images stay smooth where the features say nothing.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 
@@ -45,28 +47,61 @@ class Likelihood:
         if client is None:
             raise AttackImpossibleError("this attack needs the device's weights")
 
-        def search(arrived: Tensor) -> Tensor:
-            height, width = view.arch.image_size
-            start = torch.rand((len(arrived), 3, height, width), generator=plan.generator(0)).to(arrived.device)
-            # A logit, so that the images stay in [0, 1].
-            free = torch.logit(0.25 + 0.5 * start).requires_grad_()
-            optimizer = torch.optim.Adam([free], LEARNING_RATE)
-            schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.steps)
-            scale = arrived.std().clamp_min(1e-6)
-            with torch.enable_grad():
-                for _ in range(plan.steps):
-                    images = torch.sigmoid(free)
-                    features = client.head(normalise(images * 255)) + client.noise
-                    error = ((fake_quantise(features, view.wire.feature_codec) - arrived) / scale).square().mean()
-                    loss = error + self._weight * variation(images)
-                    optimizer.zero_grad(set_to_none=True)
-                    loss.backward()  # type: ignore[no-untyped-call]
-                    optimizer.step()
-                    schedule.step()
-                    plan.tick("likelihood")
-            return torch.sigmoid(free.detach())
+        def features(images: Tensor) -> Tensor:
+            return fake_quantise(client.head(normalise(images * 255)) + client.noise, view.wire.feature_codec)
 
-        return Finding(variants={"": search}, images=IMAGES)
+        def reconstruct(arrived: Tensor) -> Tensor:
+            return search(
+                features,
+                arrived,
+                view.arch.image_size,
+                steps=plan.steps,
+                generator=plan.generator(0),
+                prior=self._weight,
+                tick=lambda: plan.tick("likelihood"),
+            )
+
+        return Finding(variants={"": reconstruct}, images=IMAGES)
+
+
+def search(
+    features_of: Callable[[Tensor], Tensor],
+    arrived: Tensor,
+    image_size: tuple[int, int],
+    *,
+    steps: int,
+    generator: torch.Generator,
+    prior: float = 0.0,
+    tick: Callable[[], None] = lambda: None,
+) -> Tensor:
+    """Returns images ``(B, 3, H, W)`` in [0, 1] whose features are close to those that arrived.
+
+    Args:
+        features_of: from such images to features; differentiable.
+        arrived: ``(B, *feature_shape)``.
+        image_size: H and W.
+        steps: of gradient descent, from random images.
+        generator: of the random images, on the CPU.
+        prior: weight of the total variation.
+        tick: called after every step.
+    """
+    start = torch.rand((len(arrived), 3, *image_size), generator=generator).to(arrived.device)
+    # A logit, so that the images stay in [0, 1].
+    free = torch.logit(0.25 + 0.5 * start).requires_grad_()
+    optimizer = torch.optim.Adam([free], LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
+    scale = arrived.std().clamp_min(1e-6)
+    with torch.enable_grad():
+        for _ in range(steps):
+            images = torch.sigmoid(free)
+            error = ((features_of(images) - arrived) / scale).square().mean()
+            loss = error + prior * variation(images)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            schedule.step()
+            tick()
+    return torch.sigmoid(free.detach())
 
 
 def variation(images: Tensor) -> Tensor:
