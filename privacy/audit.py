@@ -65,7 +65,7 @@ QUICK = (FLOOR, "misaligned-decoder", "known-pairs-100", ORACLE, "distribution-m
 BUDGETS: dict[str, Budget] = {
     "quick": Budget(
         attacks=QUICK,
-        plan=Plan(effort=Effort(steps=300, width=32), steps=500, restarts=2),
+        plan=Plan(effort=Effort(steps=300, width=32), steps=500, restarts=3),
         seeds=1,
         words="minutes: the floor, the oracle, and the strongest attack of a server alone",
     ),

@@ -26,7 +26,7 @@ class Plan:
     Attributes:
         effort: of decoders.
         steps: of what an attack optimises itself: shadow nets, moments, images.
-        restarts: of attacks that may end in a wrong minimum.
+        restarts: at most, of attacks that may end in a wrong minimum.
         num_nets: N of the scene, for what an attack does once for each.
         seed: of everything that the attack draws.
         tick: called after every step of any kind, with what it belongs to.

@@ -30,7 +30,7 @@ SAMPLED = 4096  # values of a channel for its quantiles
 FLOORS = (2e-3, 2e-2)  # of chance, in deviations: below, a statistic is as good as equal
 RATE, RATE_AGAIN, RATE_END = 0.05, 0.02, 0.001
 JUDGED_BATCHES = 10
-MATCHED = 2.5  # times the distance that batches of the observed features themselves have
+MATCHED = 1.2  # times the distance that batches of the observed features themselves have
 RELU_SHARE = 0.02  # of zeros, above which features are taken to end in a ReLU
 
 
@@ -54,7 +54,7 @@ class Matching:
 
     def ticks(self, plan: Plan) -> int:
         """See ``Attack``."""
-        return int(plan.steps * (1 + 1.5 * plan.restarts)) + plan.effort.steps
+        return 3 * plan.steps * plan.restarts + plan.effort.steps
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
@@ -63,18 +63,12 @@ class Matching:
         cleaner = Cleaner(view, observed)
         clean = cleaner.clean(observed)
         target = Moments(clean)
-        tried = []
+        found: list[tuple[float, Shadow]] = []
         for restart in range(plan.restarts):
-            head = Shadow(view, cleaner, plan.generator(1, restart))
-            head.match(target, plan.steps, RATE, RATE_AGAIN, plan)
-            # The statistics of natural images hardly change with their sign, so half of all starts end at the negative.
-            mirror = head.negated()
-            mirror.match(target, plan.steps // 2, RATE_AGAIN, RATE_AGAIN, plan)
-            tried += [(head.distance(target), head), (mirror.distance(target), mirror)]
-        losses = [loss for loss, _ in tried]
-        best = min(range(len(tried)), key=losses.__getitem__)
-        head = tried[best][1]
-        head.match(target, plan.steps, RATE_AGAIN, RATE_END, plan)
+            found.append(self._attempt(Shadow(view, cleaner, plan.generator(1, restart)), target, plan))
+            if found[-1][0] <= MATCHED * target.chance:
+                break  # the attacker sees that it is there
+        final, head = min(found, key=lambda attempt: attempt[0])
         head.settle(view.auxiliary)
         decoder = train_decoder(
             head.features,
@@ -84,16 +78,23 @@ class Matching:
             plan.generator(2),
             lambda: plan.tick("decoder"),
         )
-        final = head.distance(target)
         return Finding(
             variants={"": lambda features: painted(decoder, cleaner.clean(features))},
-            seen={
-                "distances": [round(loss, 4) for loss in losses],
-                "final": round(final, 4),
-                "chance": round(target.chance, 4),
-            },
+            seen={"distances": [round(distance, 4) for distance, _ in found], "chance": round(target.chance, 4)},
             gates={"the matched head has the statistics of what arrives": final <= MATCHED * target.chance},
         )
+
+    @staticmethod
+    def _attempt(head: Shadow, target: Moments, plan: Plan) -> tuple[float, Shadow]:
+        """Searches from one start; returns how near it came, and the head."""
+        head.match(target, plan.steps, RATE, RATE_AGAIN, plan)
+        # The statistics of natural images hardly change with their sign, so half of all starts end at the negative.
+        mirror = head.negated()
+        for either in (head, mirror):  # both alike, or the one that had more steps would seem nearer
+            either.match(target, plan.steps // 2, RATE_AGAIN, RATE_AGAIN, plan)
+        best = min(head, mirror, key=lambda shadow: shadow.distance(target))
+        best.match(target, plan.steps, RATE_AGAIN, RATE_END, plan)
+        return best.distance(target), best
 
 
 class Cleaner:

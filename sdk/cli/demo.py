@@ -129,7 +129,8 @@ def _text(document: dict[str, Any], label: str, truth: str) -> str:
             f"time            {document['compute_s']:.0f} s: training {document['train_s']:.0f}, exporting "
             f"{document['export_s']:.0f}",
             f"left in         {document['out']}: run/ client/ server/ keys/ parity.json demo.json",
-            "privacy         one layer on the device obfuscates, it does not hide: see docs/threat-model.md",
+            "privacy         one layer on the device obfuscates, it does not hide; what a server reads of it:",
+            f"                ensembler audit {document['out']}/run --budget quick --out {document['out']}/report.html",
         ]
     )
 
