@@ -88,7 +88,7 @@ class Matching:
     def _attempt(head: Shadow, target: Moments, plan: Plan) -> tuple[float, Shadow]:
         """Searches from one start; returns how near it came, and the head."""
         head.match(target, plan.steps, RATE, RATE_AGAIN, plan)
-        # The statistics of natural images hardly change with their sign, so half of all starts end at the negative.
+        # The statistics of natural images hardly change with their sign, so a start may end at the negative.
         mirror = head.negated()
         for either in (head, mirror):  # both alike, or the one that had more steps would seem nearer
             either.match(target, plan.steps // 2, RATE_AGAIN, RATE_AGAIN, plan)

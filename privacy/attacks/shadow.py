@@ -2,7 +2,7 @@
 
 The shadow head has three convolutions, the first like the client's, the others for the noise. Before one server net
 (or all of them behind learned weights, the adaptive attack) and a tail of its own it learns to classify; a decoder of
-it is then fed with what arrives. On our clients it is weak, without any defence too: see the report beside it.
+it is then fed with what arrives.
 """
 
 from __future__ import annotations
