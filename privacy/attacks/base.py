@@ -4,15 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
-from ensembler.privacy.decoder import Effort, Reconstruct
+from ensembler.privacy.decoder import Decoder, Effort, Features, Reconstruct, train_decoder
 from ensembler.privacy.scene import Access, View
 from ensembler.protocol.errors import EnsemblerError
 from ensembler.training.fit import derived_seed
+
+T = TypeVar("T")
 
 
 class AttackImpossibleError(EnsemblerError):
@@ -96,8 +97,24 @@ class Attack(Protocol):
         """
 
 
-def needed(value: Tensor | None, what: str) -> Tensor:
-    """Returns what a view grants; a wrong view is an error of the caller."""
+def needed(value: T | None, what: str) -> T:
+    """Returns what a view grants.
+
+    Raises:
+        AttackImpossibleError: the view does not grant it.
+    """
     if value is None:
         raise AttackImpossibleError(f"this attack needs {what}")
     return value
+
+
+def decoder_of(features_of: Features, view: View, plan: Plan, *part: int) -> Decoder:
+    """Returns the decoder of a head, trained on the attacker's images; ``part`` tells its randomness apart."""
+    return train_decoder(
+        features_of,
+        view.auxiliary,
+        view.wire.feature_shape,
+        plan.effort,
+        plan.generator(*part),
+        lambda: plan.tick("decoder"),
+    )

@@ -7,8 +7,8 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from ensembler.privacy.attacks.base import Finding, Plan
-from ensembler.privacy.decoder import painted, pixels, train_decoder
+from ensembler.privacy.attacks.base import Finding, Plan, decoder_of
+from ensembler.privacy.decoder import painted, pixels
 from ensembler.privacy.scene import Access, View
 from ensembler.training.models import build_net, normalise
 
@@ -57,12 +57,5 @@ class Misaligned:
             out: Tensor = head(normalise(images))
             return out
 
-        decoder = train_decoder(
-            features,
-            view.auxiliary,
-            view.wire.feature_shape,
-            plan.effort,
-            plan.generator(1),
-            lambda: plan.tick("decoder"),
-        )
+        decoder = decoder_of(features, view, plan, 1)
         return Finding(variants={"": partial(painted, decoder)})

@@ -11,7 +11,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor
 
-from ensembler.privacy.attacks.base import AttackImpossibleError, Finding, Plan
+from ensembler.privacy.attacks.base import Finding, Plan, needed
 from ensembler.privacy.scene import Access, View
 from ensembler.training.models import normalise
 from ensembler.training.wire import fake_quantise
@@ -43,9 +43,7 @@ class Likelihood:
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
-        client = view.client
-        if client is None:
-            raise AttackImpossibleError("this attack needs the device's weights")
+        client = needed(view.client, "the device's weights")
 
         def features(images: Tensor) -> Tensor:
             return fake_quantise(client.head(normalise(images * 255)) + client.noise, view.wire.feature_codec)

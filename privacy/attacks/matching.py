@@ -17,8 +17,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ensembler.privacy.attacks.base import Finding, Plan, needed
-from ensembler.privacy.decoder import CHUNK, as_map, painted, train_decoder
+from ensembler.privacy.attacks.base import Finding, Plan, decoder_of, needed
+from ensembler.privacy.decoder import CHUNK, as_map, painted
 from ensembler.privacy.scene import Access, View
 from ensembler.training.models import build_net, normalise
 from ensembler.training.wire import fake_quantise
@@ -59,7 +59,7 @@ class Matching:
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
         observed = needed(view.observed, "observed features")[: self._limit]
-        torch.manual_seed(int(plan.generator(0).initial_seed()))
+        torch.manual_seed(plan.generator(0).initial_seed())
         cleaner = Cleaner(view, observed)
         clean = cleaner.clean(observed)
         target = Moments(clean)
@@ -70,14 +70,7 @@ class Matching:
                 break  # the attacker sees that it is there
         final, head = min(found, key=lambda attempt: attempt[0])
         head.settle(view.auxiliary)
-        decoder = train_decoder(
-            head.features,
-            view.auxiliary,
-            view.wire.feature_shape,
-            plan.effort,
-            plan.generator(2),
-            lambda: plan.tick("decoder"),
-        )
+        decoder = decoder_of(head.features, view, plan, 2)
         return Finding(
             variants={"": lambda features: painted(decoder, cleaner.clean(features))},
             seen={"distances": [round(distance, 4) for distance, _ in found], "chance": round(target.chance, 4)},
@@ -186,19 +179,14 @@ class Shadow:
         first = next((m for m in self.head.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
         if first is not None:
             parametrize.register_parametrization(first, "weight", _Whitened(view.auxiliary, first), unsafe=True)
-        self._first = first
 
     def negated(self) -> Shadow:
         """Returns a copy that sees the negatives of images."""
         other = copy.deepcopy(self)
-        if other._first is not None:
-            with torch.no_grad():
-                other._white_weight().neg_()
+        for name, weight in other.head.named_parameters():
+            if name.endswith(".weight.original"):  # of the whitened convolution, the only one that is parametrised
+                weight.data.neg_()
         return other
-
-    def _white_weight(self) -> Tensor:
-        (weight,) = (value for name, value in self.head.named_parameters() if name.endswith("weight.original"))
-        return weight
 
     def match(self, target: Moments, steps: int, rate: float, last_rate: float, plan: Plan) -> None:
         """Descends the distance to ``target`` for ``steps``, the learning rate falling along a cosine."""
@@ -250,9 +238,7 @@ class _Whitened(nn.Module):
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         shrink = 1 / (values.clamp_min(0) + 1e-3 * values.max()).sqrt()
         self.forth: Tensor
-        self.back: Tensor
         self.register_buffer("forth", vectors @ torch.diag(shrink) @ vectors.T)
-        self.register_buffer("back", vectors @ torch.diag(1 / shrink) @ vectors.T)
 
     def forward(self, whitened: Tensor) -> Tensor:
         weight: Tensor = (whitened.flatten(1) @ self.forth).reshape(whitened.shape)

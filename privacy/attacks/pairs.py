@@ -9,9 +9,12 @@ from functools import partial
 
 from torch import Tensor
 
-from ensembler.privacy.attacks.base import AttackImpossibleError, Finding, Plan
-from ensembler.privacy.decoder import Decoder, painted, train_decoder
+from ensembler.privacy.attacks.base import AttackImpossibleError, Finding, Plan, decoder_of, needed
+from ensembler.privacy.decoder import Decoder, painted, pixels
+from ensembler.privacy.metrics import mse
 from ensembler.privacy.scene import Access, View
+
+RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class KnownPairs:
@@ -35,14 +38,13 @@ class KnownPairs:
 
     def run(self, view: View, plan: Plan) -> Finding:  # noqa: ARG002 (the protocol's)
         """See ``Attack``."""
-        if view.send is None:
-            raise AttackImpossibleError("this attack needs a device")
+        send = needed(view.send, "a device")
         if len(view.auxiliary) < self._count:
             raise AttackImpossibleError(f"{self._count} pairs: the attacker has {len(view.auxiliary)} images")
         images = view.auxiliary[: self._count]
-        features = view.send(images)
+        features = send(images)
         held = view.auxiliary[self._count : self._count + 256]
-        decoder = best_ridge(view, features, images, held, view.send(held) if len(held) else None)
+        decoder = best_ridge(view, features, images, held, send(held) if len(held) else None)
         return Finding(variants={"": partial(painted, decoder)})
 
 
@@ -60,16 +62,8 @@ class Oracle:
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
-        if view.send is None:
-            raise AttackImpossibleError("this attack needs a device")
-        decoder = train_decoder(
-            view.send,
-            view.auxiliary,
-            view.wire.feature_shape,
-            plan.effort,
-            plan.generator(0),
-            lambda: plan.tick("decoder"),
-        )
+        send = needed(view.send, "a device")
+        decoder = decoder_of(send, view, plan, 0)
         return Finding(variants={"": partial(painted, decoder)})
 
 
@@ -83,11 +77,8 @@ def best_ridge(view: View, features: Tensor, images: Tensor, held: Tensor, held_
         decoder.eval()
         error = 0.0
         if held_features is not None:
-            error = float((painted(decoder, held_features) - held.float() / 255).square().mean())
+            error = float(mse(painted(decoder, held_features), pixels(held)).mean())
         if error < best_error:
             best, best_error = decoder, error
     assert best is not None
     return best
-
-
-RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)

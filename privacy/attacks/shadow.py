@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensembler.privacy.attacks.base import AttackImpossibleError, Finding, Plan
-from ensembler.privacy.decoder import Reconstruct, painted, train_decoder
+from ensembler.privacy.attacks.base import Finding, Plan, decoder_of, needed
+from ensembler.privacy.decoder import Reconstruct, painted
 from ensembler.privacy.scene import Access, View
 from ensembler.training.fit import augment
 from ensembler.training.models import build_net, normalise
@@ -80,10 +80,9 @@ class SingleShadow:
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
-        if view.bodies is None:
-            raise AttackImpossibleError("this attack needs the server's nets")
+        bodies = needed(view.bodies, "the server's nets")
         variants, accuracy = {}, {}
-        for index, body in enumerate(view.bodies):
+        for index, body in enumerate(bodies):
             name = f"net {index + 1}"
             variants[name], accuracy[name] = shadow_decoder(view, plan, [body], index)
         return Finding(variants=variants, seen={"train_accuracy": accuracy})
@@ -103,9 +102,8 @@ class Adaptive:
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
-        if view.bodies is None:
-            raise AttackImpossibleError("this attack needs the server's nets")
-        reconstruct, accuracy = shadow_decoder(view, plan, view.bodies, len(view.bodies), weighted=True)
+        bodies = needed(view.bodies, "the server's nets")
+        reconstruct, accuracy = shadow_decoder(view, plan, bodies, len(bodies), weighted=True)
         return Finding(variants={"all nets": reconstruct}, seen={"train_accuracy": accuracy})
 
 
@@ -146,7 +144,4 @@ def shadow_decoder(
         arrived: Tensor = net.head(normalise(batch).to(memory_format=torch.channels_last))
         return arrived
 
-    decoder = train_decoder(
-        features, images, view.wire.feature_shape, plan.effort, plan.generator(part, 2), lambda: plan.tick("decoder")
-    )
-    return partial(painted, decoder), 100 * hits
+    return partial(painted, decoder_of(features, view, plan, part, 2)), 100 * hits
