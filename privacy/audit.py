@@ -13,7 +13,7 @@ import os
 import platform
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -52,13 +52,11 @@ class Budget:
         attacks: names; all are mandatory.
         plan: how hard.
         seeds: how many times with other randomness.
-        words: for people.
     """
 
     attacks: tuple[str, ...]
     plan: Plan
     seeds: int
-    words: str
 
 
 QUICK = (FLOOR, "misaligned-decoder", "known-pairs-100", ORACLE, "distribution-matching")
@@ -67,19 +65,16 @@ BUDGETS: dict[str, Budget] = {
         attacks=QUICK,
         plan=Plan(effort=Effort(steps=300, width=32), steps=500, restarts=3),
         seeds=1,
-        words="minutes: the floor, the oracle, and the strongest attack of a server alone",
     ),
     "standard": Budget(
         attacks=tuple(ATTACKS),
         plan=Plan(effort=Effort(steps=1200, width=48), steps=600, restarts=4),
         seeds=2,
-        words="an hour or two: every attack",
     ),
     "thorough": Budget(
         attacks=tuple(ATTACKS),
         plan=Plan(effort=Effort(steps=4000, width=64), steps=1200, restarts=8),
         seeds=3,
-        words="a night: every attack, longer and from more starts",
     ),
 }
 
@@ -157,7 +152,9 @@ def audit(
         "observed": len(scene.everything.observed) if scene.everything.observed is not None else 0,
         "evaluated": len(scene.evaluated),
     }
-    parts = _Parts(out.with_suffix(".parts"), {"subject": subject, "images": images, "budget": budget})
+    # Not where it lies: a run is exported anew, into another folder, whenever the audit goes on.
+    content = {name: value for name, value in subject.items() if name not in ("run", "bundle")}
+    parts = _Parts(out.with_suffix(".parts"), {"subject": content, "images": images, "budget": budget})
     scores: list[Score] = []
     not_run: dict[str, str] = {}
     for seed in range(count):
@@ -210,14 +207,7 @@ def _score(attack: Attack, scene: Scene, plan: Plan, seed: int, reporter: Report
     """Runs one attack on its view of the scene, and judges what it brings back."""
     began = time.monotonic()
     nets = len(scene.everything.bodies or ())
-    steps = Plan(
-        effort=plan.effort,
-        steps=plan.steps,
-        restarts=plan.restarts,
-        num_nets=nets,
-        seed=seed,
-        tick=reporter.step,
-    )
+    steps = replace(plan, num_nets=nets, seed=seed, tick=reporter.step)
     reporter.begin(f"{attack.NAME}, seed {seed}", attack.ticks(steps))
     finding = attack.run(scene.view(attack.ACCESS), steps)
     judged = slice(0, finding.images)

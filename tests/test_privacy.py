@@ -391,6 +391,18 @@ def test_an_audit_that_was_interrupted_goes_on_with_what_is_done(run_audit, tmp_
     assert not (tmp_path / "report.parts").exists()
 
 
+def test_an_audit_goes_on_where_the_same_bundle_lies_in_another_folder(tiny, run_audit, tmp_path, monkeypatch):
+    out = tmp_path / "report.html"
+    with monkeypatch.context() as patch:
+        patch.setattr(audits, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_audit(out)
+    copied = shutil.copytree(tiny.client, tmp_path / "copied")
+    monkeypatch.setattr(audits, "_score", lambda *_: pytest.fail("it is done already"))
+    monkeypatch.setattr(tiny.__class__, "client", property(lambda _: copied))
+    assert run_audit(out)["subject"]["bundle"] == str(copied)
+
+
 def test_parts_of_another_audit_are_not_taken(run_audit, scene, tmp_path):
     parts = audits._Parts(tmp_path / "report.parts", {"subject": "another"})
     score = audits._score(ATTACKS[FLOOR], scene, TINY, 0, audits.Silent())
