@@ -24,8 +24,9 @@ import torch
 from torch import Tensor
 
 from ensembler.privacy.attacks import ATTACKS
-from ensembler.privacy.attacks.base import Attack, AttackImpossibleError, Plan
+from ensembler.privacy.attacks.base import OWN_SSIM, Attack, AttackImpossibleError, Plan, nets_name
 from ensembler.privacy.decoder import Effort, pixels
+from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import mse, psnr_db, ssim
 from ensembler.privacy.parts import Parts, write_whole
 from ensembler.privacy.report import write_report
@@ -42,6 +43,9 @@ FLOOR, ORACLE = "mean-image", "oracle-decoder"
 READABLE, RECOGNISABLE = 0.5, 0.3  # SSIM; 0.3 is C2PI's threshold of a failed attack
 ORACLE_SLACK = 0.03  # of SSIM, by which another attack may beat the oracle before the oracle counts as badly trained
 ORACLE_GAIN = 0.02  # of SSIM over the floor, below which the oracle shows nothing
+OWN_SLACK = (
+    0.2  # of SSIM, by which a shadow's decoder may invert its own head worse than the oracle inverts the client's
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,17 +67,17 @@ QUICK = (FLOOR, "misaligned-decoder", "known-pairs-100", ORACLE, "distribution-m
 BUDGETS: dict[str, Budget] = {
     "quick": Budget(
         attacks=QUICK,
-        plan=Plan(effort=Effort(steps=300, width=32), steps=500, restarts=3),
+        plan=Plan(effort=Effort(steps=300, width=32), steps=800, restarts=4),
         seeds=1,
     ),
     "standard": Budget(
         attacks=tuple(ATTACKS),
-        plan=Plan(effort=Effort(steps=1200, width=48), steps=600, restarts=4),
+        plan=Plan(effort=Effort(steps=1200, width=48), steps=1000, restarts=6),
         seeds=2,
     ),
     "thorough": Budget(
         attacks=tuple(ATTACKS),
-        plan=Plan(effort=Effort(steps=4000, width=64), steps=1200, restarts=8),
+        plan=Plan(effort=Effort(steps=4000, width=64), steps=2000, restarts=8),
         seeds=3,
     ),
 }
@@ -81,13 +85,15 @@ BUDGETS: dict[str, Budget] = {
 
 @dataclass(frozen=True, kw_only=True)
 class Score:
-    """What one attack with one seed reached; arrays hold one number for each judged image."""
+    """What one attack with one seed reached; arrays hold one value for each judged image, see ``Judge``."""
 
     name: str
     seed: int
     ssim: npt.NDArray[np.float32]
     psnr_db: npt.NDArray[np.float32]
     mse: npt.NDArray[np.float32]
+    reidentified: npt.NDArray[np.bool_]
+    same_class: npt.NDArray[np.bool_]
     shown: npt.NDArray[np.uint8]
     seconds: float
     seen: dict[str, Any]
@@ -155,6 +161,7 @@ def audit(
     # Not where it lies: a run is exported anew, into another folder, whenever the audit goes on.
     content = {name: value for name, value in subject.items() if name not in ("run", "bundle")}
     parts = _Parts(out.with_suffix(".parts"), {"subject": content, "images": images, "budget": budget})
+    judge = Judge(scene)
     scores: list[Score] = []
     not_run: dict[str, str] = {}
     for seed in range(count):
@@ -164,7 +171,7 @@ def audit(
             stored = parts.read(name, seed)
             if stored is None:
                 try:
-                    stored = _score(ATTACKS[name], scene, chosen.plan, seed, reporter)
+                    stored = _score(ATTACKS[name], scene, judge, chosen.plan, seed, reporter)
                 except AttackImpossibleError as error:
                     not_run[name] = str(error)
                     continue
@@ -203,43 +210,56 @@ def _ordered(names: Sequence[str]) -> list[str]:
     return [name for name in ATTACKS if name in names]
 
 
-def _score(attack: Attack, scene: Scene, plan: Plan, seed: int, reporter: Reporter) -> Score:
+class Judge:
+    """Compares reconstructions with the images that no attack saw."""
+
+    def __init__(self, scene: Scene) -> None:
+        self._truth = pixels(scene.evaluated)
+        self._identifier = Identifier(scene)
+
+    @torch.no_grad()
+    def measure(self, images: Tensor) -> dict[str, npt.NDArray[Any]]:
+        """Returns the arrays of a ``Score`` for reconstructions of the first judged images."""
+        images = images.clamp(0, 1)
+        truth = self._truth[: len(images)]
+        reidentified, same_class = self._identifier.judge(images)
+        measured = {
+            "ssim": ssim(images, truth),
+            "psnr_db": psnr_db(images, truth),
+            "mse": mse(images, truth),
+            "reidentified": reidentified,
+            "same_class": same_class,
+            "shown": (255 * images[:SHOWN]).round().permute(0, 2, 3, 1).to(torch.uint8),
+        }
+        return {name: values.cpu().numpy() for name, values in measured.items()}
+
+
+def _score(attack: Attack, scene: Scene, judge: Judge, plan: Plan, seed: int, reporter: Reporter) -> Score:
     """Runs one attack on its view of the scene, and judges what it brings back."""
     began = time.monotonic()
     nets = len(scene.everything.bodies or ())
     steps = replace(plan, num_nets=nets, seed=seed, tick=reporter.step)
     reporter.begin(f"{attack.NAME}, seed {seed}", attack.ticks(steps))
     finding = attack.run(scene.view(attack.ACCESS), steps)
-    judged = slice(0, finding.images)
-    truth, arrived = pixels(scene.evaluated[judged]), scene.arrived[judged]
-    results = {name: _judge(reconstruct(arrived), truth) for name, reconstruct in finding.variants.items()}
-    best = max(results, key=lambda name: float(results[name][0].mean()))
-    similarity, ratio, error, shown = results[best]
+    arrived = scene.arrived[: finding.images]
+    results = {name: judge.measure(reconstruct(arrived)) for name, reconstruct in finding.variants.items()}
+    means = {name: round(float(result["ssim"].mean()), 4) for name, result in results.items()}
+    best = max(means, key=means.__getitem__)
     seen = dict(finding.seen)
-    if len(results) > 1:
-        seen["ssim_of_each"] = {name: round(float(result[0].mean()), 4) for name, result in results.items()}
-        seen["best"] = best
-    reporter.end(f"SSIM {similarity.mean():.3f}, {ratio.mean():.1f} dB")
+    if len(results) > 1:  # without the names: which net did best may say which is selected
+        seen["ssim_of_variants"] = sorted(means.values(), reverse=True)
+        if (selected := nets_name(scene.selector)) in means:
+            seen["ssim_of_true_set"] = means[selected]
+    reporter.end(f"SSIM {means[best]:.3f}, {results[best]['psnr_db'].mean():.1f} dB")
     return Score(
         name=attack.NAME,
         seed=seed,
-        ssim=similarity,
-        psnr_db=ratio,
-        mse=error,
-        shown=shown,
+        **results[best],
         seconds=time.monotonic() - began,
         seen=seen,
         gates=dict(finding.gates),
         chosen=len(results) > 1,
     )
-
-
-@torch.no_grad()
-def _judge(images: Tensor, truth: Tensor) -> tuple[Any, Any, Any, Any]:
-    images = images.clamp(0, 1)
-    similarity, ratio, error = (measure(images, truth).cpu().numpy() for measure in (ssim, psnr_db, mse))
-    shown = (255 * images[:SHOWN]).round().permute(0, 2, 3, 1).cpu().numpy().astype(np.uint8)
-    return similarity, ratio, error, shown
 
 
 def _row(attack: Attack, scores: Sequence[Score]) -> dict[str, Any]:
@@ -256,6 +276,8 @@ def _row(attack: Attack, scores: Sequence[Score]) -> dict[str, Any]:
         "ssim": _spread(similarity) | {"deciles": [round(float(value), 4) for value in deciles]},
         "psnr_db": _spread(ratio),
         "mse": round(float(np.mean([score.mse.mean() for score in scores])), 6),
+        "reidentified": _spread([float(score.reidentified.mean()) for score in scores]),
+        "same_class": _spread([float(score.same_class.mean()) for score in scores]),
         "seconds": round(sum(score.seconds for score in scores), 1),
         "seen": {str(score.seed): score.seen for score in scores},
         "chosen_with_ground_truth": any(score.chosen for score in scores),
@@ -273,23 +295,35 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 def _gates(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[dict[str, Any]]:
     """Returns whether the attacks were strong enough for a low score to mean something."""
     mean = {row["name"]: row["ssim"]["mean"] for row in rows}
-    strongest = max((name for name in mean if name != ORACLE), key=mean.__getitem__)
+    bound = max(row["ssim"]["mean"] for row in rows if row["access"] >= Access.DEVICE)
     gates = [
         {
             "name": "the oracle beats the floor",
             "passed": mean[ORACLE] >= mean[FLOOR] + ORACLE_GAIN,
             "words": f"SSIM {mean[ORACLE]:.3f} against {mean[FLOOR]:.3f} of the mean image",
-        },
+        }
+    ]
+    others = [name for name in mean if name != ORACLE]
+    strongest = max(others, key=mean.__getitem__)
+    gates.append(
         {
             "name": "no attack beats the oracle",
             "passed": mean[strongest] <= mean[ORACLE] + ORACLE_SLACK,
             "words": f"{strongest}, the strongest other attack, reaches {mean[strongest]:.3f}, and the oracle "
             f"{mean[ORACLE]:.3f}",
-        },
-    ]
+        }
+    )
     for score in scores:
         for words, passed in score.gates.items():
             gates.append({"name": f"{score.name}, seed {score.seed}", "passed": passed, "words": words})
+        if own := score.seen.get(OWN_SSIM):
+            gates.append(
+                {
+                    "name": f"{score.name}, seed {score.seed}: its decoder inverts its own head",
+                    "passed": min(own) >= bound - OWN_SLACK,
+                    "words": f"SSIM {min(own):.3f}, and the best attack with the client's own features {bound:.3f}",
+                }
+            )
     return gates
 
 
@@ -371,7 +405,7 @@ class _Parts:
     def write(self, score: Score) -> None:
         """Stores a score, whole or not at all."""
         values = asdict(score)
-        arrays = {key: values.pop(key) for key in ("ssim", "psnr_db", "mse", "shown")}
+        arrays = {key: values.pop(key) for key in ("ssim", "psnr_db", "mse", "reidentified", "same_class", "shown")}
         self._parts.write(f"{score.name}-{score.seed}", values, arrays)
 
     def remove(self) -> None:

@@ -7,6 +7,7 @@ improve. The warm start matters: a decoder that is not trained to its end makes 
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -66,11 +67,16 @@ def pixels(images: Tensor) -> Tensor:
 
 
 class Decoder(nn.Module):
-    """Linear map plus residual network; ``(B, *feature_shape)`` -> images ``(B, 3, H, W)`` in [0, 1]."""
+    """Linear map plus residual network; ``(B, *feature_shape)`` -> images ``(B, 3, H, W)`` in [0, 1].
+
+    Attributes:
+        own_ssim: on images that it was not trained on, from the head that it was trained for; NaN before training.
+    """
 
     def __init__(self, feature_shape: tuple[int, ...], image_size: tuple[int, int], width: int) -> None:
         super().__init__()
         channels, height, width_cells = as_map(torch.empty(1, *feature_shape)).shape[1:]
+        self.own_ssim = math.nan
         self.cell = (max(1, image_size[0] // height), max(1, image_size[1] // width_cells))
         self.image_size = image_size
         self.reach = next(
@@ -119,8 +125,7 @@ class Decoder(nn.Module):
     def fit_linear(self, features: Tensor, images: Tensor, ridge: float = 1e-3) -> None:
         """Solves for the linear map: ridge regression over every position of ``features``, uint8 ``images``."""
         maps = as_map(features)
-        self.mean.copy_(maps.mean((0, 2, 3), keepdim=True))
-        self.scale.copy_(maps.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
+        self._scale_of(features)
         keep = max(1, RIDGE_ROWS // (maps.shape[2] * maps.shape[3]))
         x = (maps[:keep] - self.mean) / self.scale
         height, width = maps.shape[2] * self.cell[0], maps.shape[3] * self.cell[1]
@@ -136,6 +141,17 @@ class Decoder(nn.Module):
         solution = torch.linalg.solve(gram, rows.T @ cells)
         self.linear.weight.copy_(solution[:-1].T.reshape(self.linear.weight.shape))
         self.bias.copy_(solution[-1])
+
+    def fed_with(self, features: Tensor) -> Decoder:
+        """Returns one that takes each channel of ``features`` for the same channel of what it was trained on."""
+        other = copy.deepcopy(self)
+        other._scale_of(features)
+        return other
+
+    def _scale_of(self, features: Tensor) -> None:
+        maps = as_map(features)
+        self.mean.copy_(maps.mean((0, 2, 3), keepdim=True))
+        self.scale.copy_(maps.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
 
 
 class _Residual(nn.Module):
@@ -184,6 +200,7 @@ def train_decoder(
         return _objective(decoder(features), pixels(train[chosen]), effort)
 
     train_until_flat(decoder, loss, lambda: [_loss(decoder, held_features, held, effort)], effort, tick)
+    decoder.own_ssim = float(ssim(painted(decoder, held_features), pixels(held)).mean())
     return decoder
 
 

@@ -52,6 +52,9 @@ MEASURES = (
     "picture, about 0 is nothing in common, and below 0 light and dark tend to be swapped.</p>"
     "<p><strong>PSNR</strong> states the error of the pixels in decibels (dB): the higher, the closer to the original, "
     "and 6 dB more is half the error.</p>"
+    "<p><strong>Found again</strong> is the share of reconstructions that a net names: the client's own, which no "
+    "attacker controls, finds the image they were made from among all the judged ones. "
+    "<strong>Same class</strong> is the share in which that net sees what it sees in the original.</p>"
 )
 
 STYLE = """
@@ -174,6 +177,10 @@ def _over_seeds(figures: Mapping[str, Any], digits: int = 2) -> str:
     return mean if figures["lowest"] == figures["highest"] else f"{mean} ({lowest} to {highest})"
 
 
+def _share(figures: Mapping[str, Any]) -> str:
+    return f"{100 * figures['mean']:.0f}%"
+
+
 def _duration(seconds: float) -> str:
     return f"{seconds:.1f} s" if seconds < 100 else f"{seconds / 60:.1f} min"
 
@@ -225,7 +232,8 @@ def _verdict(document: Mapping[str, Any]) -> str:
 def _pictures(attacks: Sequence[Attack], originals: Pixels, reconstructions: Mapping[str, Pixels]) -> str:
     rows = [_row("<strong>What the device saw</strong>", originals, "the originals")]
     for attack in attacks:
-        label = f"{_label(attack)}<br>mean SSIM {_number(attack['ssim']['mean'])}"
+        found = f"{_share(attack['reidentified'])} found again"
+        label = f"{_label(attack)}<br>mean SSIM {_number(attack['ssim']['mean'])}, {found}"
         rows.append(_row(label, reconstructions[attack["name"]], f"the same images as {attack['name']} rebuilt them"))
     return _section(
         "What a server sees",
@@ -345,7 +353,17 @@ def _whisker(left: float, right: float, y: int = 12) -> str:
 
 
 def _table(attacks: Sequence[Attack]) -> str:
-    titles = ("Attack", "What it does", "What it has", "SSIM", "PSNR, dB", "Time", "Source")
+    titles = (
+        "Attack",
+        "What it does",
+        "What it has",
+        "SSIM",
+        "PSNR, dB",
+        "Found again",
+        "Same class",
+        "Time",
+        "Source",
+    )
     head = "".join(f'<th scope="col">{title}</th>' for title in titles)
     rows = []
     for attack in attacks:
@@ -358,6 +376,8 @@ def _table(attacks: Sequence[Attack]) -> str:
             f'<tr><th scope="row" class="name">{_label(attack)}</th><td class="wide">{words}</td>'
             f'<td class="wide">{_text(attack["access_words"])}</td>'
             f'<td class="figure">{ssim}</td><td class="figure">{psnr}</td>'
+            f'<td class="figure">{_share(attack["reidentified"])}</td>'
+            f'<td class="figure">{_share(attack["same_class"])}</td>'
             f'<td class="figure">{_duration(attack["seconds"])}</td>'
             f'<td class="name">{_text(attack["source"])}</td></tr>'
         )
@@ -446,7 +466,7 @@ def _explained(attacks: Sequence[Attack]) -> str:
         words = next(str(attack["access_words"]) for attack in attacks if attack["access"] == level)
         title = _text(words[:1].upper() + words[1:])
         parts.append(f'<h3>{title}</h3><p>{ACCESS.get(level, "")} <span class="soft">Here: {names}.</span></p>')
-    return _section("Who could do this", *parts, "<h3>The two measures</h3>", MEASURES)
+    return _section("Who could do this", *parts, "<h3>The measures</h3>", MEASURES)
 
 
 def _not_run(not_run: Sequence[Mapping[str, Any]]) -> str:

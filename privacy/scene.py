@@ -6,8 +6,8 @@ not there; so no attack can look by mistake at what it must not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Hashable
+from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 from typing import Any
@@ -60,12 +60,15 @@ class View:
         wire: shapes and codecs, as in every server bundle.
         noise_std: of the defence's noise, whose values are secret.
         fresh_noise: whether every request draws its own.
+        num_selected: P.
+        party_nets: how many nets each operator holds, in the server's order.
         auxiliary: images that the attacker owns, ``(A, 3, H, W)`` uint8.
         auxiliary_labels: their classes ``(A,)``.
         observed: features as they arrived, of images that the attacker never sees, ``(O, C, h, w)`` float32.
         bodies: the N server nets in the server's order.
         send: from images uint8 ``(B, 3, H, W)`` to features, on a device that the attacker owns.
         client: the device's secrets.
+        notes: what attacks with this access found out so far, for the next ones.
     """
 
     access: Access
@@ -73,12 +76,15 @@ class View:
     wire: WireSpec
     noise_std: float
     fresh_noise: bool
+    num_selected: int
+    party_nets: tuple[int, ...]
     auxiliary: Tensor
     auxiliary_labels: Tensor
     observed: Tensor | None = None
     bodies: tuple[nn.Module, ...] | None = None
     send: Callable[[Tensor], Tensor] | None = None
     client: Client | None = None
+    notes: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def device(self) -> torch.device:
@@ -103,6 +109,7 @@ class Scene:
     arrived: Tensor
     selector: tuple[int, ...]
     auxiliary_source: str
+    _notes: dict[Access, dict[Hashable, object]] = field(default_factory=dict, repr=False, compare=False)
 
     def view(self, access: Access) -> View:
         """Returns what an attacker with ``access`` knows."""
@@ -115,7 +122,7 @@ class Scene:
         if access < Access.WHITE_BOX:
             hidden |= {"client": None}
         known = {name: getattr(all_of_it, name) for name in all_of_it.__dataclass_fields__}
-        return View(**(known | hidden | {"access": access}))
+        return View(**(known | hidden | {"access": access, "notes": self._notes.setdefault(access, {})}))
 
 
 def make_scene(
@@ -189,6 +196,8 @@ def make_scene(
             wire=wire,
             noise_std=config.noise_std if config.defense != "none" else 0.0,
             fresh_noise=runtime.manifest.noise_mode == "fresh",
+            num_selected=len(client.selector),
+            party_nets=tuple(party.num_nets for party in runtime.manifest.parties),
             auxiliary=as_tensor(owned_x),
             auxiliary_labels=as_tensor(owned_y),
             observed=send(as_tensor(images.test_x[seen])),

@@ -17,9 +17,11 @@ from ensembler.cli import main
 from ensembler.privacy import audit as audits
 from ensembler.privacy.attacks import ATTACKS
 from ensembler.privacy.attacks.base import AttackImpossibleError, Finding
-from ensembler.privacy.attacks.matching import Cleaner, Moments, Shadow
+from ensembler.privacy.attacks.matching import Shadow, guessed_head, known_head, matched
+from ensembler.privacy.attacks.moments import Cleaner, Moments
 from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
 from ensembler.privacy.decoder import Decoder, Effort, as_map, painted, pixels, train_decoder
+from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import mse, psnr_db, ssim
 from ensembler.privacy.scene import Access, make_scene
 from ensembler.privacy.selector import auc, rankings
@@ -30,6 +32,10 @@ pytestmark = pytest.mark.usefixtures("one_thread")
 
 TINY = brief_plan()
 DECODER_STEPS = 60
+IMPOSSIBLE = {  # on this scene
+    "known-pairs-1000": "1000 pairs: the attacker has",
+    "shadow-colluding": "one operator holds all the nets",
+}
 
 
 @pytest.fixture(scope="module")
@@ -213,8 +219,8 @@ def test_an_attack_works_with_what_its_threat_model_grants_and_gives_images(scen
     attack = ATTACKS[name]
     ticks = []
     plan = replace(TINY, num_nets=3, tick=ticks.append)
-    if name == "known-pairs-1000":
-        with pytest.raises(AttackImpossibleError, match="1000 pairs: the attacker has"):
+    if name in IMPOSSIBLE:
+        with pytest.raises(AttackImpossibleError, match=IMPOSSIBLE[name]):
             attack.run(scene.view(attack.ACCESS), plan)
         return
     finding = attack.run(scene.view(attack.ACCESS), plan)
@@ -248,6 +254,56 @@ def test_the_same_seed_gives_the_same_images_and_another_one_others(scene, name)
     assert not torch.equal(images(0), images(1))
 
 
+@pytest.mark.parametrize(("num_selected", "sets"), [(1, 0), (2, 3), (3, 0)])
+def test_a_shadow_is_trained_for_each_set_of_p_nets(scene, num_selected, sets):
+    attack = ATTACKS["shadow-subsets"]
+    view = replace(scene.view(Access.QUERY_FREE), num_selected=num_selected)
+    if not sets:
+        with pytest.raises(AttackImpossibleError, match="what the other shadow attacks try"):
+            attack.run(view, TINY)
+        return
+    assert list(attack.run(view, TINY).variants) == ["nets 1, 2", "nets 1, 3", "nets 2, 3"]
+
+
+def test_too_many_sets_are_not_tried(scene):
+    view = scene.view(Access.QUERY_FREE)
+    many = replace(view, bodies=view.bodies * 4, num_selected=4)
+    with pytest.raises(AttackImpossibleError, match="495 sets of 4 of 12 nets are too many"):
+        ATTACKS["shadow-subsets"].run(many, TINY)
+    with pytest.raises(AttackImpossibleError, match="31 groups of operators"):
+        ATTACKS["shadow-colluding"].run(replace(many, party_nets=(2, 2, 2, 3, 3)), TINY)
+
+
+def test_colluding_operators_try_what_each_group_holds(scene):
+    view = replace(scene.view(Access.QUERY_FREE), party_nets=(2, 1))
+    finding = ATTACKS["shadow-colluding"].run(view, TINY)
+    assert list(finding.variants) == ["nets 1, 2", "nets 3", "nets 1, 2, 3"]
+
+
+def test_a_calibrated_shadow_sees_what_arrives_scaled_like_its_own_features(scene):
+    view = scene.view(Access.QUERY_FREE)
+    plain = ATTACKS["shadow-single"].run(view, TINY)
+    louder = replace(view, observed=3 * view.observed + 1, notes=view.notes)
+    calibrated = ATTACKS["shadow-calibrated"].run(louder, TINY)
+    again = ATTACKS["shadow-calibrated"].run(view, TINY)
+    for name, reconstruct in calibrated.variants.items():
+        same = again.variants[name](scene.arrived)
+        assert torch.allclose(reconstruct(3 * scene.arrived + 1), same, atol=1e-4)
+        assert not torch.allclose(plain.variants[name](scene.arrived), same, atol=1e-2)
+
+
+def test_an_image_is_found_again_among_the_judged_ones_and_noise_is_not(scene):
+    identifier = Identifier(scene)
+    truth = pixels(scene.evaluated)
+    reidentified, same_class = identifier.judge(truth)
+    assert reidentified.all()
+    assert same_class.all()
+    noise, _ = identifier.judge(torch.rand(truth.shape))
+    assert noise.float().mean() < 0.2
+    fewer, _ = identifier.judge(truth[:5])
+    assert fewer.shape == (5,)
+
+
 def test_no_attack_changes_the_servers_nets(scene):
     def state():
         return [value.clone() for body in scene.everything.bodies for value in body.state_dict().values()]
@@ -278,12 +334,35 @@ def test_fresh_noise_is_added_to_the_shadow_instead_of_taken_off(scene):
     assert not torch.equal(cleaner.sent(same), cleaner.sent(same))
 
 
+def test_a_guessed_head_gives_features_of_the_right_shape(scene):
+    view = scene.view(Access.QUERY_FREE)
+    for shape in ((4, 8, 8), (5, 16, 16), (3, 5, 7)):
+        there = replace(view, wire=replace(view.wire, feature_shape=shape))
+        assert guessed_head(there)(torch.rand(2, 3, 16, 16)).shape == (2, *shape)
+    with pytest.raises(AttackImpossibleError, match="no maps"):
+        guessed_head(replace(view, wire=replace(view.wire, feature_shape=(17, 8))))
+
+
+def test_a_second_attack_by_matching_has_the_head_at_once_and_leaves_it_alone(scene):
+    view = scene.view(Access.QUERY_FREE)
+    ticks = []
+    plan = replace(TINY, seed=7, tick=ticks.append)
+    first = matched(view, plan)
+    before = {name: value.clone() for name, value in first.head.head.state_dict().items()}
+    searched = len(ticks)
+    ATTACKS["distribution-matching-critic"].run(view, plan)
+    assert ticks.count("matching") == searched
+    assert matched(view, plan) is first
+    assert all(torch.equal(value, before[name]) for name, value in first.head.head.state_dict().items())
+    assert matched(scene.view(Access.DEVICE), plan) is not first  # another attacker has to find it again
+
+
 def test_the_clients_own_head_is_nearer_than_any_other(scene):
     view = scene.view(Access.QUERY_FREE)
     cleaner = Cleaner(view, view.observed)
     target = Moments(cleaner.clean(view.observed))
     own = float(target.distance(cleaner.clean(scene.arrived)))
-    other = Shadow(view, cleaner, torch.Generator().manual_seed(0))
+    other = Shadow(view, cleaner, known_head, torch.Generator().manual_seed(0))
     assert own < other.distance(target) / 3
 
 
@@ -291,7 +370,7 @@ def test_matching_comes_nearer(scene):
     view = scene.view(Access.QUERY_FREE)
     cleaner = Cleaner(view, view.observed)
     target = Moments(cleaner.clean(view.observed))
-    head = Shadow(view, cleaner, torch.Generator().manual_seed(0))
+    head = Shadow(view, cleaner, known_head, torch.Generator().manual_seed(0))
     before = head.distance(target)
     head.match(target, 40, 0.05, 0.02, TINY)
     assert head.distance(target) < before / 2
@@ -405,7 +484,7 @@ def test_an_audit_goes_on_where_the_same_bundle_lies_in_another_folder(tiny, run
 
 def test_parts_of_another_audit_are_not_taken(run_audit, scene, tmp_path):
     parts = audits._Parts(tmp_path / "report.parts", {"subject": "another"})
-    score = audits._score(ATTACKS[FLOOR], scene, TINY, 0, audits.Silent())
+    score = audits._score(ATTACKS[FLOOR], scene, audits.Judge(scene), TINY, 0, audits.Silent())
     parts.write(score)
     assert parts.read(FLOOR, 0) is not None
     (tmp_path / "report.parts" / f"{ORACLE}-0.npz").write_bytes(b"damaged")
@@ -450,10 +529,12 @@ def test_the_best_of_several_variants_counts_and_is_labelled(scene):
                 variants={"grey": lambda f: grey.expand(len(f), -1, -1, -1), "all": lambda f: truth[: len(f)]}
             )
 
-    score = audits._score(Two(), scene, TINY, 0, audits.Silent())
+    score = audits._score(Two(), scene, audits.Judge(scene), TINY, 0, audits.Silent())
     assert score.ssim.mean() == pytest.approx(1)
     assert score.chosen
-    assert score.seen["best"] == "all"
+    assert score.seen["ssim_of_variants"][0] == pytest.approx(1)
+    assert score.reidentified.all()
+    assert score.same_class.all()
 
 
 @pytest.mark.parametrize(

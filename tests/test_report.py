@@ -42,6 +42,8 @@ def attack(name, mean, access=1, control=False, spread=0.0, **more):
         "ssim": {"mean": mean, "lowest": mean - spread, "highest": mean + spread, "deciles": deciles},
         "psnr_db": {"mean": 23.14, "lowest": 23.14 - 10 * spread, "highest": 23.14 + 10 * spread},
         "mse": 0.005,
+        "reidentified": {"mean": 0.914, "lowest": 0.914 - spread, "highest": 0.914 + spread},
+        "same_class": {"mean": 0.532, "lowest": 0.532 - spread, "highest": 0.532 + spread},
         "seconds": 170.1,
         "seen": {"steps": 1200, "stages": [{"loss": 0.1}]},
         "chosen_with_ground_truth": False,
@@ -286,6 +288,12 @@ def test_floor_and_oracle_are_lines_only_if_they_were_run(document, write):
 def test_what_was_chosen_with_ground_truth_is_marked_in_words(document, write):
     rows = section(write(document), "The attacks").split("<tr>")
     assert [("shadow-selector" in row) for row in rows if "Chosen with ground truth" in row] == [True]
+
+
+def test_how_often_a_net_recognises_the_images_stands_beside_how_alike_they_are(document, write):
+    page = write(document)
+    assert page.count("91% found again") == len(document["attacks"])
+    assert page.count('<td class="figure">53%</td>') == len(document["attacks"])
 
 
 def test_the_best_images_of_an_attack_are_told_apart_from_its_mean(document, write):

@@ -4,18 +4,26 @@ from __future__ import annotations
 
 from ensembler.privacy.attacks.base import Attack
 from ensembler.privacy.attacks.controls import MeanImage, Misaligned
+from ensembler.privacy.attacks.critic import MatchingCritic
 from ensembler.privacy.attacks.likelihood import Likelihood
 from ensembler.privacy.attacks.matching import Matching
 from ensembler.privacy.attacks.pairs import KnownPairs, Oracle
-from ensembler.privacy.attacks.shadow import Adaptive, SingleShadow
+from ensembler.privacy.attacks.prior import GenerativePrior
+from ensembler.privacy.attacks.shadow import Adaptive, Colluding, SingleShadow, Subsets
 
 _ALL: tuple[Attack, ...] = (
     MeanImage(),
     Misaligned(),
     SingleShadow(),
+    SingleShadow(calibrated=True),
     Adaptive(),
+    Subsets(),
+    Colluding(),
     Matching(),
     Matching(observed=64),
+    Matching(blind=True),
+    MatchingCritic(),
+    GenerativePrior(),
     KnownPairs(10),
     KnownPairs(100),
     KnownPairs(1000),

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +14,8 @@ from ensembler.protocol.errors import EnsemblerError
 from ensembler.training.fit import derived_seed
 
 T = TypeVar("T")
+
+OWN_SSIM = "own_ssim"  # in ``Finding.seen``: how well a decoder inverts the head that it was trained on
 
 
 class AttackImpossibleError(EnsemblerError):
@@ -106,6 +108,11 @@ def needed(value: T | None, what: str) -> T:
     if value is None:
         raise AttackImpossibleError(f"this attack needs {what}")
     return value
+
+
+def nets_name(nets: Sequence[int]) -> str:
+    """Returns the name of a variant that goes through these of the server's nets."""
+    return "nets " + ", ".join(str(index + 1) for index in sorted(nets))
 
 
 def decoder_of(features_of: Features, view: View, plan: Plan, *part: int) -> Decoder:

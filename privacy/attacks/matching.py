@@ -1,9 +1,9 @@
 """Distribution matching: a head whose features have the statistics of those that arrive, and its decoder.
 
 The server knows the architecture of the head and owns images of the same kind. It searches for weights with which its
-own images give features that are distributed as the observed ones: means, covariances and third moments of
-neighbouring values, and quantiles of each channel. It needs no query, no label, no server net and never the selector.
-A head with the same statistics is nearly the client's own, and a decoder trained on it reads the client's images.
+own images give features that are distributed as the observed ones (``moments``). It needs no query, no label, no server
+net and never the selector. A head with the same statistics is nearly the client's own, and a decoder trained on it
+reads the client's images.
 
 Related: FORA (Xu et al., CVPR 2024), PCAT (Gao and Zhang, USENIX Security 2023), SDAR (Zhu et al., NDSS 2025).
 """
@@ -11,27 +11,24 @@ Related: FORA (Xu et al., CVPR 2024), PCAT (Gao and Zhang, USENIX Security 2023)
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
-from ensembler.privacy.attacks.base import Finding, Plan, decoder_of, needed
-from ensembler.privacy.decoder import CHUNK, as_map, painted
+from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding, Plan, decoder_of, needed
+from ensembler.privacy.attacks.moments import BATCH, JUDGED_BATCHES, Cleaner, Moments
+from ensembler.privacy.decoder import CHUNK, Decoder, Reconstruct, painted
 from ensembler.privacy.scene import Access, View
 from ensembler.training.models import build_net, normalise
-from ensembler.training.wire import fake_quantise
 
-BATCH = 128
-MAX_MOMENTS = 800  # rows of the moment matrices: channels times neighbours
-LEVELS = 17  # quantiles of each channel
-SAMPLED = 4096  # values of a channel for its quantiles
-FLOORS = (2e-3, 2e-2)  # of chance, in deviations: below, a statistic is as good as equal
+SEARCH_BATCH = 32  # images of a step: many small steps come nearer in the same time than few large ones
 RATE, RATE_AGAIN, RATE_END = 0.05, 0.02, 0.001
-JUDGED_BATCHES = 10
-MATCHED = 1.2  # times the distance that batches of the observed features themselves have
-RELU_SHARE = 0.02  # of zeros, above which features are taken to end in a ReLU
+MATCHED = 1.1  # times the distance that batches of the observed features themselves have
+GUESSED_KERNEL = 5
 
 
 class Matching:
@@ -39,150 +36,171 @@ class Matching:
 
     Args:
         observed: use the features of so many images only.
+        blind: the attacker does not know the head's architecture, and guesses one convolution.
     """
 
     ACCESS = Access.QUERY_FREE
     SOURCE = "ours; related: FORA, PCAT, SDAR"
 
-    def __init__(self, observed: int | None = None) -> None:
-        self.NAME = "distribution-matching" + ("" if observed is None else f"-{observed}")
+    def __init__(self, observed: int | None = None, *, blind: bool = False) -> None:
+        self.NAME = "distribution-matching" + ("" if observed is None else f"-{observed}") + ("-blind" if blind else "")
         seen = "" if observed is None else f" of {observed} images"
+        guess = ", guessing its architecture" if blind else ""
         self.WORDS = (
-            f"finds a head whose features are distributed as those{seen} that arrive, and trains a decoder on it"
+            f"finds a head whose features are distributed as those{seen} that arrive{guess}, and trains a decoder on it"
         )
         self._limit = observed
+        self._blind = blind
 
     def ticks(self, plan: Plan) -> int:
         """See ``Attack``."""
-        return 3 * plan.steps * plan.restarts + plan.effort.steps
+        return match_ticks(plan) + plan.effort.steps
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
-        observed = needed(view.observed, "observed features")[: self._limit]
-        torch.manual_seed(plan.generator(0).initial_seed())
-        cleaner = Cleaner(view, observed)
-        clean = cleaner.clean(observed)
-        target = Moments(clean)
-        found: list[tuple[float, Shadow]] = []
-        for restart in range(plan.restarts):
-            found.append(self._attempt(Shadow(view, cleaner, plan.generator(1, restart)), target, plan))
-            if found[-1][0] <= MATCHED * target.chance:
-                break  # the attacker sees that it is there
-        final, head = min(found, key=lambda attempt: attempt[0])
-        head.settle(view.auxiliary)
-        decoder = decoder_of(head.features, view, plan, 2)
-        return Finding(
-            variants={"": lambda features: painted(decoder, cleaner.clean(features))},
-            seen={"distances": [round(distance, 4) for distance, _ in found], "chance": round(target.chance, 4)},
-            gates={"the matched head has the statistics of what arrives": final <= MATCHED * target.chance},
-        )
-
-    @staticmethod
-    def _attempt(head: Shadow, target: Moments, plan: Plan) -> tuple[float, Shadow]:
-        """Searches from one start; returns how near it came, and the head."""
-        head.match(target, plan.steps, RATE, RATE_AGAIN, plan)
-        # The statistics of natural images hardly change with their sign, so a start may end at the negative.
-        mirror = head.negated()
-        for either in (head, mirror):  # both alike, or the one that had more steps would seem nearer
-            either.match(target, plan.steps // 2, RATE_AGAIN, RATE_AGAIN, plan)
-        best = min(head, mirror, key=lambda shadow: shadow.distance(target))
-        best.match(target, plan.steps, RATE_AGAIN, RATE_END, plan)
-        return best.distance(target), best
+        return matched(view, plan, observed=self._limit, blind=self._blind).finding(view, plan)
 
 
-class Cleaner:
-    """Takes what is constant out of the features: fixed noise, as far as it can be seen in them.
+@dataclass(frozen=True, kw_only=True)
+class Match:
+    """A head that was searched for.
 
-    After a ReLU the smallest value that ever arrives at a position is the noise there. Without one, the position's mean
-    less that of its channel is the best guess.
+    Attributes:
+        head: the nearest one, still in training mode.
+        cleaner: what it was cleaned with.
+        target: what it was matched with.
+        distances: of each attempt, the nearer sign and the other.
     """
 
-    def __init__(self, view: View, observed: Tensor) -> None:
-        self.codec = view.wire.feature_codec
-        self.fresh_std = view.noise_std if view.fresh_noise else 0.0
-        probe = build_net(view.arch).head.to(view.device).train()
-        with torch.no_grad():
-            zeros = float((probe(normalise(view.auxiliary[:CHUNK])) == 0).float().mean())
-        self.after_relu = zeros > RELU_SHARE
-        self.offset = torch.zeros_like(observed[:1])
-        if view.noise_std > 0 and not view.fresh_noise:
-            if self.after_relu:
-                self.offset = observed.amin(0, keepdim=True)
-            else:
-                mean = observed.mean(0, keepdim=True)
-                self.offset = mean - mean.flatten(2).mean(2).reshape(mean.shape[:2] + (1,) * (mean.dim() - 2))
+    head: Shadow
+    cleaner: Cleaner
+    target: Moments
+    distances: tuple[tuple[float, float], ...]
 
-    def clean(self, features: Tensor) -> Tensor:
-        """Returns features without the offset."""
-        return features - self.offset
+    def settled(self, view: View) -> Shadow:
+        """Returns the head as it decodes: in ``eval()`` mode, with the statistics of all the attacker's images."""
+        head = self.head.copied()
+        head.settle(view.auxiliary)
+        return head
 
-    def sent(self, features: Tensor) -> Tensor:
-        """Returns what a head's own features become on the way: noise, the wire's codes, cleaned again."""
-        noised = features + self.offset
-        if self.fresh_std:
-            noised = noised + self.fresh_std * torch.randn_like(features)
-        return self.clean(fake_quantise(noised, self.codec))
+    def finding(self, view: View, plan: Plan) -> Finding:
+        """Returns what a decoder of the head makes of what arrives."""
+        decoder = decoder_of(self.settled(view).features, view, plan, 2)
+        return self.found(lambda features: painted(decoder, self.cleaner.clean(features)), decoder)
+
+    def found(self, reconstruct: Reconstruct, decoder: Decoder, images: int | None = None) -> Finding:
+        """Returns ``reconstruct`` with what the attacker sees of the match and of its decoder."""
+        final = self.head.copied().distance(self.target)  # the noted head stays as it is
+        return Finding(
+            variants={"": reconstruct},
+            images=images,
+            seen={
+                "distances": [[round(distance, 4) for distance in attempt] for attempt in self.distances],
+                "distance": round(final, 4),
+                "chance": round(self.target.chance, 4),
+                OWN_SSIM: [round(decoder.own_ssim, 4)],
+            },
+            gates={"the matched head has the statistics of what arrives": final <= MATCHED * self.target.chance},
+        )
 
 
-class Moments:
-    """What features are compared by, in units of each channel's deviation."""
+def match_ticks(plan: Plan) -> int:
+    """Returns how often ``matched`` ticks, at most."""
+    return 3 * plan.steps * plan.restarts
 
-    def __init__(self, clean: Tensor) -> None:
-        maps = as_map(clean)
-        self.mean = maps.mean((0, 2, 3), keepdim=True)
-        self.scale = maps.std((0, 2, 3), keepdim=True).clamp_min(1e-4)
-        channels = maps.shape[1]
-        widest = min(maps.shape[2:])
-        self.reach = next((k for k in (5, 3) if channels * k * k <= MAX_MOMENTS and k <= widest), 1)
-        self.levels = torch.linspace(0.02, 0.98, LEVELS, device=clean.device)
-        parts = [self._statistics(part) for part in torch.split(maps, BATCH) if len(part) == BATCH or len(maps) < BATCH]
-        self._targets = [torch.stack(values).mean(0) for values in zip(*parts, strict=True)]
-        if len(parts) > 2:
-            self._chance = [torch.stack(values).std(0) for values in zip(*parts, strict=True)]
-        else:
-            self._chance = [value.abs().mean() * 0.1 for value in self._targets]
-        self._chance = [chance.clamp_min(floor) for chance, floor in zip(self._chance, FLOORS, strict=True)]
-        own = [self.distance(part) for part in torch.split(clean, BATCH)[:JUDGED_BATCHES]]
-        self.chance = float(torch.stack(own).mean())  # the distance that is nobody's fault
 
-    def _statistics(self, maps: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns products of z and of z^2 with every neighbour ``(C, 2 C, k, k)``, and quantiles ``(levels, C)``."""
-        z = (maps - self.mean) / self.scale
-        edge = self.reach // 2
-        inner = z[:, :, edge : z.shape[2] - edge, edge : z.shape[3] - edge] if edge else z
-        powers = torch.cat([inner, inner.square()], 1).transpose(0, 1)
-        # A correlation over images and positions at once, for every shift by up to ``edge``.
-        products = F.conv2d(z.transpose(0, 1), powers) / (inner.shape[0] * inner.shape[2] * inner.shape[3])
-        return products, self._quantiles(z.transpose(0, 1).flatten(1))
+def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool = False) -> Match:
+    """Searches for the client's head: the loop that all attacks by matching are.
 
-    def _quantiles(self, values: Tensor) -> Tensor:
-        step = max(1, values.shape[1] // SAMPLED) | 1
-        return torch.quantile(values[:, ::step][:, : 4 * SAMPLED], self.levels, dim=1)
+    The statistics of natural images hardly change with their sign, so a start may end at the head of the negatives;
+    both signs are refined alike from each start, and the nearer one counts.
 
-    def distance(self, clean: Tensor) -> Tensor:
-        """Returns how far the statistics of ``clean`` are from these."""
-        total = torch.zeros((), device=clean.device)
-        for value, target, chance in zip(self._statistics(as_map(clean)), self._targets, self._chance, strict=True):
-            total = total + ((1 + ((value - target) / chance).square()).sqrt() - 1).mean()
-        return total
+    Args:
+        view: a query-free one. What was found is noted there, so that the next attack of the same plan has it at once.
+        plan: how hard.
+        observed: use the features of so many images only.
+        blind: guess the architecture.
+
+    Raises:
+        AttackImpossibleError: the view has no observed features.
+    """
+    features = needed(view.observed, "observed features")[:observed]
+    key = ("match", observed, blind, plan.seed, plan.steps, plan.restarts)
+    if isinstance(known := view.notes.get(key), Match):
+        return known
+    torch.manual_seed(plan.generator(0).initial_seed())
+    cleaner = Cleaner(view, features)
+    target = Moments(cleaner.clean(features))
+    build = guessed_head if blind else known_head
+    found: list[Shadow] = []
+    distances: list[tuple[float, float]] = []
+    for restart in range(plan.restarts):
+        head = Shadow(view, cleaner, build, plan.generator(1, restart))
+        head.match(target, plan.steps, RATE, RATE_AGAIN, plan)
+        signs = (head, head.negated())
+        for either in signs:
+            either.match(target, plan.steps, RATE_AGAIN, RATE_END, plan)
+        nearer, farther = sorted((either.distance(target), index) for index, either in enumerate(signs))
+        found.append(signs[nearer[1]])
+        distances.append((nearer[0], farther[0]))
+        if nearer[0] <= MATCHED * target.chance:
+            break  # the attacker sees that it is there
+    best = min(range(len(found)), key=distances.__getitem__)
+    match = Match(head=found[best], cleaner=cleaner, target=target, distances=tuple(distances))
+    view.notes[key] = match
+    return match
+
+
+def known_head(view: View) -> nn.Module:
+    """Returns a fresh head of the client's architecture."""
+    return build_net(view.arch).head
+
+
+def guessed_head(view: View) -> nn.Module:
+    """Returns a head that gives features of the right shape: all that one knows who sees only what arrives.
+
+    Raises:
+        AttackImpossibleError: the features are no maps.
+    """
+    if len(view.wire.feature_shape) != 3:
+        raise AttackImpossibleError("guesses convolutions only, and these features are no maps")
+    channels, height, width = view.wire.feature_shape
+    stride = (max(1, view.arch.image_size[0] // height), max(1, view.arch.image_size[1] // width))
+    kernel = (GUESSED_KERNEL + stride[0] - 1, GUESSED_KERNEL + stride[1] - 1)
+    return nn.Sequential(
+        nn.Conv2d(3, channels, kernel, stride, (GUESSED_KERNEL // 2, GUESSED_KERNEL // 2), bias=False),
+        nn.BatchNorm2d(channels),
+        nn.ReLU(),
+        nn.AdaptiveAvgPool2d((height, width)),
+    )
 
 
 class Shadow:
     """A head of the known architecture, to be matched; its first convolution is searched in whitened patches."""
 
-    def __init__(self, view: View, cleaner: Cleaner, generator: torch.Generator) -> None:
+    def __init__(
+        self, view: View, cleaner: Cleaner, build: Callable[[View], nn.Module], generator: torch.Generator
+    ) -> None:
         self._cleaner = cleaner
         self._images = view.auxiliary
         self._generator = generator
         torch.manual_seed(generator.initial_seed())
-        self.head = build_net(view.arch).head.to(view.device).train()
+        self.head = build(view).to(view.device).train()
         first = next((m for m in self.head.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
         if first is not None:
             parametrize.register_parametrization(first, "weight", _Whitened(view.auxiliary, first), unsafe=True)
 
+    def copied(self) -> Shadow:
+        """Returns one that goes on from here by itself."""
+        other = copy.copy(self)
+        other.head = copy.deepcopy(self.head)
+        other._generator = torch.Generator()
+        other._generator.set_state(self._generator.get_state())
+        return other
+
     def negated(self) -> Shadow:
         """Returns a copy that sees the negatives of images."""
-        other = copy.deepcopy(self)
+        other = self.copied()
         for name, weight in other.head.named_parameters():
             if name.endswith(".weight.original"):  # of the whitened convolution, the only one that is parametrised
                 weight.data.neg_()
@@ -193,7 +211,7 @@ class Shadow:
         optimizer = torch.optim.Adam(self.head.parameters(), rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps, last_rate)
         for _ in range(steps):
-            loss = target.distance(self._sent())
+            loss = target.distance(self.sent(SEARCH_BATCH))
             optimizer.zero_grad(set_to_none=True)
             loss.backward()  # type: ignore[no-untyped-call]
             optimizer.step()
@@ -203,11 +221,12 @@ class Shadow:
     @torch.no_grad()
     def distance(self, target: Moments) -> float:
         """Returns the distance that the attacker sees, over several batches."""
-        return sum(float(target.distance(self._sent())) for _ in range(JUDGED_BATCHES)) / JUDGED_BATCHES
+        return sum(float(target.distance(self.sent())) for _ in range(JUDGED_BATCHES)) / JUDGED_BATCHES
 
-    def _sent(self) -> Tensor:
-        chosen = torch.randint(len(self._images), (BATCH,), generator=self._generator).to(self._images.device)
-        return self._cleaner.sent(self.head(normalise(self._images[chosen])))
+    def sent(self, count: int = BATCH) -> Tensor:
+        """Returns what would arrive of ``count`` of the attacker's images, cleaned; differentiable."""
+        chosen = torch.randint(len(self._images), (count,), generator=self._generator).to(self._images.device)
+        return self.arriving(self._images[chosen])
 
     @torch.no_grad()
     def settle(self, images: Tensor) -> None:
@@ -220,11 +239,14 @@ class Shadow:
             self.head(normalise(part))
         self.head.eval()
 
+    def arriving(self, images: Tensor) -> Tensor:
+        """Returns what would arrive of ``images``, in 0 to 255, cleaned; differentiable."""
+        return self._cleaner.sent(self.head(normalise(images)))
+
     @torch.no_grad()
     def features(self, images: Tensor) -> Tensor:
-        """Returns what arrives for uint8 ``images``, cleaned."""
-        clean: Tensor = self._cleaner.sent(self.head(normalise(images)))
-        return clean
+        """Returns what would arrive of ``images``, cleaned, for a decoder to learn from."""
+        return self.arriving(images)
 
 
 class _Whitened(nn.Module):

@@ -1,21 +1,24 @@
 """The paper's attacks (Ensembler, Sections III-B, III-D and IV-A): a shadow head trained through the server's nets.
 
 The shadow head has three convolutions, the first like the client's, the others for the noise. Before one server net
-(or all of them behind learned weights, the adaptive attack) and a tail of its own it learns to classify; a decoder of
-it is then fed with what arrives.
+(or a set of them, or all of them behind learned weights, the adaptive attack) and a tail of its own it learns to
+classify; a decoder of it is then fed with what arrives.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
+from itertools import accumulate, chain, combinations, pairwise
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensembler.privacy.attacks.base import Finding, Plan, decoder_of, needed
-from ensembler.privacy.decoder import Reconstruct, painted
+from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding, Plan, decoder_of, needed, nets_name
+from ensembler.privacy.decoder import Decoder, Reconstruct, painted
 from ensembler.privacy.scene import Access, View
 from ensembler.training.fit import augment
 from ensembler.training.models import build_net, normalise
@@ -25,6 +28,7 @@ from ensembler.training.wire import fake_quantise
 BATCH = 128
 LEARNING_RATE = 1e-3
 WIDTH = 64  # of the two further convolutions (Section IV-A)
+MAX_SETS = 15  # of nets, that a shadow is trained for
 
 
 class ShadowHead(nn.Module):
@@ -67,12 +71,21 @@ class _Through(nn.Module):
 
 
 class SingleShadow:
-    """A shadow net through one server net, once for each of them; the best counts, as in the paper."""
+    """A shadow net through one server net, once for each of them; the best counts, as in the paper.
 
-    NAME = "shadow-single"
+    Args:
+        calibrated: bring what arrives to the mean and deviation that each channel has in the shadow's own features.
+    """
+
     ACCESS = Access.QUERY_FREE
-    SOURCE = "Ensembler III-B, IV-A"
-    WORDS = "trains a head through one server net, and a decoder on it; the best over the N nets"
+
+    def __init__(self, *, calibrated: bool = False) -> None:
+        self.NAME = "shadow-calibrated" if calibrated else "shadow-single"
+        self.SOURCE = "ours, after Ensembler III-B" if calibrated else "Ensembler III-B, IV-A"
+        self.WORDS = "trains a head through one server net, and a decoder on it; the best over the N nets" + (
+            "; what arrives is first scaled like the shadow's features" if calibrated else ""
+        )
+        self._calibrated = calibrated
 
     def ticks(self, plan: Plan) -> int:
         """See ``Attack``."""
@@ -80,12 +93,59 @@ class SingleShadow:
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
-        bodies = needed(view.bodies, "the server's nets")
-        variants, accuracy = {}, {}
-        for index, body in enumerate(bodies):
-            name = f"net {index + 1}"
-            variants[name], accuracy[name] = shadow_decoder(view, plan, [body], index)
-        return Finding(variants=variants, seen={"train_accuracy": accuracy})
+        nets = [(index,) for index in range(len(needed(view.bodies, "the server's nets")))]
+        return _best_of(nets, view, plan, calibrated=self._calibrated)
+
+
+class Subsets:
+    """A shadow net through each set of P nets: one of them is the client's, and nobody knows which."""
+
+    NAME = "shadow-subsets"
+    ACCESS = Access.QUERY_FREE
+    SOURCE = "Ensembler III-D"
+    WORDS = "trains a head through each set of P server nets, and a decoder on it; the best over all sets"
+
+    def ticks(self, plan: Plan) -> int:
+        """See ``Attack``."""
+        return MAX_SETS * (plan.steps + plan.effort.steps)
+
+    def run(self, view: View, plan: Plan) -> Finding:
+        """See ``Attack``."""
+        count = len(needed(view.bodies, "the server's nets"))
+        if view.num_selected in (1, count):
+            raise AttackImpossibleError("sets of one net or of all nets are what the other shadow attacks try")
+        if math.comb(count, view.num_selected) > MAX_SETS:
+            raise AttackImpossibleError(
+                f"{math.comb(count, view.num_selected)} sets of {view.num_selected} of {count} nets are too many to "
+                f"train a shadow for each; {MAX_SETS} at most"
+            )
+        return _best_of(list(combinations(range(count), view.num_selected)), view, plan)
+
+
+class Colluding:
+    """A shadow net through what some of the operators hold together, for each group of them (Section III-D)."""
+
+    NAME = "shadow-colluding"
+    ACCESS = Access.QUERY_FREE
+    SOURCE = "Ensembler III-D"
+    WORDS = "trains a head through the nets of each group of colluding operators, and a decoder on it; the best counts"
+
+    def ticks(self, plan: Plan) -> int:
+        """See ``Attack``."""
+        return MAX_SETS * (plan.steps + plan.effort.steps)
+
+    def run(self, view: View, plan: Plan) -> Finding:
+        """See ``Attack``."""
+        needed(view.bodies, "the server's nets")
+        operators = len(view.party_nets)
+        if operators == 1:
+            raise AttackImpossibleError("one operator holds all the nets; nobody is there to collude with")
+        if 2**operators - 1 > MAX_SETS:
+            raise AttackImpossibleError(f"{2**operators - 1} groups of operators are too many; {MAX_SETS} at most")
+        ends = list(accumulate(view.party_nets, initial=0))
+        held = [tuple(range(*pair)) for pair in pairwise(ends)]
+        groups = [group for size in range(1, operators + 1) for group in combinations(held, size)]
+        return _best_of([tuple(chain(*group)) for group in groups], view, plan)
 
 
 class Adaptive:
@@ -102,29 +162,60 @@ class Adaptive:
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
-        bodies = needed(view.bodies, "the server's nets")
-        reconstruct, accuracy = shadow_decoder(view, plan, bodies, len(bodies), weighted=True)
-        return Finding(variants={"all nets": reconstruct}, seen={"train_accuracy": accuracy})
+        nets = tuple(range(len(needed(view.bodies, "the server's nets"))))
+        shadow = shadow_of(view, plan, nets, weighted=True)
+        return Finding(variants={"": partial(painted, shadow.decoder)}, seen=_seen([shadow]))
 
 
-def shadow_decoder(
-    view: View, plan: Plan, bodies: Sequence[nn.Module], part: int, *, weighted: bool = False
-) -> tuple[Reconstruct, float]:
-    """Trains a shadow net and the decoder of its head: the loop that both of the paper's attacks are.
+@dataclass(frozen=True)
+class ShadowFound:
+    """What came of one shadow net.
+
+    Attributes:
+        decoder: of its head.
+        accuracy: of the shadow net on the last batches that it was trained on, percent.
+    """
+
+    decoder: Decoder
+    accuracy: float
+
+
+def _best_of(sets: Sequence[tuple[int, ...]], view: View, plan: Plan, *, calibrated: bool = False) -> Finding:
+    """Returns a variant for each set of nets."""
+    shadows = {nets_name(nets): shadow_of(view, plan, nets) for nets in sets}
+    observed = needed(view.observed, "observed features")
+    variants: dict[str, Reconstruct] = {}
+    for name, shadow in shadows.items():
+        decoder = shadow.decoder.fed_with(observed) if calibrated else shadow.decoder
+        variants[name] = partial(painted, decoder)
+    return Finding(variants=variants, seen=_seen(list(shadows.values())))
+
+
+def _seen(shadows: Sequence[ShadowFound]) -> dict[str, list[float]]:
+    return {
+        "train_accuracy": [round(shadow.accuracy, 1) for shadow in shadows],
+        OWN_SSIM: [round(shadow.decoder.own_ssim, 4) for shadow in shadows],
+    }
+
+
+def shadow_of(view: View, plan: Plan, nets: tuple[int, ...], *, weighted: bool = False) -> ShadowFound:
+    """Trains a shadow net and the decoder of its head: the loop that all these attacks are.
 
     Args:
-        view: a query-free one.
+        view: a query-free one; what was found is noted there.
         plan: how hard.
-        bodies: through which the head learns.
-        part: tells the randomness of several shadows apart.
+        nets: through which of the server's the head learns.
         weighted: learn a weight for each net, as a softmax.
-
-    Returns:
-        The decoder, and the shadow net's accuracy on the last batches it was trained on.
     """
-    torch.manual_seed(plan.generator(part).initial_seed())
-    net = placed(_Through(view, bodies, weighted=weighted), view.device).train()
-    generator = plan.generator(part, 1)
+    key = ("shadow", nets, weighted, plan.seed, plan.steps, plan.effort)
+    if isinstance(known := view.notes.get(key), ShadowFound):
+        return known
+    bodies = needed(view.bodies, "the server's nets")
+    # Of the set alone, so that a shadow is the same whichever attack asks for it first.
+    part = (int(weighted), *nets)
+    torch.manual_seed(plan.generator(0, *part).initial_seed())
+    net = placed(_Through(view, [bodies[index] for index in nets], weighted=weighted), view.device).train()
+    generator = plan.generator(1, *part)
     optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE)
     images, labels = view.auxiliary, view.auxiliary_labels
     hits = 0.0
@@ -144,4 +235,6 @@ def shadow_decoder(
         arrived: Tensor = net.head(normalise(batch).to(memory_format=torch.channels_last))
         return arrived
 
-    return partial(painted, decoder_of(features, view, plan, part, 2)), 100 * hits
+    found = ShadowFound(decoder_of(features, view, plan, 2, *part), 100 * hits)
+    view.notes[key] = found
+    return found

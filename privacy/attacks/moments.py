@@ -1,0 +1,103 @@
+"""Statistics of features that a server sees arrive, and the way of a shadow's own features to them.
+
+What is constant in the features (fixed noise) is taken out first. What is left is compared by products of neighbouring
+values and of their squares, and by each channel's quantiles; each in units of what chance makes of it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ensembler.privacy.decoder import as_map
+from ensembler.privacy.scene import View
+from ensembler.training.wire import fake_quantise
+
+BATCH = 128
+MAX_MOMENTS = 800  # rows of the moment matrices: channels times neighbours
+LEVELS = 17  # quantiles of each channel
+SAMPLED = 4096  # values of a channel for its quantiles
+FLOORS = (2e-3, 2e-2)  # of chance, in deviations: below, a statistic is as good as equal
+JUDGED_BATCHES = 10
+TIED_SHARE = 0.02  # of values that are the smallest at their position, above which features end in a ReLU
+
+
+class Cleaner:
+    """Takes what is constant out of the features: fixed noise, as far as it can be seen in them.
+
+    After a ReLU the smallest value that ever arrives at a position is the noise there, and it arrives often. Without
+    one, the position's mean less that of its channel is the best guess.
+    """
+
+    def __init__(self, view: View, observed: Tensor) -> None:
+        self.codec = view.wire.feature_codec
+        self.fresh_std = view.noise_std if view.fresh_noise else 0.0
+        smallest = observed.amin(0, keepdim=True)
+        tied = float((observed <= smallest + self.codec.scale / 2).float().mean())
+        self.after_relu = tied > TIED_SHARE
+        self.offset = torch.zeros_like(smallest)
+        if view.noise_std > 0 and not view.fresh_noise:
+            if self.after_relu:
+                self.offset = smallest
+            else:
+                mean = observed.mean(0, keepdim=True)
+                self.offset = mean - mean.flatten(2).mean(2).reshape(mean.shape[:2] + (1,) * (mean.dim() - 2))
+
+    def clean(self, features: Tensor) -> Tensor:
+        """Returns features without the offset."""
+        return features - self.offset
+
+    def sent(self, features: Tensor) -> Tensor:
+        """Returns what a head's own features become on the way: noise, the wire's codes, cleaned again."""
+        noised = features + self.offset
+        if self.fresh_std:
+            noised = noised + self.fresh_std * torch.randn_like(features)
+        return self.clean(fake_quantise(noised, self.codec))
+
+
+class Moments:
+    """What features are compared by, in units of each channel's deviation."""
+
+    def __init__(self, clean: Tensor) -> None:
+        maps = as_map(clean)
+        self.mean = maps.mean((0, 2, 3), keepdim=True)
+        self.scale = maps.std((0, 2, 3), keepdim=True).clamp_min(1e-4)
+        channels = maps.shape[1]
+        widest = min(maps.shape[2:])
+        self.reach = next((k for k in (5, 3) if channels * k * k <= MAX_MOMENTS and k <= widest), 1)
+        self.levels = torch.linspace(0.02, 0.98, LEVELS, device=clean.device)
+        parts = [self._statistics(part) for part in torch.split(maps, BATCH) if len(part) == BATCH or len(maps) < BATCH]
+        self._targets = [torch.stack(values).mean(0) for values in zip(*parts, strict=True)]
+        if len(parts) > 2:
+            self._chance = [torch.stack(values).std(0) for values in zip(*parts, strict=True)]
+        else:
+            self._chance = [value.abs().mean() * 0.1 for value in self._targets]
+        self._chance = [chance.clamp_min(floor) for chance, floor in zip(self._chance, FLOORS, strict=True)]
+        own = [self.distance(part) for part in torch.split(clean, BATCH)[:JUDGED_BATCHES]]
+        self.chance = float(torch.stack(own).mean())  # the distance that is nobody's fault
+
+    def units(self, maps: Tensor) -> Tensor:
+        """Returns ``(B, C, h, w)`` with the mean 0 and the deviation 1 that each channel of what arrives has."""
+        return (maps - self.mean) / self.scale
+
+    def _statistics(self, maps: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns products of z and of z^2 with every neighbour ``(C, 2 C, k, k)``, and quantiles ``(levels, C)``."""
+        z = self.units(maps)
+        edge = self.reach // 2
+        inner = z[:, :, edge : z.shape[2] - edge, edge : z.shape[3] - edge] if edge else z
+        powers = torch.cat([inner, inner.square()], 1).transpose(0, 1)
+        # A correlation over images and positions at once, for every shift by up to ``edge``.
+        products = F.conv2d(z.transpose(0, 1), powers) / (inner.shape[0] * inner.shape[2] * inner.shape[3])
+        return products, self._quantiles(z.transpose(0, 1).flatten(1))
+
+    def _quantiles(self, values: Tensor) -> Tensor:
+        step = max(1, values.shape[1] // SAMPLED) | 1
+        return torch.quantile(values[:, ::step][:, : 4 * SAMPLED], self.levels, dim=1)
+
+    def distance(self, clean: Tensor) -> Tensor:
+        """Returns how far the statistics of ``clean`` are from these."""
+        total = torch.zeros((), device=clean.device)
+        for value, target, chance in zip(self._statistics(as_map(clean)), self._targets, self._chance, strict=True):
+            total = total + ((1 + ((value - target) / chance).square()).sqrt() - 1).mean()
+        return total
