@@ -7,13 +7,17 @@ pairs of a selected and another net that it ranks rightly; 0.5 is chance, and 0 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from ensembler.privacy.decoder import CHUNK
 from ensembler.privacy.scene import View
+
+K_MEANS_STEPS = 20
 
 
 @torch.no_grad()
@@ -24,6 +28,9 @@ def rankings(view: View, images: int = 1024) -> dict[str, list[float]]:
     * ``spectrum``: in how many directions the net's answers differ (the participation ratio of their covariance).
     * ``energy``: how large the answers are.
     * ``clipping``: the share of answers inside the range of the net's codec.
+    * ``clusters``: how well the answers fall into as many groups as there are classes (a probe without labels).
+    * ``gradient``: how little any scale or shift of the features' channels would part those groups better: the head was
+      trained until its selected nets asked for nothing more.
 
     Args:
         view: a query-free one.
@@ -32,7 +39,8 @@ def rankings(view: View, images: int = 1024) -> dict[str, list[float]]:
     assert view.observed is not None
     assert view.bodies is not None
     observed = view.observed[:images]
-    scores: dict[str, list[float]] = {"batch norm": [], "spectrum": [], "energy": [], "clipping": []}
+    ways = ("batch norm", "spectrum", "energy", "clipping", "clusters", "gradient")
+    scores: dict[str, list[float]] = {way: [] for way in ways}
     for body, codec in zip(view.bodies, view.wire.answer_codecs, strict=True):
         answers, mismatch = _answers(body, observed)
         centred = answers - answers.mean(0)
@@ -41,6 +49,9 @@ def rankings(view: View, images: int = 1024) -> dict[str, list[float]]:
         scores["spectrum"].append(float(energies.sum() ** 2 / energies.square().sum()))
         scores["energy"].append(float(answers.square().mean()))
         scores["clipping"].append(float(((answers >= codec.low) & (answers <= codec.high)).float().mean()))
+        groups = _groups(centred, view.arch.num_classes)
+        scores["clusters"].append(float(_parted(answers, groups)))
+        scores["gradient"].append(-_pull(body, observed[:CHUNK], groups[:CHUNK]))
     return scores
 
 
@@ -64,6 +75,38 @@ def _answers(body: nn.Module, features: Tensor) -> tuple[Tensor, float]:
         for hook in hooks:
             hook.remove()
     return answers, sum(distances) / max(1, len(distances))
+
+
+def _groups(points: Tensor, count: int) -> Tensor:
+    """Returns to which of ``count`` groups each point ``(M, F)`` belongs: k-means from far apart points, ``(M,)``."""
+    centres = points[points.square().sum(1).argmax()][None]
+    while len(centres) < min(count, len(points)):
+        centres = torch.cat([centres, points[torch.cdist(points, centres).amin(1).argmax()][None]])
+    for _ in range(K_MEANS_STEPS):
+        groups = torch.cdist(points, centres).argmin(1)
+        members = F.one_hot(groups, len(centres)).to(points.dtype)
+        counts = members.sum(0)[:, None]
+        centres = torch.where(counts > 0, members.T @ points / counts.clamp_min(1), centres)
+    return groups
+
+
+def _parted(answers: Tensor, groups: Tensor) -> Tensor:
+    """Returns the share of the answers' variance that lies between the groups, 0 to 1."""
+    members = F.one_hot(groups).to(answers.dtype)
+    centred = answers - answers.mean(0)
+    counts = members.sum(0)[:, None]
+    means = members.T @ centred / counts.clamp_min(1)
+    return (counts * means.square()).sum() / centred.square().sum().clamp_min(1e-12)
+
+
+@torch.enable_grad()
+def _pull(body: nn.Module, features: Tensor, groups: Tensor) -> float:
+    """Returns how much better the groups would part for a small scale and shift of each channel."""
+    size = (1, features.shape[1]) + (1,) * (features.dim() - 2)
+    scale, shift = (torch.zeros(size, device=features.device, requires_grad=True) for _ in range(2))
+    moved = features * (1 + scale) + features.std() * shift
+    slopes = torch.autograd.grad(_parted(body(moved), groups), (scale, shift))
+    return math.sqrt(sum(float(slope.square().sum()) for slope in slopes))
 
 
 def auc(scores: Sequence[float], selected: Sequence[int]) -> float:
