@@ -110,6 +110,7 @@ def audit(
     attacks: Sequence[str] | None = None,
     data: str | None = None,
     auxiliary: str = "disjoint",
+    other_device: Path | None = None,
     seeds: int | None = None,
     device: torch.device | None = None,
     command: str = "",
@@ -125,6 +126,7 @@ def audit(
         attacks: names in place of the budget's; the floor and the oracle always run.
         data: whose held-out images are used; None takes the run's.
         auxiliary: see ``scene.make_scene``.
+        other_device: see ``scene.make_scene``.
         seeds: how many, in place of the budget's.
         device: where to compute.
         command: for the report.
@@ -149,7 +151,7 @@ def audit(
     if count < 1:
         raise ConfigError(f"--seeds {count}: at least one")
     started = time.monotonic()
-    scene = make_scene(run, bundle, data=data, auxiliary=auxiliary, device=device)
+    scene = make_scene(run, bundle, data=data, auxiliary=auxiliary, other_device=other_device, device=device)
     subject = _subject(run, bundle)
     images = {
         "data": data or RunFolder.open(run).config.data,
@@ -158,6 +160,8 @@ def audit(
         "observed": len(scene.everything.observed) if scene.everything.observed is not None else 0,
         "evaluated": len(scene.evaluated),
     }
+    if other_device is not None:
+        subject["other_device"] = _digests(other_device)
     # Not where it lies: a run is exported anew, into another folder, whenever the audit goes on.
     content = {name: value for name, value in subject.items() if name not in ("run", "bundle")}
     parts = _Parts(out.with_suffix(".parts"), {"subject": content, "images": images, "budget": budget})
@@ -363,14 +367,11 @@ def _selector(scene: Scene) -> dict[str, Any]:
 def _subject(run_path: Path, bundle: Path) -> dict[str, Any]:
     run, manifest = RunFolder.open(run_path), load_client(bundle)
     config = run.config
-    digests = {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(bundle.iterdir()) if path.is_file()
-    }
     return {
         "run": str(run_path),
         "bundle": str(bundle),
         "bodies_id": manifest.wire.bodies_id,
-        "digests": digests,
+        "digests": _digests(bundle),
         "arch": config.arch,
         "head_end": config.head_end or "the architecture's own",
         "image_size": list(run.arch.image_size),
@@ -382,6 +383,12 @@ def _subject(run_path: Path, bundle: Path) -> dict[str, Any]:
         "defense": config.defense,
         "noise_std": config.noise_std,
         "noise_mode": manifest.noise_mode,
+    }
+
+
+def _digests(bundle: Path) -> dict[str, str]:
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(bundle.iterdir()) if path.is_file()
     }
 
 

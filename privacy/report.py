@@ -42,9 +42,11 @@ ACCESS = {
     "reading a single feature, so it is what the other attacks are to be compared with.",
     1: "This is the server's operator. It computes as agreed and keeps what it gets: its own nets, the architecture "
     "and the features of every image that a device sends. It cannot send images of its own through a device.",
-    2: "This is an operator who also owns, rents or has borrowed one device. It sends its own images through that "
+    2: "This is an operator who also owns a device of another client of the same server. It sees which features come "
+    "of its own images there, and hopes that they say something of this client's.",
+    3: "This is an operator who also owns, rents or has borrowed one device. It sends its own images through that "
     "device and sees which features come of them.",
-    3: "This is a thief, or a program on the device. It has the weights and the noise that the device computes with, "
+    4: "This is a thief, or a program on the device. It has the weights and the noise that the device computes with, "
     "and with them it can also read features that the server kept from earlier days.",
 }
 MEASURES = (

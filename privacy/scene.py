@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable
 from dataclasses import dataclass, field
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,15 @@ from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataErro
 from ensembler.protocol.manifest import WireSpec
 from ensembler.training import data as data_sets
 from ensembler.training.fit import derived_seed
-from ensembler.training.models import ArchSpec
+from ensembler.training.models import ArchSpec, normalise
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import Client, load_bodies, load_client
+from ensembler.training.wire import fake_quantise
 
 # How the images are divided unless told otherwise, at most: for judging and for observing; the attacker owns the rest.
 EVALUATED, OBSERVED = 500, 2000
 FEWEST = 32  # of each part; below, a mean says nothing
+FOREIGN = 0.5  # of a feature's variance: a bundle whose features are further from the run's client is another client's
 
 
 class Access(IntEnum):
@@ -36,8 +39,9 @@ class Access(IntEnum):
 
     NONE = 0
     QUERY_FREE = 1
-    DEVICE = 2
-    WHITE_BOX = 3
+    OTHER_DEVICE = 2
+    DEVICE = 3
+    WHITE_BOX = 4
 
     @property
     def words(self) -> str:
@@ -45,6 +49,7 @@ class Access(IntEnum):
         return {
             Access.NONE: "images of the same kind, nothing of this system",
             Access.QUERY_FREE: "a server: its nets, the architecture, what devices send; it cannot send its own images",
+            Access.OTHER_DEVICE: "a server that owns a device of another client: pairs of image and features from it",
             Access.DEVICE: "a server that also owns a device: pairs of image and features",
             Access.WHITE_BOX: "the device's weights and noise, as after a theft",
         }[self]
@@ -66,6 +71,7 @@ class View:
         auxiliary_labels: their classes ``(A,)``.
         observed: features as they arrived, of images that the attacker never sees, ``(O, C, h, w)`` float32.
         bodies: the N server nets in the server's order.
+        send_other: as ``send``, on another client's device of the same server; None if none was given.
         send: from images uint8 ``(B, 3, H, W)`` to features, on a device that the attacker owns.
         client: the device's secrets.
         notes: what attacks with this access found out so far, for the next ones.
@@ -82,6 +88,7 @@ class View:
     auxiliary_labels: Tensor
     observed: Tensor | None = None
     bodies: tuple[nn.Module, ...] | None = None
+    send_other: Callable[[Tensor], Tensor] | None = None
     send: Callable[[Tensor], Tensor] | None = None
     client: Client | None = None
     notes: dict[Hashable, object] = field(default_factory=dict, repr=False, compare=False)
@@ -117,6 +124,8 @@ class Scene:
         hidden: dict[str, None] = {}
         if access < Access.QUERY_FREE:
             hidden |= {"observed": None, "bodies": None}
+        if access < Access.OTHER_DEVICE:
+            hidden |= {"send_other": None}
         if access < Access.DEVICE:
             hidden |= {"send": None}
         if access < Access.WHITE_BOX:
@@ -133,6 +142,7 @@ def make_scene(
     auxiliary: str = "disjoint",
     observed: int = OBSERVED,
     evaluated: int = EVALUATED,
+    other_device: Path | None = None,
     seed: int = 0,
     device: torch.device | None = None,
 ) -> Scene:
@@ -146,6 +156,7 @@ def make_scene(
             trained the victim, as the paper assumes.
         observed: how many images' features the server collects.
         evaluated: how many images the reconstructions are judged on.
+        other_device: the bundle of another client of the same server, which the attacker owns.
         seed: of the division.
         device: where attacks compute.
 
@@ -163,6 +174,12 @@ def make_scene(
             f"{bundle} was not exported from {run_path}: its bodies_id is {runtime.manifest.wire.bodies_id[:12]}..., "
             f"the run's is {wire.bodies_id[:12]}...; give the --run that it came from"
         )
+    other = None if other_device is None else EdgeRuntime(other_device)
+    if other is not None and other.manifest.wire != wire:
+        raise BundleMismatchError(
+            f"--other-device {other_device}: its bodies_id is {other.manifest.wire.bodies_id[:12]}..., the audited "
+            f"client's is {wire.bodies_id[:12]}...; give a client of the same server"
+        )
     config = run.config
     images = load_images(run, data)
     if auxiliary not in ("disjoint", "train"):
@@ -179,16 +196,23 @@ def make_scene(
     else:
         owned_x, owned_y = images.test_x[owned], images.test_y[owned]
 
-    def send(batch: Tensor) -> Tensor:
+    def sent_by(encoder: EdgeRuntime, batch: Tensor) -> Tensor:
         pixels = np.ascontiguousarray(batch.permute(0, 2, 3, 1).cpu().numpy())
-        parts = [runtime.encode(part) for part in np.split(pixels, range(256, len(pixels), 256))]
+        parts = [encoder.encode(part) for part in np.split(pixels, range(256, len(pixels), 256))]
         return torch.from_numpy(wire.feature_codec.decode(np.concatenate(parts))).to(device)
 
     def as_tensor(array: npt.NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(device)
 
-    client = load_client(run)
+    send = partial(sent_by, runtime)
+    client = load_client(run).to(device)
     shown = as_tensor(images.test_x[judged])
+    arrived = send(shown)
+    if _foreign(client, shown, arrived):
+        raise BundleMismatchError(
+            f"{bundle} was not exported from {run_path}, but from another client of the same server: its head gives "
+            "other features; give the --run that it came from"
+        )
     return Scene(
         everything=View(
             access=Access.WHITE_BOX,
@@ -202,14 +226,23 @@ def make_scene(
             auxiliary_labels=as_tensor(owned_y),
             observed=send(as_tensor(images.test_x[seen])),
             bodies=tuple(body.to(device) for body in load_bodies(run)),
+            send_other=None if other is None else partial(sent_by, other),
             send=send,
-            client=client.to(device),
+            client=client,
         ),
         evaluated=shown,
-        arrived=send(shown),
+        arrived=arrived,
         selector=client.selector,
         auxiliary_source=auxiliary,
     )
+
+
+@torch.no_grad()
+def _foreign(client: Client, images: Tensor, arrived: Tensor) -> bool:
+    """Returns whether what arrived of ``images`` cannot come from ``client``."""
+    own = fake_quantise(client.noised(client.head(normalise(images))), client.wire.feature_codec)
+    allowed = FOREIGN * own.var(0).mean() + 2 * client.fresh_noise_std**2  # fresh noise is drawn twice
+    return bool((arrived - own).square().mean() > allowed)
 
 
 def load_images(run: RunFolder, data: str | None) -> data_sets.Dataset:

@@ -11,6 +11,8 @@ import sys
 import pytest
 from PIL import Image
 
+from ensembler.cli import main
+
 COMMAND = [sys.executable, "-m", "ensembler.cli"]
 
 
@@ -135,17 +137,20 @@ def test_the_server_says_no_key_and_no_image_in_its_log(tiny, serve, photo):
     assert "stopped after 1 requests" in log
 
 
-def test_demo_runs_the_whole_product_and_can_run_again(tmp_path):
+def test_demo_runs_the_whole_product_ends_with_an_audit_and_can_run_again(tmp_path, tiny_budget, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
     arguments = ("demo", "--out", "demo", "--train-limit", "512", "--epochs-stage1", "1", "--epochs-stage3", "1")
-    done = run(*arguments, "--no-gates", "--json", cwd=tmp_path)
-    assert done.returncode == 0, done.stderr
-    document = json.loads(done.stdout)
+    assert main([*arguments, "--no-gates", "--json"]) == 0
+    document = json.loads(capsys.readouterr().out)
     # Hardly trained, so no accuracy is promised: what is served must be what the parity report measured.
     report = json.loads((tmp_path / "demo" / "parity.json").read_text())
     assert document["test_images"] == report["images"] == 1200
     assert document["accuracy_split_quantised_percent"] == pytest.approx(report["accuracy_artifact"], abs=0.25)
     assert document["bytes_up_per_image"] > 4096
-    assert (tmp_path / "demo" / "demo.json").is_file()
+    assert json.loads((tmp_path / "demo" / "demo.json").read_text()) == document
+    audited = json.loads((tmp_path / "demo" / "report.json").read_text())
+    assert document["audit"]["verdict"] == audited["verdict"]
+    assert (tmp_path / document["audit"]["report"]).is_file()
     other = tmp_path / "mine"
     other.mkdir()
     (other / "precious").touch()

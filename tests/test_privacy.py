@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import shutil
 from dataclasses import replace
@@ -15,6 +16,7 @@ from torch import nn
 
 from ensembler.cli import main
 from ensembler.privacy import audit as audits
+from ensembler.privacy import scene as scenes
 from ensembler.privacy.attacks import ATTACKS
 from ensembler.privacy.attacks.base import AttackImpossibleError, Finding
 from ensembler.privacy.attacks.matching import Shadow, guessed_head, known_head, matched
@@ -35,6 +37,7 @@ DECODER_STEPS = 60
 IMPOSSIBLE = {  # on this scene
     "known-pairs-1000": "1000 pairs: the attacker has",
     "shadow-colluding": "one operator holds all the nets",
+    "other-device": "this attack needs a device of another client",
 }
 
 
@@ -123,15 +126,18 @@ def test_features_are_those_of_the_exported_client_as_they_cross_the_wire(scene)
 @pytest.mark.parametrize(
     ("access", "hidden"),
     [
-        (Access.NONE, {"observed", "bodies", "send", "client"}),
-        (Access.QUERY_FREE, {"send", "client"}),
+        (Access.NONE, {"observed", "bodies", "send_other", "send", "client"}),
+        (Access.QUERY_FREE, {"send_other", "send", "client"}),
+        (Access.OTHER_DEVICE, {"send", "client"}),
         (Access.DEVICE, {"client"}),
         (Access.WHITE_BOX, set()),
     ],
 )
 def test_a_view_holds_what_its_threat_model_grants_and_no_more(scene, access, hidden):
-    view = scene.view(access)
-    assert {name for name in ("observed", "bodies", "send", "client") if getattr(view, name) is None} == hidden
+    everything = replace(scene.everything, send_other=scene.everything.send)
+    view = replace(scene, everything=everything).view(access)
+    secrets = ("observed", "bodies", "send_other", "send", "client")
+    assert {name for name in secrets if getattr(view, name) is None} == hidden
     assert view.access is access
     assert not any("selector" in name for name in view.__dataclass_fields__)
 
@@ -170,6 +176,24 @@ def test_a_bundle_of_another_run_is_named(tiny, tmp_path):
     (other / "wire.json").write_text(json.dumps(wire))
     with pytest.raises(BundleMismatchError, match=r"was not exported from.*give the --run that it came from"):
         make_scene(other, tiny.client)
+
+
+def test_another_client_of_the_same_server_is_told_apart_by_its_features(scene):
+    client = scene.everything.client
+    assert not scenes._foreign(client, scene.evaluated, scene.arrived)
+    other = copy.deepcopy(client)
+    torch.manual_seed(0)
+    for module in other.head.modules():
+        if isinstance(module, nn.Conv2d):
+            module.reset_parameters()
+    assert scenes._foreign(other, scene.evaluated, scene.arrived)
+    other.fresh_noise_std = 0.1  # the codes of one client with fresh noise differ, and not by more than noise does
+    fresh = copy.deepcopy(client)
+    fresh.fresh_noise_std = 0.1
+    with torch.no_grad():
+        arrived = fresh.noised(fresh.head(normalise(scene.evaluated)))
+        assert not scenes._foreign(fresh, scene.evaluated, arrived)
+        assert scenes._foreign(other, scene.evaluated, arrived)
 
 
 # --- the decoder ---
@@ -278,6 +302,16 @@ def test_colluding_operators_try_what_each_group_holds(scene):
     view = replace(scene.view(Access.QUERY_FREE), party_nets=(2, 1))
     finding = ATTACKS["shadow-colluding"].run(view, TINY)
     assert list(finding.variants) == ["nets 1, 2", "nets 3", "nets 1, 2, 3"]
+
+
+def test_another_device_helps_as_far_as_it_is_like_this_one(scene):
+    everything = scene.everything
+    attack = ATTACKS["other-device"]
+    louder = replace(everything, send_other=lambda images: 2 * everything.send(images))
+    finding = attack.run(replace(scene, everything=louder).view(Access.OTHER_DEVICE), TINY)
+    as_it_is, scaled = (finding.variants[name](scene.arrived) for name in ("", "scaled"))
+    truth = pixels(scene.evaluated)
+    assert mse(scaled, truth).mean() < mse(as_it_is, truth).mean()
 
 
 def test_a_calibrated_shadow_sees_what_arrives_scaled_like_its_own_features(scene):
@@ -508,7 +542,7 @@ def row(name, value, access=1):
     ],
 )
 def test_the_verdict_is_the_strongest_attacks_and_a_low_one_needs_sound_attacks(values, word):
-    rows = [row(name, value, {FLOOR: 0, ORACLE: 2}.get(name, 1)) for name, value in values.items()]
+    rows = [row(name, value, {FLOOR: 0, ORACLE: Access.DEVICE}.get(name, 1)) for name, value in values.items()]
     verdict = audits._verdict(rows, audits._gates(rows, []))
     assert verdict["word"] == word
     assert verdict["ssim"] == max(values[name] for name in values if name != FLOOR)

@@ -25,8 +25,9 @@ HOSTILE = "<script>alert('x')</script>\"><img onerror=y>"
 ACCESS_WORDS = {
     0: "images of the same kind, nothing of this system",
     1: "a server: its nets, the architecture, what devices send; it cannot send its own images",
-    2: "a server that also owns a device: pairs of image and features",
-    3: "the device's weights and noise, as after a theft",
+    2: "a server that owns a device of another client: pairs of image and features from it",
+    3: "a server that also owns a device: pairs of image and features",
+    4: "the device's weights and noise, as after a theft",
 }
 
 
@@ -90,8 +91,8 @@ def document():
             attack("shadow-selector", 0.31, spread=0.04, chosen_with_ground_truth=True),
             attack("distribution-matching", 0.83, spread=0.01),
             attack("misaligned-decoder", 0.15, access=0, control=True, spread=0.02),
-            attack("oracle-decoder", 0.86, access=2, spread=0.005),
-            attack("known-pairs-64", 0.62, access=2, spread=0.02),
+            attack("oracle-decoder", 0.86, access=3, spread=0.005),
+            attack("known-pairs-64", 0.62, access=3, spread=0.02),
         ],
         "not_run": [{"name": "averaging", "why": "the noise is fixed, so there is nothing to average"}],
         "selector": {"batch norm": {"auc": 0.75, "first": True}},
@@ -326,7 +327,7 @@ def test_only_the_access_levels_that_occur_are_explained(document, write):
     part = section(write(document), "Who could do this")
     assert "operator who also owns" in part
     assert "thief" not in part
-    document["attacks"].append(attack("white-box", 0.9, access=3))
+    document["attacks"].append(attack("white-box", 0.9, access=4))
     assert "thief" in section(write(document), "Who could do this")
 
 

@@ -7,7 +7,7 @@ from ensembler.privacy.attacks.controls import MeanImage, Misaligned
 from ensembler.privacy.attacks.critic import MatchingCritic
 from ensembler.privacy.attacks.likelihood import Likelihood
 from ensembler.privacy.attacks.matching import Matching
-from ensembler.privacy.attacks.pairs import KnownPairs, Oracle
+from ensembler.privacy.attacks.pairs import KnownPairs, Oracle, OtherDevice
 from ensembler.privacy.attacks.prior import GenerativePrior
 from ensembler.privacy.attacks.shadow import Adaptive, Colluding, SingleShadow, Subsets
 
@@ -24,6 +24,7 @@ _ALL: tuple[Attack, ...] = (
     Matching(blind=True),
     MatchingCritic(),
     GenerativePrior(),
+    OtherDevice(),
     KnownPairs(10),
     KnownPairs(100),
     KnownPairs(1000),

@@ -1,5 +1,7 @@
 """Attacks with pairs of image and features: from a device that the attacker owns, a few or as many as it has images.
 
+Another client's device has another head and other noise, and its pairs tell what one client's leak says of the next.
+
 With all of its images and a decoder trained until it is flat, this is the oracle: what a server could see at best.
 """
 
@@ -9,7 +11,7 @@ from functools import partial
 
 from torch import Tensor
 
-from ensembler.privacy.attacks.base import AttackImpossibleError, Finding, Plan, decoder_of, needed
+from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding, Plan, decoder_of, needed
 from ensembler.privacy.decoder import Decoder, painted, pixels
 from ensembler.privacy.metrics import mse
 from ensembler.privacy.scene import Access, View
@@ -65,6 +67,32 @@ class Oracle:
         send = needed(view.send, "a device")
         decoder = decoder_of(send, view, plan, 0)
         return Finding(variants={"": partial(painted, decoder)})
+
+
+class OtherDevice:
+    """A decoder trained on pairs from another client's device, for what arrives from this one."""
+
+    NAME = "other-device"
+    ACCESS = Access.OTHER_DEVICE
+    SOURCE = "ours"
+    WORDS = (
+        "trains a decoder on all the attacker's images, sent through another client's device, and feeds it with what "
+        "arrives from this one: as it is, or scaled like the other's features; the better counts"
+    )
+
+    def ticks(self, plan: Plan) -> int:
+        """See ``Attack``."""
+        return plan.effort.steps
+
+    def run(self, view: View, plan: Plan) -> Finding:
+        """See ``Attack``."""
+        send = needed(view.send_other, "a device of another client of the same server (--other-device)")
+        observed = needed(view.observed, "observed features")
+        decoder = decoder_of(send, view, plan, 0)
+        return Finding(
+            variants={"": partial(painted, decoder), "scaled": partial(painted, decoder.fed_with(observed))},
+            seen={OWN_SSIM: [round(decoder.own_ssim, 4)]},
+        )
 
 
 def best_ridge(view: View, features: Tensor, images: Tensor, held: Tensor, held_features: Tensor | None) -> Decoder:

@@ -24,6 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--budget", default="standard", help="quick, standard or thorough (default: standard)")
     parser.add_argument("--attack", action="append", help="this attack in place of the budget's; may be repeated")
     parser.add_argument("--aux", default="disjoint", help="the attacker owns disjoint images, or the train set (train)")
+    parser.add_argument(
+        "--other-device", type=Path, metavar="BUNDLE", help="a client bundle that the attacker owns, of another client"
+    )
     parser.add_argument("--seeds", type=int, help="how often each attack is repeated (default: the budget's)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
 
@@ -57,6 +60,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 attacks=options.attack,
                 data=options.data,
                 auxiliary=options.aux,
+                other_device=options.other_device,
                 seeds=options.seeds,
                 device=pick_device(options.device),
                 command=shlex.join(["ensembler", *sys.argv[1:]]),

@@ -29,6 +29,7 @@ EPOCHS_STAGE1, EPOCHS_STAGE3 = 4, 6
 SINGLE_PREDICTIONS = 100
 # Of 1,200 test images 0.5 points are six: less than chance moves, so the demo's gate is wider than the default.
 MAX_ACCURACY_DROP_POINTS = 2.0
+REPORT = "report.html"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -38,6 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--epochs-stage3", type=int, default=EPOCHS_STAGE3, help=f"(default: {EPOCHS_STAGE3})")
     parser.add_argument("--train-limit", type=int, default=None, help="use fewer images, for a quick look")
     parser.add_argument("--no-gates", action="store_true", help="export whatever the parity report says")
+    parser.add_argument("--no-audit", action="store_true", help="leave out the privacy audit, the longest part")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -52,7 +54,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     started = time.monotonic()
     out: Path = options.out
     _fresh_folder(out)
-    console.say(f"1/4  training {NUM_NETS} nets, then a client for a secret {NUM_SELECTED} of them")
+    console.say(f"1/5  training {NUM_NETS} nets, then a client for a secret {NUM_SELECTED} of them")
     summary = train(
         TrainConfig(
             data="demo",
@@ -67,7 +69,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         reporter=ProgressReporter(console),
     )
     trained = time.monotonic()
-    console.say("2/4  exporting: head and tail in int8; the bodies too, unless that misses the gate")
+    console.say("2/5  exporting: head and tail in int8; the bodies too, unless that misses the gate")
     server_keys = export_verb.new_keys(out / export_verb.KEYS_FOLDER)
     gates = Gates(max_accuracy_drop_points=MAX_ACCURACY_DROP_POINTS)
     if options.no_gates:
@@ -76,12 +78,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
     report = export(out / "run", out, export_options, progress=lambda text: console.say(f"     {text}"))
     console.say(report.table())
     exported = time.monotonic()
-    console.say("3/4  starting the server: its own process, CURVE encryption, one authorised device")
+    console.say("3/5  starting the server: its own process, CURVE encryption, one authorised device")
     dataset = data_sets.load("demo")
     images = np.ascontiguousarray(dataset.test_x.transpose(0, 2, 3, 1))
     with server_process(out / "server") as endpoint:
         console.say(f"     {endpoint}")
-        console.say(f"4/4  EdgeClient.predict() on {len(images)} held-out images")
+        console.say(f"4/5  EdgeClient.predict() on {len(images)} held-out images")
         with EdgeClient(out / "client", endpoint, timeout_ms=60_000) as client:
             single = [client.predict(image) for image in images[:SINGLE_PREDICTIONS]]
             batch = client.predict_batch(list(images))
@@ -108,9 +110,41 @@ def run(options: argparse.Namespace, console: Console) -> int:
         "compute_s": time.monotonic() - started,
         "out": str(out),
     }
-    (out / "demo.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+    _write(document, out)
+    if not options.no_audit:
+        console.say("5/5  the privacy audit: attacking the device that was just exported")
+        document["audit"] = _audited(out, console)
+        _write(document, out)
     console.result(document, _text(document, one.label, labels[0]))
     return 0
+
+
+def _write(document: dict[str, Any], out: Path) -> None:
+    (out / "demo.json").write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+
+
+def _command(out: Path | str) -> str:
+    return f"ensembler audit {out}/client --run {out}/run --budget quick --out {out}/{REPORT}"
+
+
+def _audited(out: Path, console: Console) -> dict[str, Any]:
+    """Returns the verdict of a quick audit of the demo's client; the report is left in ``out``."""
+    from ensembler.privacy.audit import audit
+
+    report = out / REPORT
+    reporter = ProgressReporter(console)
+    try:
+        audited = audit(
+            out / "run",
+            out / "client",
+            report,
+            budget="quick",
+            command=_command(out),
+            reporter=reporter,
+        )
+    finally:
+        reporter.close()
+    return {"verdict": audited["verdict"], "seconds": audited["seconds"], "report": str(report)}
 
 
 def _text(document: dict[str, Any], label: str, truth: str) -> str:
@@ -128,11 +162,23 @@ def _text(document: dict[str, Any], label: str, truth: str) -> str:
             f"first image     {label} (it is {truth})",
             f"time            {document['compute_s']:.0f} s: training {document['train_s']:.0f}, exporting "
             f"{document['export_s']:.0f}",
-            f"left in         {document['out']}: run/ client/ server/ keys/ parity.json demo.json",
-            "privacy         one layer on the device obfuscates, it does not hide; what a server reads of it:",
-            f"                ensembler audit {document['out']}/run --budget quick --out {document['out']}/report.html",
+            f"left in         {document['out']}: run/ client/ server/ keys/ parity.json demo.json"
+            f"{'' if 'audit' not in document else ' ' + REPORT}",
+            *_privacy(document),
         ]
     )
+
+
+def _privacy(document: dict[str, Any]) -> list[str]:
+    hint = "privacy         one layer on the device obfuscates, it does not hide; "
+    if "audit" not in document:
+        return [f"{hint}what a server reads of it:", f"                {_command(document['out'])}"]
+    audited = document["audit"]
+    return [
+        f"{hint}a quick audit says, in {audited['seconds']:.0f} s:",
+        f"                {audited['verdict']['sentence']}",
+        f"                {audited['report']} shows the pictures",
+    ]
 
 
 def _fresh_folder(out: Path) -> None:
