@@ -26,11 +26,19 @@ FIGURES = {  # attack, what of it, figure, unit, goal
     "misaligned_ssim": ("misaligned-decoder", "ssim", "ssim", ""),
     "oracle_ssim": ("oracle-decoder", "ssim", "ssim", ""),
     "oracle_psnr_db": ("oracle-decoder", "psnr_db", "dB", ""),
+    "oracle_found_again": ("oracle-decoder", "reidentified", "of 1", ""),
     "paper_shadow_best_ssim": ("shadow-single", "ssim", "ssim", ""),
+    "shadow_calibrated_ssim": ("shadow-calibrated", "ssim", "ssim", ""),
     "paper_adaptive_ssim": ("shadow-adaptive", "ssim", "ssim", ""),
+    "shadow_subsets_ssim": ("shadow-subsets", "ssim", "ssim", ""),
     "dm_ssim": ("distribution-matching", "ssim", "ssim", ">= oracle_ssim - 0.05"),
     "dm_psnr_db": ("distribution-matching", "psnr_db", "dB", ""),
+    "dm_found_again": ("distribution-matching", "reidentified", "of 1", ""),
     "dm_64_ssim": ("distribution-matching-64", "ssim", "ssim", ""),
+    "dm_blind_ssim": ("distribution-matching-blind", "ssim", "ssim", ""),
+    "dm_critic_ssim": ("distribution-matching-critic", "ssim", "ssim", ""),
+    "generative_prior_ssim": ("generative-prior", "ssim", "ssim", ""),
+    "other_device_ssim": ("other-device", "ssim", "ssim", ""),
     "known_plaintext_10_ssim": ("known-pairs-10", "ssim", "ssim", ""),
     "known_plaintext_100_ssim": ("known-pairs-100", "ssim", "ssim", ""),
     "known_plaintext_1000_ssim": ("known-pairs-1000", "ssim", "ssim", ""),
@@ -39,7 +47,7 @@ FIGURES = {  # attack, what of it, figure, unit, goal
 }
 
 
-def audited(victim: str, attacks: list[str], folder: Path) -> dict[str, Any]:
+def audited(victim: str, attacks: list[str], other_device: Path | None, folder: Path) -> dict[str, Any]:
     """Returns the audit's document of one victim, made now unless it is there."""
     run, bundle = (Path(part) for part in victim.split("=", 1))
     out = folder / f"{'-'.join([run.name, *attacks])}.html"
@@ -53,6 +61,7 @@ def audited(victim: str, attacks: list[str], folder: Path) -> dict[str, Any]:
         out,
         budget="quick",
         attacks=attacks or None,
+        other_device=other_device,
         command=f"benchmarks/audit.py {victim}",
         reporter=reporter,
     )
@@ -95,12 +104,15 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("victims", nargs="+", metavar="RUN=BUNDLE")
     parser.add_argument("--attack", action="append", default=[])
+    parser.add_argument("--other-device", type=Path, metavar="BUNDLE", help="see ensembler audit")
     parser.add_argument("--prefix", default="", help="of the figures' names")
     options = parser.parse_args()
     folder = Path("out/audit")
     folder.mkdir(parents=True, exist_ok=True)
-    documents = [audited(victim, options.attack, folder) for victim in options.victims]
+    documents = [audited(victim, options.attack, options.other_device, folder) for victim in options.victims]
     asked = [part for attack in options.attack for part in ("--attack", attack)]
+    if options.other_device:
+        asked += ["--other-device", str(options.other_device)]
     prefix = ["--prefix", options.prefix] if options.prefix else []
     command = shlex.join(["python", "benchmarks/audit.py", *options.victims, *asked, *prefix])
     results.record("audit", figures_of(documents, options.attack, options.prefix), command=command, seed=0)

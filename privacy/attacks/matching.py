@@ -90,7 +90,7 @@ class Match:
 
     def found(self, reconstruct: Reconstruct, decoder: Decoder, images: int | None = None) -> Finding:
         """Returns ``reconstruct`` with what the attacker sees of the match and of its decoder."""
-        final = self.head.copied().distance(self.target)  # the noted head stays as it is
+        final = self.head.distance(self.target)
         return Finding(
             variants={"": reconstruct},
             images=images,
@@ -220,8 +220,10 @@ class Shadow:
 
     @torch.no_grad()
     def distance(self, target: Moments) -> float:
-        """Returns the distance that the attacker sees, over several batches."""
-        return sum(float(target.distance(self.sent())) for _ in range(JUDGED_BATCHES)) / JUDGED_BATCHES
+        """Returns the distance that the attacker sees: over the same images for every head, so that heads compare."""
+        parts = torch.split(self._images[: JUDGED_BATCHES * BATCH], BATCH)
+        judged = [part for part in parts if len(part) == BATCH] or parts
+        return sum(float(target.distance(self.arriving(part))) for part in judged) / len(judged)
 
     def sent(self, count: int = BATCH) -> Tensor:
         """Returns what would arrive of ``count`` of the attacker's images, cleaned; differentiable."""

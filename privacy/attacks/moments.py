@@ -19,7 +19,7 @@ MAX_MOMENTS = 800  # rows of the moment matrices: channels times neighbours
 LEVELS = 17  # quantiles of each channel
 SAMPLED = 4096  # values of a channel for its quantiles
 FLOORS = (2e-3, 2e-2)  # of chance, in deviations: below, a statistic is as good as equal
-JUDGED_BATCHES = 10
+JUDGED_BATCHES = 32
 TIED_SHARE = 0.02  # of values that are the smallest at their position, above which features end in a ReLU
 
 

@@ -25,7 +25,7 @@ from ensembler.training.models import build_net, normalise
 from ensembler.training.stage1 import placed
 from ensembler.training.wire import fake_quantise
 
-BATCH = 128
+BATCH = 64
 LEARNING_RATE = 1e-3
 WIDTH = 64  # of the two further convolutions (Section IV-A)
 MAX_SETS = 15  # of nets, that a shadow is trained for
