@@ -8,12 +8,12 @@ associated data: a file opens in its own bundle, under its own name, beside the 
 from __future__ import annotations
 
 import os
-import stat
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from ensembler.edge_runtime import private_files
 from ensembler.protocol.errors import BundleError, ConfigError, KeyFileError, MissingExtraError
 from ensembler.protocol.manifest import SALT_BYTES, ClientManifest, Kdf, SealSpec, to_json
 from ensembler.protocol.options import expanded
@@ -46,23 +46,7 @@ def create_key(path: Path) -> None:
     Raises:
         KeyFileError: the file exists, or cannot be written.
     """
-    try:
-        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # O_EXCL: made here, with these rights, or not at all.
-        try:
-            descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-        except FileExistsError as error:
-            raise KeyFileError(
-                f"{path} exists; a key is never overwritten: choose another name, or remove it"
-            ) from error
-        try:
-            with os.fdopen(descriptor, "wb") as stream:
-                stream.write(os.urandom(KEY_BYTES))
-        except BaseException:
-            path.unlink()  # half a key would be in the way of a whole one
-            raise
-    except OSError as error:
-        raise KeyFileError(f"{path}: the key cannot be written: {error.strerror}") from error
+    private_files.create(path, os.urandom(KEY_BYTES))
 
 
 def key(source: str | os.PathLike[str] | bytes) -> BundleSecret:
@@ -75,7 +59,7 @@ def key(source: str | os.PathLike[str] | bytes) -> BundleSecret:
         data, name = source, "the bundle key"
     else:
         path = expanded("bundle_key", source)
-        data, name = _private_bytes(path, KEY_BYTES + 1), str(path)
+        data, name = private_files.read(path, KEY_BYTES + 1, "bundle"), str(path)
     if len(data) != KEY_BYTES:
         raise KeyFileError(f"{name} is not a bundle key of {KEY_BYTES} bytes; ensembler keys bundle FILE makes one")
     return BundleSecret(kdf="hkdf-sha256", material=data)
@@ -105,7 +89,7 @@ def passphrase_of(source: str | os.PathLike[str]) -> str:
         KeyFileError: missing, readable by others, empty, too long or not UTF-8.
     """
     path = expanded("the passphrase file", source)
-    data = _private_bytes(path, MAX_PASSPHRASE_BYTES + 3)
+    data = private_files.read(path, MAX_PASSPHRASE_BYTES + 3, "bundle")
     try:
         text = data.decode("utf-8").rstrip("\r\n")
         passphrase(text)
@@ -119,21 +103,6 @@ def passphrase_of(source: str | os.PathLike[str]) -> str:
 def from_file(source: str | os.PathLike[str], kdf: Kdf) -> BundleSecret:
     """Returns the secret of a file of the kind that a bundle asks for; errors as ``key`` and ``passphrase_file``."""
     return passphrase_file(source) if kdf == "scrypt" else key(source)
-
-
-def _private_bytes(path: Path, limit: int) -> bytes:
-    try:
-        # Without O_NONBLOCK, to open a pipe waits until somebody writes.
-        with os.fdopen(os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC), "rb") as stream:
-            status = os.fstat(stream.fileno())
-            if not stat.S_ISREG(status.st_mode):
-                raise KeyFileError(f"{path} is not a file; ensembler keys bundle FILE makes a key")
-            mode = stat.S_IMODE(status.st_mode)
-            if mode & 0o077:
-                raise KeyFileError(f"{path} can be read by others (mode {mode:04o}); chmod 600 {path}")
-            return stream.read(limit)
-    except OSError as error:
-        raise KeyFileError(f"the bundle key file {path} cannot be read: {error.strerror}") from error
 
 
 # --- sealing and opening ---

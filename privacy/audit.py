@@ -7,14 +7,14 @@ beside it. What is done is kept in ``NAME.parts/`` until the report is written, 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +23,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor
 
+from ensembler.edge_runtime.card import file_digests
+from ensembler.edge_runtime.sealing import BundleSecret
 from ensembler.privacy.attacks import ATTACKS
 from ensembler.privacy.attacks.base import OWN_SSIM, Attack, AttackImpossibleError, Plan, nets_name
+from ensembler.privacy.card import FLOOR, ORACLE
 from ensembler.privacy.decoder import Effort, pixels
 from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import mse, psnr_db, ssim
@@ -33,13 +36,12 @@ from ensembler.privacy.report import write_report
 from ensembler.privacy.scene import Access, Scene, make_scene
 from ensembler.privacy.selector import recovery
 from ensembler.protocol.errors import ConfigError
-from ensembler.protocol.manifest import load_client
+from ensembler.protocol.manifest import Kdf, load_client
 from ensembler.training.fit import Reporter, Silent
 from ensembler.training.runs import RunFolder
 
 REPORT_VERSION = 1
 SHOWN = 8  # images in the grids
-FLOOR, ORACLE = "mean-image", "oracle-decoder"
 READABLE, RECOGNISABLE = 0.5, 0.3  # SSIM; 0.3 is C2PI's threshold of a failed attack
 ORACLE_SLACK = 0.03  # of SSIM, by which another attack may beat the oracle before the oracle counts as badly trained
 ORACLE_GAIN = 0.02  # of SSIM over the floor, below which the oracle shows nothing
@@ -115,6 +117,8 @@ def audit(
     device: torch.device | None = None,
     command: str = "",
     reporter: Reporter | None = None,
+    secret: Callable[[Kdf], BundleSecret | None] = lambda _: None,
+    shown_as: str = "",
 ) -> dict[str, Any]:
     """Attacks an exported device and writes the report.
 
@@ -131,6 +135,8 @@ def audit(
         device: where to compute.
         command: for the report.
         reporter: told of the progress.
+        secret: opens encrypted bundles, see ``EdgeRuntime``.
+        shown_as: what the report calls the bundle, where its path would say nothing.
 
     Returns:
         What the JSON holds.
@@ -151,8 +157,10 @@ def audit(
     if count < 1:
         raise ConfigError(f"--seeds {count}: at least one")
     started = time.monotonic()
-    scene = make_scene(run, bundle, data=data, auxiliary=auxiliary, other_device=other_device, device=device)
-    subject = _subject(run, bundle)
+    scene = make_scene(
+        run, bundle, data=data, auxiliary=auxiliary, other_device=other_device, device=device, secret=secret
+    )
+    subject = _subject(run, bundle, shown_as)
     images = {
         "data": data or RunFolder.open(run).config.data,
         "auxiliary": len(scene.everything.auxiliary),
@@ -161,7 +169,7 @@ def audit(
         "evaluated": len(scene.evaluated),
     }
     if other_device is not None:
-        subject["other_device"] = _digests(other_device)
+        subject["other_device"] = file_digests(other_device, load_client(other_device))
     # Not where it lies: a run is exported anew, into another folder, whenever the audit goes on.
     content = {name: value for name, value in subject.items() if name not in ("run", "bundle")}
     parts = _Parts(out.with_suffix(".parts"), {"subject": content, "images": images, "budget": budget})
@@ -188,6 +196,7 @@ def audit(
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}",
         "seconds": round(time.monotonic() - started, 1),
+        "versions": {"ensembler": metadata.version("ensembler-edge"), "torch": str(torch.__version__)},
         "command": command,
         "budget": budget,
         "seeds": list(range(count)),
@@ -364,14 +373,14 @@ def _selector(scene: Scene) -> dict[str, Any]:
     return dict(recovery(scene.view(Access.QUERY_FREE), scene.selector))
 
 
-def _subject(run_path: Path, bundle: Path) -> dict[str, Any]:
+def _subject(run_path: Path, bundle: Path, shown_as: str) -> dict[str, Any]:
     run, manifest = RunFolder.open(run_path), load_client(bundle)
     config = run.config
     return {
         "run": str(run_path),
-        "bundle": str(bundle),
+        "bundle": shown_as or str(bundle),
         "bodies_id": manifest.wire.bodies_id,
-        "digests": _digests(bundle),
+        "digests": file_digests(bundle, manifest),
         "arch": config.arch,
         "head_end": config.head_end or "the architecture's own",
         "image_size": list(run.arch.image_size),
@@ -383,12 +392,6 @@ def _subject(run_path: Path, bundle: Path) -> dict[str, Any]:
         "defense": config.defense,
         "noise_std": config.noise_std,
         "noise_mode": manifest.noise_mode,
-    }
-
-
-def _digests(bundle: Path) -> dict[str, str]:
-    return {
-        path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted(bundle.iterdir()) if path.is_file()
     }
 
 

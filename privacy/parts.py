@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -76,15 +77,25 @@ class Parts:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-def write_whole(path: Path, text: str) -> None:
+def write_whole(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Writes a text file whole or not at all.
+
+    Args:
+        path: of the file; one that is there is replaced.
+        text: its content.
+        mode: who may read and write it, less the process's umask.
 
     Raises:
         DataError: it cannot be written.
     """
     temporary = path.with_suffix(".tmp")
     try:
+        temporary.unlink(missing_ok=True)
+        temporary.touch(mode)
         temporary.write_text(text, encoding="utf-8")
         temporary.replace(path)
     except OSError as error:
         raise DataError(f"{path} cannot be written: {error.strerror}") from error
+    finally:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)

@@ -23,13 +23,13 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image
 
+from ensembler.edge_runtime.card import VERDICTS
+from ensembler.privacy.card import FLOOR, ORACLE
 from ensembler.protocol.errors import DataError
 
 Pixels = npt.NDArray[np.uint8]
 Attack = Mapping[str, Any]
 
-FLOOR, ORACLE = "mean-image", "oracle-decoder"
-VERDICTS = ("readable", "recognisable", "obscured", "inconclusive")
 EDGE = 5.0  # percent of a chart's width at both ends, where half of the first and of the last number stand
 
 LIMITS = (

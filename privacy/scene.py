@@ -19,8 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from ensembler.edge_runtime.runtime import EdgeRuntime
+from ensembler.edge_runtime.sealing import BundleSecret
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError
-from ensembler.protocol.manifest import WireSpec
+from ensembler.protocol.manifest import Kdf, WireSpec
 from ensembler.training import data as data_sets
 from ensembler.training.fit import derived_seed
 from ensembler.training.models import ArchSpec, normalise
@@ -145,6 +146,7 @@ def make_scene(
     other_device: Path | None = None,
     seed: int = 0,
     device: torch.device | None = None,
+    secret: Callable[[Kdf], BundleSecret | None] = lambda _: None,
 ) -> Scene:
     """Reads an exported device and divides the images.
 
@@ -159,22 +161,24 @@ def make_scene(
         other_device: the bundle of another client of the same server, which the attacker owns.
         seed: of the division.
         device: where attacks compute.
+        secret: opens encrypted bundles, see ``EdgeRuntime``.
 
     Raises:
+        KeyFileError: the bundle is encrypted, and there is no secret or a wrong one.
         ConfigError: impossible counts.
         DataError: too few images, other classes, or images of another size.
         BundleError: damaged, or not of this run.
     """
     device = device or torch.device("cpu")
     run = RunFolder.open(run_path)
-    runtime = EdgeRuntime(bundle)
+    runtime = EdgeRuntime(bundle, secret=secret)
     wire = run.read_wire().spec
     if runtime.manifest.wire != wire:
         raise BundleMismatchError(
             f"{bundle} was not exported from {run_path}: its bodies_id is {runtime.manifest.wire.bodies_id[:12]}..., "
             f"the run's is {wire.bodies_id[:12]}...; give the --run that it came from"
         )
-    other = None if other_device is None else EdgeRuntime(other_device)
+    other = None if other_device is None else EdgeRuntime(other_device, secret=secret)
     if other is not None and other.manifest.wire != wire:
         raise BundleMismatchError(
             f"--other-device {other_device}: its bodies_id is {other.manifest.wire.bodies_id[:12]}..., the audited "

@@ -100,14 +100,10 @@ class EdgeClient:
         self._process = OwnProcess()
         self._timeout_ms = checked_timeout(timeout_ms)
         folder = expanded("bundle", bundle)
-        secret = _bundle_secret(bundle_key, passphrase)
+        secret = secret_finder(bundle_key, passphrase)
         self._runtime = EdgeRuntime(folder, threads=threads, backend=backend, secret=secret)
         self._manifest = self._runtime.manifest
-        if self._manifest.encryption is None and (bundle_key is not None or passphrase is not None):
-            raise ConfigError(
-                f"the bundle {folder} is not encrypted, and a key or passphrase for it was given; leave that out, or "
-                "look whether it is the right bundle"
-            )
+        refuse_idle_secret(folder, self._manifest, bundle_key, passphrase)
         self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
         servers = _addresses(server, self._manifest, folder)
@@ -251,11 +247,7 @@ class EdgeClient:
         return found[0] if len(found) == 1 else {"fits": all(each["fits"] for each in found), "parties": found}
 
     def info(self) -> ClientInfo:
-        """Says what this client is, without asking the server; nothing in it is secret.
-
-        Raises:
-            BundleError: the bundle's privacy card cannot be read.
-        """
+        """Says what this client is, without asking the server; nothing in it is secret."""
         return self._describe()
 
     @property
@@ -355,8 +347,8 @@ class EdgeClient:
         )
 
 
-def _bundle_secret(
-    bundle_key: str | os.PathLike[str] | bytes | None, passphrase: str | None
+def secret_finder(
+    bundle_key: str | os.PathLike[str] | bytes | None = None, passphrase: str | None = None
 ) -> Callable[[Kdf], sealing.BundleSecret | None]:
     """Returns what looks for the secret of an encrypted bundle: the arguments, then the environment."""
     if bundle_key is not None and passphrase is not None:
@@ -375,6 +367,24 @@ def _bundle_secret(
         return sealing.from_file(named, kdf) if named else None
 
     return find
+
+
+def refuse_idle_secret(
+    folder: Path,
+    manifest: ClientManifest,
+    bundle_key: str | os.PathLike[str] | bytes | None = None,
+    passphrase: str | None = None,
+) -> None:
+    """Refuses a secret for a bundle that is not encrypted: it may stand in the place of one that is.
+
+    Raises:
+        ConfigError: the bundle is plain, and there is a key or a passphrase.
+    """
+    if manifest.encryption is None and (bundle_key is not None or passphrase is not None):
+        raise ConfigError(
+            f"the bundle {folder} is not encrypted, and a key or passphrase for it was given; leave that out, or "
+            "look whether it is the right bundle"
+        )
 
 
 def _rows_per_request(wire: WireSpec) -> int:

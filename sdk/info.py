@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from ensembler.edge_runtime.card import PrivacyCard, read_card
 from ensembler.protocol.codec import packed_row_bytes
-from ensembler.protocol.errors import BundleError
-from ensembler.protocol.manifest import MAX_MANIFEST_BYTES, ClientManifest, NoiseMode, Precision, require_regular
-
-PRIVACY_NAME = "privacy.json"
+from ensembler.protocol.manifest import ClientManifest, NoiseMode, Precision
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -33,7 +29,8 @@ class ClientInfo:
         backend: the inference runtime.
         servers: the addresses.
         encrypted: whether the connections are.
-        privacy: the bundle's privacy card (``privacy.json``), as it stands there; None if it has none.
+        privacy: what the bundle's privacy card says, who signed it, and whether it is of these files; None if the
+            bundle has none.
     """
 
     bundle: str
@@ -50,17 +47,13 @@ class ClientInfo:
     backend: str
     servers: tuple[str, ...]
     encrypted: bool
-    privacy: dict[str, Any] | None
+    privacy: PrivacyCard | None
 
 
 def describe(
     bundle: Path, manifest: ClientManifest, *, backend: str, servers: tuple[str, ...], encrypted: bool
 ) -> ClientInfo:
-    """Collects the facts; arguments as the attributes of ``ClientInfo``.
-
-    Raises:
-        BundleError: the privacy card cannot be read.
-    """
+    """Collects the facts; arguments as the attributes of ``ClientInfo``."""
     wire = manifest.wire
     return ClientInfo(
         bundle=str(bundle),
@@ -80,22 +73,5 @@ def describe(
         backend=backend,
         servers=servers,
         encrypted=encrypted,
-        privacy=_privacy(bundle / PRIVACY_NAME),
+        privacy=read_card(bundle, manifest),
     )
-
-
-def _privacy(path: Path) -> dict[str, Any] | None:
-    try:
-        require_regular(path)
-        with path.open("rb") as stream:
-            data = stream.read(MAX_MANIFEST_BYTES + 1)
-        card = json.loads(data) if len(data) <= MAX_MANIFEST_BYTES else None
-    except FileNotFoundError:
-        return None
-    except OSError as error:
-        raise BundleError(f"{path} cannot be read: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise BundleError(f"{path} is not JSON; copy the bundle again") from error
-    if not isinstance(card, dict):
-        raise BundleError(f"{path} is not a privacy card; copy the bundle again")
-    return card

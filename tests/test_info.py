@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import shutil
 from dataclasses import FrozenInstanceError, asdict, fields, replace
 
 import pytest
@@ -13,19 +11,12 @@ import pytest
 from ensembler import AsyncEdgeClient, ClientInfo, EdgeClient
 from ensembler.info import describe
 from ensembler.protocol.codec import AffineCodec
-from ensembler.protocol.errors import BundleError
 from ensembler.protocol.manifest import PartySpec, load_client
 from ensembler.protocol.messages import INFER, RESULT, decode
 from ensembler.transport import keys
 from ensembler.transport.inprocess import InProcessTransport
 
 SERVER = "tcp://127.0.0.1:9"
-
-
-@pytest.fixture
-def copied(tiny, tmp_path):
-    """A copy of the client bundle, to be changed."""
-    return shutil.copytree(tiny.client, tmp_path / "client")
 
 
 def test_info_says_what_the_manifest_and_the_options_say(tiny):
@@ -85,34 +76,6 @@ def test_no_secret_is_in_it(tiny):
     assert all(secrets)
     assert not [secret for secret in secrets if secret in text]
     assert manifest.noise_std not in asdict(info).values()
-
-
-def test_a_privacy_card_is_given_as_it_is(copied):
-    card = {"attack": "decoder", "ssim": 0.31}
-    (copied / "privacy.json").write_text(json.dumps(card), encoding="utf-8")
-    with EdgeClient(copied, SERVER, plaintext=True) as edge:
-        assert edge.info().privacy == card
-
-
-@pytest.mark.parametrize(
-    ("content", "message"), [(b"{", "is not JSON"), (b"[]", "is not a privacy card"), (b"\xff", "is not JSON")]
-)
-def test_a_damaged_privacy_card_is_named(copied, content, message):
-    (copied / "privacy.json").write_bytes(content)
-    with (
-        EdgeClient(copied, SERVER, plaintext=True) as edge,
-        pytest.raises(BundleError, match=rf"privacy\.json {message}"),
-    ):
-        edge.info()
-
-
-def test_a_pipe_in_the_place_of_the_privacy_card_is_refused_instead_of_waited_for(copied):
-    os.mkfifo(copied / "privacy.json")
-    with (
-        EdgeClient(copied, SERVER, plaintext=True) as edge,
-        pytest.raises(BundleError, match=r"privacy\.json cannot be read: it is not a file"),
-    ):
-        edge.info()
 
 
 def test_the_bytes_down_of_several_operators_are_those_of_every_reply(tiny):

@@ -598,8 +598,11 @@ def test_audit_from_a_run_exports_it_first_and_prints_the_verdict(tiny, audit_im
     command = ["audit", str(tiny.run), "--data", audit_images, "--budget", "quick", "--out", str(out), "--json"]
     assert main(command) == 0
     printed = capsys.readouterr()
-    assert json.loads(printed.out)["verdict"] == json.loads(out.with_suffix(".json").read_text())["verdict"]
+    document = json.loads(out.with_suffix(".json").read_text())
+    assert json.loads(printed.out)["verdict"] == document["verdict"]
     assert "exporting the run" in printed.err
+    assert document["subject"]["bundle"] == "an int8 client of the run, exported for this audit and not kept"
+    assert "ensembler-audit-" not in out.read_text() + out.with_suffix(".json").read_text()
 
 
 def test_audit_of_a_bundle_names_what_it_needs(tiny, tmp_path, capsys):

@@ -14,6 +14,7 @@ import traceback
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat, load_pem_private_key
 from PIL import Image
 from test_export import Haystack, bundle_bytes, exported, trained_secrets
 from zmq.utils import z85
@@ -22,7 +23,7 @@ from ensembler import AsyncEdgeClient, EdgeClient
 from ensembler.cli import main
 from ensembler.cloud_runtime.engine import OnnxEngine
 from ensembler.cloud_runtime.server import Server
-from ensembler.edge_runtime import sealing
+from ensembler.edge_runtime import sealing, signing
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.export.pipeline import ExportOptions
 from ensembler.protocol.errors import EnsemblerError
@@ -53,6 +54,13 @@ def forms_of_bytes(secret):
     """Raw bytes, and how programs write them."""
     texts = [secret.hex(), base64.b64encode(secret).decode(), repr(secret)[2:-1], str(list(secret))]
     return [secret, *(text.encode() for text in texts)]
+
+
+def forms_of_key(path):
+    """A signing key: its 32 bytes, and how its file has them."""
+    pem = path.read_bytes()
+    raw = load_pem_private_key(pem, None).private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
+    return [pem.splitlines()[1], *forms_of_bytes(raw)]
 
 
 def secrets_of(run):
@@ -224,6 +232,7 @@ def failures(tiny, tmp_path):
     yield "a passphrase file that others read", lambda: sealing.passphrase_file(phrase)
     yield "a key file as a device key", lambda: client(key=key)
     yield "a device key as a bundle key", lambda: client(locked, bundle_key=device)
+    yield "a bundle key as a signing key", lambda: signing.load(key, "somebody")
     yield "a device key that others read", lambda: client(key=readable)
     yield "no answer", lambda: client(transport=InProcessTransport(lambda _: []))
     yield "no message", lambda: client(transport=InProcessTransport(nonsense))
@@ -326,6 +335,7 @@ def test_no_verb_prints_a_secret(form, tiny, tiny_images, tmp_path, serve, secre
     )
     verb("keys", "new", "--out", tmp_path / "more")
     verb("keys", "bundle", tmp_path / "bundle.key")
+    verb("keys", "signing", tmp_path / "signing.pem")
     with serve(out / "server") as (endpoint, process):
         client = ["predict", out / "client", photo, "--server", endpoint]
         verb(*client, "--passphrase-file", tmp_path / "phrase", "--timeout-ms", LONG_MS)
@@ -336,8 +346,9 @@ def test_no_verb_prints_a_secret(form, tiny, tiny_images, tmp_path, serve, secre
         seen += process.communicate(timeout=30)
     hidden = secrets_of(run) | key_secrets(out) | key_secrets(tmp_path / "more")
     hidden["made key"] = forms_of_bytes((tmp_path / "bundle.key").read_bytes())
-    assert len(seen) == 8
-    assert all(seen[:6])
+    hidden["signing key"] = forms_of_key(tmp_path / "signing.pem")
+    assert len(seen) == 9
+    assert all(seen[:7])
     for text in seen:
         assert leaked(hidden | secrets, text) == []
     assert leaked(hidden, (out / "parity.json").read_bytes()) == []

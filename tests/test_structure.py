@@ -120,7 +120,7 @@ def test_every_module_says_what_it_is_for(name):
 
 # --- the device ---
 
-BLOCKED = ("torch", "onnx", "PIL", "rich", "safetensors", "onnxscript", "skimage", "scipy", "sympy")
+BLOCKED = ("torch", "onnx", "PIL", "rich", "safetensors", "onnxscript", "skimage", "scipy", "sympy", "cryptography")
 DEVICE = f"""
 import sys
 class Blocker:
@@ -141,6 +141,7 @@ codes = runtime.encode(np.stack([pixels, pixels]))
 wire = runtime.manifest.wire
 logits = runtime.finish(np.zeros((2, wire.num_nets, wire.answer_width), np.uint8))
 client = ensembler.EdgeClient(sys.argv[1], "tcp://127.0.0.1:9", plaintext=True)
+client.info()
 client.close()
 print(codes.shape == (2, *wire.feature_shape), logits.shape == (2, len(runtime.manifest.labels)))
 print(*sorted(name for name in {BLOCKED!r} if sys.modules.get(name)))

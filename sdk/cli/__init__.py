@@ -18,11 +18,11 @@ __all__ = ["export_main", "main"]
 def main(arguments: list[str] | None = None) -> int:
     """Runs ``ensembler VERB ...``; returns the exit status."""
     try:
-        from ensembler.cli import audit, boundary, cuts, demo, export, keys, predict, serve, train
+        from ensembler.cli import audit, boundary, card, cuts, demo, export, keys, predict, serve, train
     except KeyboardInterrupt:
         Console(as_json="--json" in (arguments or sys.argv)).error("KeyboardInterrupt", "interrupted")
         return EXIT_INTERRUPTED
-    return run_command("ensembler", (demo, cuts, train, audit, boundary, export, serve, predict, keys), arguments)
+    return run_command("ensembler", (demo, cuts, train, audit, boundary, card, export, serve, predict, keys), arguments)
 
 
 def export_main() -> int:

@@ -9,7 +9,10 @@ import tempfile
 from pathlib import Path
 
 from ensembler.cli.console import Console, ProgressReporter, need_export
+from ensembler.cli.predict import add_bundle_secret, bundle_secret
+from ensembler.client import refuse_idle_secret, secret_finder
 from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.manifest import load_client
 
 NAME = "audit"
 HELP = "attack an exported device and write a report of what a server could see"
@@ -19,6 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("subject", type=Path, metavar="RUN|BUNDLE", help="a run folder, or a client bundle with --run")
     parser.add_argument("--run", type=Path, help="the run that the bundle was exported from")
+    add_bundle_secret(parser)
     parser.add_argument("--out", type=Path, default=Path("report.html"), help="the report (default: report.html)")
     parser.add_argument("--data", help="whose held-out images are used (default: the run's data)")
     parser.add_argument("--budget", default="standard", help="quick, standard or thorough (default: standard)")
@@ -35,6 +39,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Audits."""
     need_export()
     from ensembler.privacy.audit import audit
+    from ensembler.privacy.card import table
     from ensembler.training.fit import pick_device
 
     subject: Path = options.subject
@@ -46,11 +51,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
                     f"audit {subject}: a bundle needs --run RUN, the run it was exported from: attacks differentiate "
                     "through its float nets"
                 )
-            run_path, bundle = options.run, subject
+            refuse_idle_secret(subject, load_client(subject), **bundle_secret(options))
+            run_path, bundle, shown_as = options.run, subject, ""
         else:
-            if options.run is not None:
-                raise ConfigError(f"audit {subject}: --run goes with a client bundle, and this is none")
+            for name in ("run", "bundle_key", "passphrase_file"):
+                if getattr(options, name) is not None:
+                    option = name.replace("_", "-")
+                    raise ConfigError(f"audit {subject}: --{option} goes with a client bundle, and this is none")
             run_path, bundle = subject, _exported(subject, Path(folder), console)
+            shown_as = "an int8 client of the run, exported for this audit and not kept"
         try:
             document = audit(
                 run_path,
@@ -65,19 +74,16 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 device=pick_device(options.device),
                 command=shlex.join(["ensembler", *sys.argv[1:]]),
                 reporter=reporter,
+                secret=secret_finder(**bundle_secret(options)),
+                shown_as=shown_as,
             )
         except KeyboardInterrupt as interrupt:
             raise KeyboardInterrupt("finished attacks are kept; the same command goes on") from interrupt
         finally:
             reporter.close()
-    lines = [
-        f"{row['name']:<28} SSIM {row['ssim']['mean']:6.3f}   {row['psnr_db']['mean']:5.1f} dB   {row['access_words']}"
-        for row in document["attacks"]
-    ]
     failed = [f"FAILED CHECK: {gate['name']}: {gate['words']}" for gate in document["gates"] if not gate["passed"]]
-    console.result(
-        document, "\n".join([*lines, *failed, document["verdict"]["sentence"], f"the report: {options.out}"])
-    )
+    text = "\n".join([table(document), *failed, document["verdict"]["sentence"], f"the report: {options.out}"])
+    console.result(document, text)
     return 0
 
 
