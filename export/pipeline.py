@@ -1,7 +1,7 @@
 """From a run folder to a client bundle and a server bundle: the work behind ``ensembler-export``.
 
 The server bundle is made first and from stage 1 alone; the client's graphs may be calibrated with the secret head.
-Everything is built in a hidden folder beside the target and renamed when the parity gates hold, so an export that
+Everything is built in a hidden folder beside the target and renamed when the gates hold, so an export that
 fails or is killed leaves no bundle behind.
 """
 
@@ -89,7 +89,11 @@ class ExportOptions:
 
 
 def export(
-    run_path: Path, out: Path, options: ExportOptions, progress: Callable[[str], None] = lambda _: None
+    run_path: Path,
+    out: Path,
+    options: ExportOptions,
+    progress: Callable[[str], None] = lambda _: None,
+    approve: Callable[[Path], Sequence[str]] | None = None,
 ) -> parity.ParityReport:
     """Exports a run.
 
@@ -99,6 +103,9 @@ def export(
             ``options.server_bundles``) and ``parity.json``.
         options: see there.
         progress: told what is being made.
+        approve: called with the hidden folder once the parity gates hold, the bundles in it by their names. It may add
+            to the client bundle, and to the folder: it returns the names of the files that shall lie in ``out`` too.
+            What it raises ends the export.
 
     Raises:
         ConfigError: ``out`` already holds a bundle, or cannot be written; or the passphrase is too short.
@@ -124,8 +131,9 @@ def export(
             report.require()
             (partial / REPORT_NAME).touch(mode=0o600)
             (partial / REPORT_NAME).write_text(report.to_json(), encoding="utf-8")
+            added = approve(partial) if approve is not None else ()
             # The client comes last: where it is, everything is.
-            _publish(partial, out, (*job.made, REPORT_NAME, CLIENT_NAME))
+            _publish(partial, out, (*job.made, REPORT_NAME, *added, CLIENT_NAME))
     except OSError as error:
         raise ExportError(f"--out {out}: cannot be written: {error.strerror}; nothing was exported") from error
     finally:

@@ -1,4 +1,4 @@
-"""From an audit to a privacy card: what a client bundle's ``privacy.json`` says.
+"""From an audit to a privacy card and to a decision: what a client bundle's ``privacy.json`` says, and what may ship.
 
 Needs no torch, so that who signs need not be where the audit ran. ``edge_runtime/card.py`` reads cards.
 """
@@ -23,11 +23,37 @@ from ensembler.edge_runtime.card import (
 )
 from ensembler.edge_runtime.signing import Signer
 from ensembler.privacy.parts import write_whole
-from ensembler.protocol.errors import BundleError, BundleMismatchError, DataError
+from ensembler.protocol.errors import BundleError, BundleMismatchError, DataError, GateFailedError
 from ensembler.protocol.manifest import load_client
 
 FLOOR, ORACLE = "mean-image", "oracle-decoder"
 SERVER = 1  # scene.Access.QUERY_FREE, which would import torch
+
+
+def require_ssim(document: Mapping[str, Any], limit: float) -> None:
+    """Refuses what an audit says to leak too much, or of which it says nothing.
+
+    Args:
+        document: the audit's result.
+        limit: the mean SSIM that the strongest attack may reach.
+
+    Raises:
+        GateFailedError: it reaches more, or the audit failed a sanity check: then a low figure is none.
+    """
+    verdict = document["verdict"]
+    failed = [gate for gate in document["gates"] if not gate["passed"]]
+    if not verdict["ssim"] <= limit:
+        reason = (
+            f"the strongest attack, {verdict['attack']}, reaches SSIM {verdict['ssim']:.3f}, more than {limit:g}\n"
+            "Try a deeper cut, fewer bits or a bottleneck."
+        )
+    elif failed or verdict["word"] == "inconclusive":
+        reason = "the audit is inconclusive, so its figures do not show that little leaks"
+        reason += "".join(f"\n  failed check: {gate['name']}: {gate['words']}" for gate in failed)
+        reason += "\nTry a larger budget or more held-out images."
+    else:
+        return
+    raise GateFailedError(f"{table(document)}\n\nThe client failed its privacy gate; nothing was written: {reason}")
 
 
 def table(document: Mapping[str, Any]) -> str:

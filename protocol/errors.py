@@ -15,7 +15,7 @@
     │   └── BundleMismatchError  client and server bundle do not belong together
     ├── TrainingError            a training process ended without saying why
     ├── ExportError              the export pipeline
-    │   └── GateFailedError      the parity report is worse than its gates allow
+    │   └── GateFailedError      parity or privacy is worse than the gates allow
     ├── TransportError           no answer from the server
     │   ├── ServerUnreachableError
     │   ├── AuthenticationError  the CURVE handshake was refused
@@ -97,7 +97,7 @@ class ExportError(EnsemblerError):
 
 
 class GateFailedError(ExportError):
-    """The parity report is worse than its gates allow; nothing was exported."""
+    """The parity report, or the privacy audit, is worse than the gates allow; nothing was exported."""
 
 
 class TransportError(EnsemblerError):

@@ -1,7 +1,8 @@
-"""The privacy card: what is said of which files, and who vouches for it."""
+"""The privacy card and the gate: what is said of which files, who vouches for it, and what may ship."""
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -25,13 +26,14 @@ from ensembler.cli import main
 from ensembler.edge_runtime import card as cards
 from ensembler.edge_runtime import sealing, signing
 from ensembler.edge_runtime.card import PRIVACY_NAME, file_digests
-from ensembler.privacy.audit import FLOOR, ORACLE
-from ensembler.privacy.card import SERVER, write_card
+from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE
+from ensembler.privacy.card import SERVER, require_ssim, write_card
 from ensembler.privacy.scene import Access
 from ensembler.protocol.errors import (
     BundleMismatchError,
     ConfigError,
     DataError,
+    GateFailedError,
     KeyFileError,
     MissingExtraError,
 )
@@ -451,6 +453,95 @@ def test_card_refuses_what_it_cannot_use(arguments, words, bundle, key_file, tmp
     assert main(["card", str(bundle), *(str(key_file) if word == "KEY" else word for word in arguments)]) == 2
     assert words in capsys.readouterr().err
     assert not (bundle / PRIVACY_NAME).exists()
+
+
+# --- the gate ---
+
+
+def test_the_gate_lets_pass_what_the_strongest_attack_does_not_reach(bundle):
+    require_ssim(audit_of(bundle), 0.25)
+
+
+@pytest.mark.parametrize(
+    ("change", "limit", "words"),
+    [
+        (lambda audit: None, 0.2499, "the strongest attack, oracle-decoder, reaches SSIM 0.250, more than 0.2499"),
+        (put("verdict", "ssim", value=float("nan")), 0.9, "reaches SSIM nan"),
+        (put("verdict", "word", value="inconclusive"), 0.9, "the audit is inconclusive"),
+        # Above 0.3 the verdict's word is one of a leak, also where a sanity check failed.
+        (lambda audit: audit["gates"][0].update(passed=False), 0.9, "failed check: the oracle beats the floor: SSIM"),
+    ],
+)
+def test_the_gate_refuses_a_leak_and_an_audit_that_proves_nothing(change, limit, words, bundle):
+    audit = copy.deepcopy(audit_of(bundle))
+    change(audit)
+    with pytest.raises(GateFailedError) as caught:
+        require_ssim(audit, limit)
+    assert words in str(caught.value)
+    assert "distribution-matching        SSIM  0.210" in str(caught.value)
+    assert "nothing was written" in str(caught.value)
+
+
+@pytest.fixture
+def release(tiny, audit_images, tiny_budget, monkeypatch):
+    """Returns a function that exports a client for the tiny server after a quick audit of two attacks."""
+    monkeypatch.setitem(BUDGETS, "quick", dataclasses.replace(BUDGETS["quick"], attacks=(FLOOR, ORACLE)))
+    fixed = ["--server-bundle", tiny.server, "--plaintext", "--min-sqnr-db=-1000", "--max-accuracy-drop=100"]
+
+    def run(out, *arguments):
+        command = ["export", tiny.run, "--out", out, "--data", audit_images, *fixed, *arguments]
+        return main([str(word) for word in command])
+
+    return run
+
+
+def test_a_client_that_passes_is_released_with_its_card_also_encrypted(release, key_file, tmp_path, capsys):
+    bundle_key, out = tmp_path / "bundle.key", tmp_path / "out"
+    bundle_key.touch(0o600)
+    bundle_key.write_bytes(KEY)
+    signed = ["--signing-key", key_file, "--signed-by", HOLDER]
+    assert release(out, "--require-ssim", 0.9, "--encrypt-key", bundle_key, *signed, "--json") == 0
+    assert json.loads(capsys.readouterr().out)["audit"] == str(out / "audit.html")
+    assert {path.name for path in out.iterdir()} == {"client", "parity.json", "audit.html", "audit.json"}
+    client = out / "client"
+    assert {path.name for path in client.iterdir()} == {
+        "head.onnx.sealed",
+        "tail.onnx.sealed",
+        MANIFEST_NAME,
+        PRIVACY_NAME,
+    }
+    found = info(client, bundle_key=bundle_key)
+    assert found.signer == signing.load(key_file, HOLDER).public_key
+    report = json.loads((out / "audit.json").read_text())
+    assert found.facts["ssim"] == report["verdict"]["ssim"]
+    assert report["subject"]["bundle"] == str(client)
+    assert ".partial-" not in (out / "audit.html").read_text() + (out / "audit.json").read_text()
+
+
+def test_a_client_that_leaks_too_much_is_not_released_and_nothing_is_left(release, tmp_path, capsys):
+    assert release(tmp_path / "out", "--require-ssim", 0.01, "--json") == 1
+    assert not (tmp_path / "out").exists()
+    error = json.loads(capsys.readouterr().err.splitlines()[-1])["error"]
+    assert error["type"] == "GateFailedError"
+    assert "more than 0.01" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--require-ssim", "0"], "--require-ssim 0: give a mean SSIM above 0"),
+        (["--require-ssim", "nan"], "--require-ssim nan"),
+        (["--audit-budget", "quick"], "go with --require-ssim"),
+        (["--signing-key", "KEY", "--signed-by", "me"], "go with --require-ssim"),
+        (["--require-ssim", "0.3", "--signed-by", "me"], "go together"),
+        (["--require-ssim", "0.3", "--signed-by", "me", "--signing-key", "nowhere"], "nowhere cannot be read"),
+    ],
+)
+def test_an_impossible_gate_is_refused_before_the_export(arguments, words, release, key_file, tmp_path, capsys):
+    given = [str(key_file) if word == "KEY" else word for word in arguments]
+    assert release(tmp_path / "out", *given) == 2
+    assert words in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 # --- audits of encrypted bundles ---

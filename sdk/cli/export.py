@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import argparse
+import shlex
 import shutil
-from collections.abc import Iterator
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
 
-from ensembler.cli.console import Console, need_export
+from ensembler.cli.card import add_signing, signer_of
+from ensembler.cli.console import Console, ProgressReporter, need_export
 from ensembler.edge_runtime import sealing
+from ensembler.edge_runtime.sealing import BundleSecret
 from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import Precision
 from ensembler.transport import keys
@@ -19,6 +23,7 @@ HELP = "turn a run into a quantised client bundle and a server bundle"
 
 KEYS_FOLDER = "keys"
 AUTHORIZED_FOLDER = "authorized"
+AUDIT_NAME = "audit.html"
 UNFINISHED = ".unfinished"  # in keys/ until the bundles are there
 
 
@@ -65,6 +70,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--min-sqnr-db", type=float, default=35.0, help="gate (default: 35)")
     parser.add_argument("--max-accuracy-drop", type=float, default=0.5, help="gate, in points (default: 0.5)")
+    parser.add_argument(
+        "--require-ssim",
+        type=float,
+        metavar="SSIM",
+        help="gate: audit the client before it is released; no attack may reach more. Writes its privacy card",
+    )
+    parser.add_argument(
+        "--audit-budget",
+        choices=["quick", "standard", "thorough"],
+        help="of that audit, as in ensembler audit (default: quick)",
+    )
+    add_signing(parser)
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
@@ -84,6 +101,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         secret = sealing.key(options.encrypt_key)
     elif options.passphrase_file is not None:
         secret = sealing.passphrase_file(options.passphrase_file)
+    approve = _privacy_gate(options, secret, console)
     precision: Precision = "int8" if options.quantize == "int8" else "float32"
     with _keys_to_pin(options) as server_keys:
         report = export(
@@ -101,9 +119,15 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 secret=secret,
             ),
             progress=console.say,
+            approve=approve,
         )
     document = {"client": str(options.out / "client"), "parity": str(options.out / "parity.json")}
     lines = [report.table(), "", f"{options.out / 'client'}: the client bundle, secret: for the device only"]
+    if approve is not None:
+        document["audit"] = str(options.out / AUDIT_NAME)
+        lines.append(
+            f"{options.out / AUDIT_NAME}: what attacks reached; the privacy card in the client bundle says it too"
+        )
     if secret is not None:
         lines.append("head and tail are encrypted; bring the key to the device on another way than the bundle")
     servers = options.server_bundle or [options.out / name for name in server_names(options.parties)]
@@ -120,6 +144,47 @@ def run(options: argparse.Namespace, console: Console) -> int:
     lines.append(f"next: ensembler serve {servers[0]} --bind tcp://0.0.0.0:5555")
     console.result(document, "\n".join(lines))
     return 0
+
+
+def _privacy_gate(
+    options: argparse.Namespace, secret: BundleSecret | None, console: Console
+) -> Callable[[Path], Sequence[str]] | None:
+    """Returns what audits the client before it is released and writes its card; None if nobody asked for that."""
+    limit, signer = options.require_ssim, signer_of(options)
+    if limit is None:
+        if signer is not None or options.audit_budget is not None:
+            raise ConfigError("--audit-budget, --signing-key and --signed-by go with --require-ssim")
+        return None
+    if not 0 < limit <= 1:
+        raise ConfigError(f"--require-ssim {limit:g}: give a mean SSIM above 0 and up to 1, for instance 0.3")
+    from ensembler.export.pipeline import CLIENT_NAME
+    from ensembler.privacy.audit import audit
+    from ensembler.privacy.card import require_ssim, write_card
+    from ensembler.training.fit import pick_device
+
+    def approve(folder: Path) -> Sequence[str]:
+        console.say("privacy: attacking the client that is to be released")
+        reporter = ProgressReporter(console)
+        try:
+            document = audit(
+                options.run,
+                folder / CLIENT_NAME,
+                folder / AUDIT_NAME,
+                budget=options.audit_budget or "quick",
+                data=options.data,
+                device=pick_device("auto"),
+                command=shlex.join(["ensembler", *sys.argv[1:]]),
+                reporter=reporter,
+                secret=lambda _: secret,
+                shown_as=str(options.out / CLIENT_NAME),
+            )
+        finally:
+            reporter.close()
+        require_ssim(document, limit)
+        write_card(folder / CLIENT_NAME, document, signer)
+        return AUDIT_NAME, Path(AUDIT_NAME).with_suffix(".json").name
+
+    return approve
 
 
 @contextmanager
