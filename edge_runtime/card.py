@@ -176,7 +176,7 @@ _FACTS = _object(
     oracle=_reached,
     attacks=_each(_text),
     not_run=_each(_text),
-    checks=_each(_object(name=_text, words=_text, passed=_flag)),
+    checks=_each(_object(about=_text, name=_text, words=_text, passed=_flag)),
     budget=_text,
     seeds=_each(_whole),
     images=_object(evaluated=_whole, observed=_whole, auxiliary=_whole, auxiliary_source=_text),

@@ -27,7 +27,7 @@ from ensembler.edge_runtime.card import file_digests
 from ensembler.edge_runtime.sealing import BundleSecret
 from ensembler.privacy.attacks import ATTACKS
 from ensembler.privacy.attacks.base import OWN_SSIM, Attack, AttackImpossibleError, Plan, nets_name
-from ensembler.privacy.card import FLOOR, ORACLE
+from ensembler.privacy.card import AUDIT, FLOOR, ORACLE
 from ensembler.privacy.decoder import Effort, pixels
 from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import mse, psnr_db, ssim
@@ -306,37 +306,39 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def _gates(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[dict[str, Any]]:
-    """Returns whether the attacks were strong enough for a low score to mean something."""
+    """Returns whether the attacks were strong enough for a low score to mean something.
+
+    A check is about the whole audit, or about one attack: if that one went wrong, only its own figure is in doubt.
+    """
     mean = {row["name"]: row["ssim"]["mean"] for row in rows}
     bound = max(row["ssim"]["mean"] for row in rows if row["access"] >= Access.DEVICE)
+    strongest = max((name for name in mean if name != ORACLE), key=mean.__getitem__)
+
+    def gate(about: str, name: str, passed: bool, words: str) -> dict[str, Any]:
+        return {"about": about, "name": name, "passed": passed, "words": words}
+
     gates = [
-        {
-            "name": "the oracle beats the floor",
-            "passed": mean[ORACLE] >= mean[FLOOR] + ORACLE_GAIN,
-            "words": f"SSIM {mean[ORACLE]:.3f} against {mean[FLOOR]:.3f} of the mean image",
-        }
-    ]
-    others = [name for name in mean if name != ORACLE]
-    strongest = max(others, key=mean.__getitem__)
-    gates.append(
-        {
-            "name": "no attack beats the oracle",
-            "passed": mean[strongest] <= mean[ORACLE] + ORACLE_SLACK,
-            "words": f"{strongest}, the strongest other attack, reaches {mean[strongest]:.3f}, and the oracle "
+        gate(
+            AUDIT,
+            "the oracle beats the floor",
+            mean[ORACLE] >= mean[FLOOR] + ORACLE_GAIN,
+            f"SSIM {mean[ORACLE]:.3f} against {mean[FLOOR]:.3f} of the mean image",
+        ),
+        gate(
+            AUDIT,
+            "no attack beats the oracle",
+            mean[strongest] <= mean[ORACLE] + ORACLE_SLACK,
+            f"{strongest}, the strongest other attack, reaches {mean[strongest]:.3f}, and the oracle "
             f"{mean[ORACLE]:.3f}",
-        }
-    )
+        ),
+    ]
     for score in scores:
-        for words, passed in score.gates.items():
-            gates.append({"name": f"{score.name}, seed {score.seed}", "passed": passed, "words": words})
+        name = f"{score.name}, seed {score.seed}"
+        gates += [gate(score.name, name, passed, words) for words, passed in score.gates.items()]
         if own := score.seen.get(OWN_SSIM):
-            gates.append(
-                {
-                    "name": f"{score.name}, seed {score.seed}: its decoder inverts its own head",
-                    "passed": min(own) >= bound - OWN_SLACK,
-                    "words": f"SSIM {min(own):.3f}, and the best attack with the client's own features {bound:.3f}",
-                }
-            )
+            words = f"SSIM {min(own):.3f}, and the best attack with the client's own features {bound:.3f}"
+            inverted = min(own) >= bound - OWN_SLACK
+            gates.append(gate(score.name, f"{name}: its decoder inverts its own head", inverted, words))
     return gates
 
 
@@ -344,15 +346,7 @@ def _verdict(rows: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any
     attacks = [row for row in rows if not row["control"]]
     worst = max(attacks, key=lambda row: row["ssim"]["mean"])
     value = worst["ssim"]["mean"]
-    alone = max(
-        (row for row in attacks if row["access"] == Access.QUERY_FREE),
-        key=lambda row: row["ssim"]["mean"],
-        default=None,
-    )
-    failed = [gate["name"] for gate in gates if not gate["passed"]]
-    server = ""
-    if alone is not None:
-        server = f" A server alone reaches {alone['ssim']['mean']:.2f} ({alone['name']})."
+    failed = [gate["name"] for gate in gates if gate["about"] == AUDIT and not gate["passed"]]
     if value >= READABLE:
         word, what = "readable", "The images that this device sends can be read."
     elif value >= RECOGNISABLE:
@@ -361,8 +355,24 @@ def _verdict(rows: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any
         word, what = "inconclusive", f"The attacks failed a sanity check ({failed[0]}): a low score proves nothing."
     else:
         word, what = "obscured", "No attack tried here recognises the images; stronger ones may."
+    server = _server_alone([row for row in attacks if row["access"] == Access.QUERY_FREE], gates)
     sentence = f"{what} The strongest attack, {worst['name']}, reaches SSIM {value:.2f}.{server}"
     return {"word": word, "sentence": sentence, "ssim": value, "attack": worst["name"]}
+
+
+def _server_alone(rows: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]]) -> str:
+    """Returns the sentence about attacks that need no device, empty if there was none."""
+    if not rows:
+        return ""
+    best = max(rows, key=lambda row: row["ssim"]["mean"])
+    value = best["ssim"]["mean"]
+    doubted = sorted({gate["about"] for gate in gates if not gate["passed"]} & {row["name"] for row in rows})
+    if doubted and value < READABLE:
+        return (
+            f" What a server alone reaches is inconclusive: {best['name']} reaches {value:.2f}, and "
+            f"{', '.join(doubted)} failed a sanity check."
+        )
+    return f" A server alone reaches {value:.2f} ({best['name']})."
 
 
 def _selector(scene: Scene) -> dict[str, Any]:

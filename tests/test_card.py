@@ -79,7 +79,14 @@ def audit_of(bundle):
             attack(FLOOR, Access.NONE, 0.12, 12.0),
         ],
         "not_run": [{"name": "mla", "why": "not part of this audit (quick)"}],
-        "gates": [{"name": "the oracle beats the floor", "passed": True, "words": "SSIM 0.250 against 0.120"}],
+        "gates": [
+            {
+                "about": "audit",
+                "name": "the oracle beats the floor",
+                "passed": True,
+                "words": "SSIM 0.250 against 0.120",
+            }
+        ],
         "verdict": {"word": "obscured", "sentence": "No attack reads.", "ssim": 0.25, "attack": ORACLE},
     }
 

@@ -22,12 +22,13 @@ from ensembler.privacy.attacks.base import AttackImpossibleError, Finding
 from ensembler.privacy.attacks.matching import Shadow, guessed_head, known_head, matched
 from ensembler.privacy.attacks.moments import Cleaner, Moments
 from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
+from ensembler.privacy.card import require_ssim
 from ensembler.privacy.decoder import Decoder, Effort, as_map, painted, pixels, train_decoder
 from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import mse, psnr_db, ssim
 from ensembler.privacy.scene import Access, make_scene
 from ensembler.privacy.selector import auc, rankings
-from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError
+from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError, GateFailedError
 from ensembler.training.models import normalise
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -547,6 +548,21 @@ def test_the_verdict_is_the_strongest_attacks_and_a_low_one_needs_sound_attacks(
     assert verdict["word"] == word
     assert verdict["ssim"] == max(values[name] for name in values if name != FLOOR)
     assert f"A server alone reaches {values['distribution-matching']:.2f}" in verdict["sentence"]
+
+
+def failed(about):
+    return {"about": about, "name": "x", "passed": False, "words": "y"}
+
+
+def test_an_attack_that_went_wrong_puts_what_a_server_reaches_in_doubt_and_not_the_oracle():
+    rows = [row(FLOOR, 0.1, 0), row(ORACLE, 0.25, Access.DEVICE), row("distribution-matching", 0.15)]
+    verdict = audits._verdict(rows, [failed("distribution-matching")])
+    assert verdict["word"] == "obscured"  # the oracle has more than the attack that failed
+    assert "What a server alone reaches is inconclusive: distribution-matching reaches 0.15" in verdict["sentence"]
+    assert audits._verdict(rows, [failed("audit")])["word"] == "inconclusive"
+    require_ssim({"verdict": verdict, "gates": [failed("distribution-matching")], "attacks": []}, 0.3)
+    with pytest.raises(GateFailedError, match="the audit is inconclusive"):
+        require_ssim({"verdict": verdict, "gates": [failed("audit")], "attacks": []}, 0.3)
 
 
 def test_the_best_of_several_variants_counts_and_is_labelled(scene):

@@ -97,8 +97,13 @@ def document():
         "not_run": [{"name": "averaging", "why": "the noise is fixed, so there is nothing to average"}],
         "selector": {"batch norm": {"auc": 0.75, "first": True}},
         "gates": [
-            {"name": "no-noise", "passed": True, "words": "without noise the oracle reaches 0.95"},
-            {"name": "floor", "passed": True, "words": "the best attack is 0.71 above the mean image"},
+            {"about": "audit", "name": "no-noise", "passed": True, "words": "without noise the oracle reaches 0.95"},
+            {
+                "about": "distribution-matching",
+                "name": "floor",
+                "passed": True,
+                "words": "the best attack is 0.71 above the mean image",
+            },
         ],
         "verdict": {
             "word": "readable",
@@ -304,15 +309,23 @@ def test_the_best_images_of_an_attack_are_told_apart_from_its_mean(document, wri
 
 def test_a_failed_check_makes_the_figures_inconclusive_in_words_at_the_top_too(document, write):
     whole = write(document)
-    assert "A sanity check failed" not in whole
+    assert "sanity check of the whole audit" not in whole
     assert section(whole, "Sanity checks").count("passed</strong>") == 2
-    document["gates"][1]["passed"] = False
+    document["gates"][0]["passed"] = False
     page = write(document)
-    assert "A sanity check failed" in page.partition("<h2>")[0]
+    assert "A sanity check of the whole audit failed" in page.partition("<h2>")[0]
     part = section(page, "Sanity checks")
-    assert "failed</strong> · floor" in part
+    assert "failed</strong> · no-noise" in part
     assert "inconclusive" in part
     assert "never a proof of safety" in part
+
+
+def test_a_failed_check_of_one_attack_puts_its_figure_alone_in_doubt(document, write):
+    document["gates"][1]["passed"] = False
+    page = write(document)
+    for part in (page.partition("<h2>")[0], section(page, "Sanity checks")):
+        assert "distribution-matching failed a sanity check: low figures of theirs are inconclusive" in part
+        assert "whole audit" not in part
 
 
 @pytest.mark.parametrize("key", ["gates", "not_run", "attacks"])
