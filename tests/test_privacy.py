@@ -17,8 +17,9 @@ from torch import nn
 from ensembler.cli import main
 from ensembler.privacy import audit as audits
 from ensembler.privacy import scene as scenes
-from ensembler.privacy.attacks import ATTACKS
+from ensembler.privacy.attacks import ATTACKS, matching
 from ensembler.privacy.attacks.base import AttackImpossibleError, Finding
+from ensembler.privacy.attacks.eye import train_eye
 from ensembler.privacy.attacks.matching import Shadow, guessed_head, known_head, matched
 from ensembler.privacy.attacks.moments import Cleaner, Moments
 from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
@@ -376,6 +377,33 @@ def test_a_guessed_head_gives_features_of_the_right_shape(scene):
         assert guessed_head(there)(torch.rand(2, 3, 16, 16)).shape == (2, *shape)
     with pytest.raises(AttackImpossibleError, match="no maps"):
         guessed_head(replace(view, wire=replace(view.wire, feature_shape=(17, 8))))
+
+
+def test_an_eye_that_saw_images_tells_photographs_from_their_negatives(scene):
+    eye = train_eye(scene.everything.auxiliary, 200, torch.Generator().manual_seed(0))
+    shown = pixels(scene.evaluated)
+    assert eye.likes(shown) > 0.5
+    assert eye.likes(1 - shown) == -eye.likes(shown)
+    larger = torch.nn.functional.interpolate(shown, (48, 80))
+    assert eye.likes(larger) > 0.5
+
+
+def test_the_sign_is_taken_that_looks_like_photographs_whichever_is_nearer(scene, monkeypatch):
+    view = scene.view(Access.QUERY_FREE)
+
+    class Contrary:
+        def __init__(self, negatives):
+            self.answers = iter((-1.0, 1.0) if negatives else (1.0, -1.0))
+
+        def likes(self, _):
+            return next(self.answers)
+
+    found = []
+    for negatives in (False, True):
+        monkeypatch.setattr(matching, "train_eye", lambda *_, negatives=negatives: Contrary(negatives))
+        found.append(matching.matched(replace(view, notes={}), TINY).attempts[0])
+    assert (found[0].distance, found[0].other) == pytest.approx((found[1].other, found[1].distance))
+    assert [attempt.likes for attempt in found] == [1, 1]
 
 
 def test_a_second_attack_by_matching_has_the_head_at_once_and_leaves_it_alone(scene):

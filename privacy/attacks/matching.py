@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import torch
 from torch import Tensor, nn
@@ -20,15 +20,18 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
 from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding, Plan, decoder_of, needed
+from ensembler.privacy.attacks.eye import train_eye
 from ensembler.privacy.attacks.moments import BATCH, JUDGED_BATCHES, Cleaner, Moments
 from ensembler.privacy.decoder import CHUNK, Decoder, Reconstruct, painted
 from ensembler.privacy.scene import Access, View
 from ensembler.training.models import build_net, normalise
+from ensembler.training.stage1 import placed
 
 SEARCH_BATCH = 32  # images of a step: many small steps come nearer in the same time than few large ones
 RATE, RATE_AGAIN, RATE_END = 0.05, 0.02, 0.001
 MATCHED = 1.1  # times the distance that batches of the observed features themselves have
 GUESSED_KERNEL = 5
+FITTED, LOOKED_AT = 1000, 512  # images, to see which sign a head has
 
 
 class Matching:
@@ -61,6 +64,21 @@ class Matching:
         return matched(view, plan, observed=self._limit, blind=self._blind).finding(view, plan)
 
 
+@dataclass(frozen=True)
+class Attempt:
+    """What the attacker sees of one start.
+
+    Attributes:
+        distance: of the sign that was taken.
+        other: of the other sign.
+        likes: by how many more of the images the eye takes for photographs than for negatives, -1 to 1.
+    """
+
+    distance: float
+    other: float
+    likes: float
+
+
 @dataclass(frozen=True, kw_only=True)
 class Match:
     """A head that was searched for.
@@ -69,23 +87,17 @@ class Match:
         head: the nearest one, still in training mode.
         cleaner: what it was cleaned with.
         target: what it was matched with.
-        distances: of each attempt, the nearer sign and the other.
+        attempts: one for each start.
     """
 
     head: Shadow
     cleaner: Cleaner
     target: Moments
-    distances: tuple[tuple[float, float], ...]
-
-    def settled(self, view: View) -> Shadow:
-        """Returns the head as it decodes: in ``eval()`` mode, with the statistics of all the attacker's images."""
-        head = self.head.copied()
-        head.settle(view.auxiliary)
-        return head
+    attempts: tuple[Attempt, ...]
 
     def finding(self, view: View, plan: Plan) -> Finding:
         """Returns what a decoder of the head makes of what arrives."""
-        decoder = decoder_of(self.settled(view).features, view, plan, 2)
+        decoder = decoder_of(self.head.settled().features, view, plan, 2)
         return self.found(lambda features: painted(decoder, self.cleaner.clean(features)), decoder)
 
     def found(self, reconstruct: Reconstruct, decoder: Decoder, images: int | None = None) -> Finding:
@@ -95,7 +107,9 @@ class Match:
             variants={"": reconstruct},
             images=images,
             seen={
-                "distances": [[round(distance, 4) for distance in attempt] for attempt in self.distances],
+                "attempts": [
+                    {name: round(value, 4) for name, value in asdict(attempt).items()} for attempt in self.attempts
+                ],
                 "distance": round(final, 4),
                 "chance": round(self.target.chance, 4),
                 OWN_SSIM: [round(decoder.own_ssim, 4)],
@@ -112,8 +126,8 @@ def match_ticks(plan: Plan) -> int:
 def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool = False) -> Match:
     """Searches for the client's head: the loop that all attacks by matching are.
 
-    The statistics of natural images hardly change with their sign, so a start may end at the head of the negatives;
-    both signs are refined alike from each start, and the nearer one counts.
+    The statistics of natural images hardly change with their sign, so a start may end at the head of the negatives.
+    Both signs are refined alike from each start, and the one counts through which what arrives looks like photographs.
 
     Args:
         view: a query-free one. What was found is noted there, so that the next attack of the same plan has it at once.
@@ -128,27 +142,42 @@ def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool 
     key = ("match", observed, blind, plan.seed, plan.steps, plan.restarts)
     if isinstance(known := view.notes.get(key), Match):
         return known
+    eye = train_eye(view.auxiliary, plan.effort.steps, plan.generator(3))
     torch.manual_seed(plan.generator(0).initial_seed())
     cleaner = Cleaner(view, features)
-    target = Moments(cleaner.clean(features))
+    clean = cleaner.clean(features)
+    target = Moments(clean)
     build = guessed_head if blind else known_head
-    found: list[Shadow] = []
-    distances: list[tuple[float, float]] = []
+    found: list[tuple[float, Shadow]] = []
+    attempts: list[Attempt] = []
     for restart in range(plan.restarts):
         head = Shadow(view, cleaner, build, plan.generator(1, restart))
         head.match(target, plan.steps, RATE, RATE_AGAIN, plan)
         signs = (head, head.negated())
         for either in signs:
             either.match(target, plan.steps, RATE_AGAIN, RATE_END, plan)
-        nearer, farther = sorted((either.distance(target), index) for index, either in enumerate(signs))
-        found.append(signs[nearer[1]])
-        distances.append((nearer[0], farther[0]))
-        if nearer[0] <= MATCHED * target.chance:
+        looks = [eye.likes(first_sight(either, view, clean)) for either in signs]
+        chosen = max(range(2), key=looks.__getitem__)
+        distances = [either.distance(target) for either in signs]
+        found.append((distances[chosen], signs[chosen]))
+        attempts.append(Attempt(distances[chosen], distances[1 - chosen], looks[chosen]))
+        if distances[chosen] <= MATCHED * target.chance:
             break  # the attacker sees that it is there
-    best = min(range(len(found)), key=distances.__getitem__)
-    match = Match(head=found[best], cleaner=cleaner, target=target, distances=tuple(distances))
+    _, best = min(found, key=lambda attempt: attempt[0])
+    match = Match(head=best, cleaner=cleaner, target=target, attempts=tuple(attempts))
     view.notes[key] = match
     return match
+
+
+@torch.no_grad()
+def first_sight(head: Shadow, view: View, clean: Tensor) -> Tensor:
+    """Returns what a linear map, fitted to the head, makes of the first of what arrives: images in [0, 1]."""
+    head = head.settled()
+    size = (view.auxiliary.shape[-2], view.auxiliary.shape[-1])
+    linear = placed(Decoder(view.wire.feature_shape, size, 4), view.device).eval()
+    images = view.auxiliary[:FITTED]
+    linear.fit_linear(torch.cat([head.features(part) for part in torch.split(images, CHUNK)]), images)
+    return painted(linear, clean[:LOOKED_AT])
 
 
 def known_head(view: View) -> nn.Module:
@@ -231,15 +260,17 @@ class Shadow:
         return self.arriving(self._images[chosen])
 
     @torch.no_grad()
-    def settle(self, images: Tensor) -> None:
-        """Fixes the batch-norm statistics to those over all the images, and the head with them."""
-        norms = [m for m in self.head.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
+    def settled(self) -> Shadow:
+        """Returns a copy as it decodes: in ``eval()`` mode, with the batch-norm statistics of all the images."""
+        other = self.copied()
+        norms = [m for m in other.head.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
         for norm in norms:
             norm.reset_running_stats()
             norm.momentum = None
-        for part in torch.split(images, CHUNK):
-            self.head(normalise(part))
-        self.head.eval()
+        for part in torch.split(self._images, CHUNK):
+            other.head(normalise(part))
+        other.head.eval()
+        return other
 
     def arriving(self, images: Tensor) -> Tensor:
         """Returns what would arrive of ``images``, in 0 to 255, cleaned; differentiable."""

@@ -39,7 +39,7 @@ class GenerativePrior:
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
         match = matched(view, plan)
-        head = match.settled(view)
+        head = match.head.settled()
         decoder = decoder_of(head.features, view, plan, 2)
         prior = train_prior(view, plan)
 
