@@ -14,7 +14,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint docs bench results cifar wire privacy models clean
+.PHONY: demo test lint docs bench results cifar wire privacy tables models clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -60,6 +60,11 @@ privacy: $(INSTALLED)
 		--server-bundle out/wire/bits_8_0/server
 	$(BIN)/python benchmarks/audit.py $(foreach i,0 1 2,$(SLIM)_$(i)=out/wire/bits_8_$(i)/client)
 	$(BIN)/python benchmarks/audit.py $(SLIM)_0=out/wire/bits_8_0/client --attack shadow-single --attack shadow-adaptive
+
+# The papers' tables at a small scale, cell by cell into docs/results/tables and docs/reproduction.md; many hours on two
+# cores. What is there is not made again. CIFAR10 as above.
+tables: $(INSTALLED)
+	$(BIN)/python benchmarks/paper_tables.py --scale small --data cifar10="$(CIFAR10)"
 
 # Every architecture at several cuts; half an hour.
 models: $(INSTALLED)

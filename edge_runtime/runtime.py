@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -49,7 +51,7 @@ class EdgeRuntime:
         self._tail = open_session(model(tail), name=tail, threads=threads, backend=backend)
 
     def encode(self, images: Codes) -> Codes:
-        """Runs the head: noise is added and the features are quantised inside.
+        """Runs the head: noise is added, features are dropped and quantised inside.
 
         Args:
             images: ``(B, H, W, 3)`` uint8 RGB of the manifest's size.
@@ -57,11 +59,8 @@ class EdgeRuntime:
         Returns:
             Wire codes ``(B, C, h, w)`` uint8.
         """
-        inputs: dict[str, npt.NDArray[np.generic]] = {"image": images}
         wire = self.manifest.wire
-        if self.manifest.noise_mode == "fresh":
-            inputs["noise"] = fresh_noise((len(images), *wire.feature_shape), self.manifest.noise_std)
-        codes = as_codes(self._head.run(inputs))
+        codes = as_codes(self._head.run({"image": images, **secret_inputs(self.manifest, len(images))}))
         if codes.shape != (len(images), *wire.feature_shape):
             raise BundleError(f"the head answers with shape {codes.shape[1:]}, the manifest says {wire.feature_shape}")
         require_codes(codes, wire.feature_codec, "the head")
@@ -83,20 +82,50 @@ class EdgeRuntime:
         return logits
 
 
-def fresh_noise(shape: tuple[int, ...], std: float) -> Floats:
-    """Returns Gaussian noise from the operating system's generator, ``shape`` float32.
+def secret_inputs(manifest: ClientManifest, count: int) -> dict[str, npt.NDArray[Any]]:
+    """Draws, from the operating system's generator, what the head takes beside ``count`` images.
 
-    Box-Muller over 32-bit uniforms. A seeded generator would let a server that guesses its state subtract the noise,
-    and ONNX's ``RandomNormal`` is one.
+    A seeded generator would let a server that guesses its state undo the noise, and ONNX's random operators are such.
+
+    Returns:
+        ``noise`` ``(B, C, h, w)`` float32 where it is fresh; ``which`` ``(B,)`` int64, a choice among the constants,
+        where it is one of several; ``keep`` ``(B, C, h, w)`` bool, False where a feature is dropped.
     """
-    count = int(np.prod(shape))
+    shape = (count, *manifest.wire.feature_shape)
+    inputs: dict[str, npt.NDArray[Any]] = {}
+    if manifest.noise_mode == "fresh":
+        make = uniform_noise if manifest.noise_law == "uniform" else fresh_noise
+        inputs["noise"] = make(shape, manifest.noise_std)
+    if manifest.noise_mode == "drawn":
+        inputs["which"] = (_uniform(count) * manifest.noise_tensors).astype(np.int64)
+    if manifest.dropout > 0:
+        inputs["keep"] = (_uniform(math.prod(shape)) >= manifest.dropout).reshape(shape)
+    return inputs
+
+
+def _uniform(count: int) -> npt.NDArray[np.float64]:
+    """Returns numbers between 0 and 1, neither of them included, of 32 random bits each."""
+    raw = np.frombuffer(os.urandom(4 * count), np.uint32).astype(np.float64)
+    uniform: npt.NDArray[np.float64] = (raw + 0.5) / 2.0**32
+    return uniform
+
+
+def fresh_noise(shape: tuple[int, ...], std: float) -> Floats:
+    """Returns Gaussian noise, ``shape`` float32, by Box-Muller."""
+    count = math.prod(shape)
     pairs = (count + 1) // 2
-    raw = np.frombuffer(os.urandom(8 * pairs), np.uint32).astype(np.float64)
-    uniform = (raw + 0.5) / 2.0**32  # never 0
+    uniform = _uniform(2 * pairs)
     radius = np.sqrt(-2.0 * np.log(uniform[:pairs]))
     angle = 2.0 * np.pi * uniform[pairs:]
     normal = np.concatenate([radius * np.cos(angle), radius * np.sin(angle)])[:count]
     noise: Floats = (std * normal).reshape(shape).astype(np.float32)
+    return noise
+
+
+def uniform_noise(shape: tuple[int, ...], std: float) -> Floats:
+    """Returns noise that is uniform between plus and minus ``std * sqrt(3)``, ``shape`` float32."""
+    centred = 2.0 * _uniform(math.prod(shape)) - 1.0
+    noise: Floats = (std * math.sqrt(3) * centred).reshape(shape).astype(np.float32)
     return noise
 
 

@@ -45,7 +45,7 @@ CALIBRATION_BATCH = 64
 CALIBRATION_PERCENTILE = 99.99
 # Operators that only move codes: what comes out has the scale of what goes in.
 _SAME_SCALE = frozenset({"Reshape", "Flatten", "Transpose", "Squeeze", "Unsqueeze", "MaxPool"})
-INPUT, NOISE, OUTPUT = "x", "noise", "y"
+INPUT, NOISE, WHICH, KEEP, OUTPUT = "x", "noise", "which", "keep", "y"
 _WEIGHTS = "ensembler.weights"  # metadata between from_torch and with_weights; scrubbed takes it off
 
 
@@ -195,6 +195,30 @@ def attach_codes(
     _code_input(result.graph, name, codec)
     if output is not None and out_codec is not None:
         _code_output(result.graph, output, out_codec)
+    return result
+
+
+def dropped(graph: onnx.ModelProto, name: str, codec: AffineCodec) -> onnx.ModelProto:
+    """Returns the graph with an input ``keep``, bool: where it is False, the code of 0.0 takes the output's place.
+
+    Dropping codes is exact, and a runtime that does not give the input fails instead of sending everything.
+
+    Args:
+        graph: with codes at its output.
+        name: that output.
+        codec: of it.
+    """
+    result = onnx.ModelProto()
+    result.CopyFrom(graph)
+    output = _value(result.graph.output, name)
+    inner = f"{name}_all"
+    for node in result.graph.node:
+        node.output[:] = [inner if o == name else o for o in node.output]
+        node.input[:] = [inner if i == name else i for i in node.input]
+    names = _constants(result.graph, {f"{name}_of_0": np.uint8(codec.zero_point)})
+    result.graph.node.append(helper.make_node("Where", [KEEP, inner, *names], [name]))
+    shape = [d.dim_param or d.dim_value for d in output.type.tensor_type.shape.dim]
+    result.graph.input.append(helper.make_tensor_value_info(KEEP, TensorProto.BOOL, shape))
     return result
 
 

@@ -28,6 +28,7 @@ from ensembler.protocol.errors import GateFailedError
 from ensembler.protocol.manifest import ClientManifest, ServerManifest, WireSpec
 from ensembler.protocol.text import aligned
 from ensembler.training.models import normalise
+from ensembler.training.perturbation import Draw
 from ensembler.training.stages import Client
 from ensembler.training.wire import fake_quantise, fake_quantise_answers
 
@@ -210,7 +211,7 @@ def measure(
     """Runs artifacts and torch side by side, through the whole client.
 
     Args:
-        client: the trained client, in eval mode; its fresh noise, if any, is drawn once and given to both.
+        client: the trained client, in eval mode; what it draws for each image is drawn once and given to both.
         bodies: all N, in the server's order.
         client_bundle: folder and manifest of the client bundle.
         servers: the same of each operator's bundle, in their order.
@@ -232,21 +233,21 @@ def measure(
     tally = _Tally()
     for start in range(0, len(images), BATCH):
         x, y = images[start : start + BATCH], labels[start : start + BATCH]
-        noise = client.noised(torch.zeros(len(x), *wire.feature_shape))
-        features = client.head(normalise(torch.from_numpy(x)))
-        sent = fake_quantise(features + noise, wire.feature_codec)
+        draw = client.draw(len(x))
+        in_float = draw.applied(client.head(normalise(torch.from_numpy(x))))
+        sent = fake_quantise(in_float, wire.feature_codec)
         # Every stage is compared on the same input: what the artifact before it put out.
-        codes = head.run(_head_inputs(client_manifest, x, noise.numpy()))
+        codes = head.run(_head_inputs(client_manifest, x, draw))
         answers = np.stack([net.run({"features": codes}) for net in nets], axis=1)  # (B, N, F)
         logits = tail.run({"answers": answers})
         if start < SQNR_IMAGES:
             arrived = torch.from_numpy(wire.feature_codec.decode(codes))
             tally.add("head", sent.numpy(), arrived.numpy())
-            tally.add_wire("head", (features + noise).numpy(), sent.numpy(), wire.feature_codec.bits)
+            tally.add_wire("head", in_float.numpy(), sent.numpy(), wire.feature_codec.bits)
             _, wanted, found = _answers(bodies, nets, wire, arrived, codes)
             tally.add(ON_CLIENT, wanted, found)
             tally.add("tail", client.combine(torch.from_numpy(found[:, selected])).numpy(), logits)
-        plain = torch.stack([body(features + noise) for body in chosen], dim=1)
+        plain = torch.stack([body(in_float) for body in chosen], dim=1)
         through = torch.stack([body(sent) for body in chosen], dim=1)
         tally.count(
             client.combine(plain).numpy(),
@@ -254,7 +255,7 @@ def measure(
             logits,
             y,
         )
-    one = _head_inputs(client_manifest, images[:1], np.zeros((1, *wire.feature_shape), np.float32))
+    one = _head_inputs(client_manifest, images[:1], client.draw(1))
     sizes = {name: client_manifest.files[name].size_bytes for name in (client_manifest.head, client_manifest.tail)}
     return ParityReport(
         stages=(
@@ -355,10 +356,14 @@ class _Tally:
         return 100 * self.hits[name] / self.images
 
 
-def _head_inputs(manifest: ClientManifest, images: Codes, noise: Floats) -> dict[str, npt.NDArray[Any]]:
+def _head_inputs(manifest: ClientManifest, images: Codes, draw: Draw) -> dict[str, npt.NDArray[Any]]:
     inputs: dict[str, npt.NDArray[Any]] = {"image": np.ascontiguousarray(images.transpose(0, 2, 3, 1))}
     if manifest.noise_mode == "fresh":
-        inputs["noise"] = noise
+        inputs["noise"] = draw.noise.numpy()
+    if draw.which is not None:
+        inputs["which"] = draw.which.numpy()
+    if draw.keep is not None:
+        inputs["keep"] = draw.keep.numpy()
     return inputs
 
 

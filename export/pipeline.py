@@ -43,6 +43,7 @@ from ensembler.protocol.manifest import (
 from ensembler.training import data as data_sets
 from ensembler.training.data import Dataset
 from ensembler.training.models import PIXEL_SCALE, PIXEL_ZERO_POINT, normalise
+from ensembler.training.perturbation import Draw
 from ensembler.training.runs import RunFolder, bodies_digest
 from ensembler.training.stage1 import Stage1Net, load_stage1
 from ensembler.training.stages import Client, load_client, mixed_features
@@ -407,7 +408,7 @@ def _write_server(
 
 
 class _Head(nn.Module):
-    """Head and noise as one graph; with fresh noise it is a second input."""
+    """Head and noise as one graph; what is drawn for each image is a second input."""
 
     def __init__(self, client: Client, mode: NoiseMode) -> None:
         super().__init__()
@@ -416,10 +417,10 @@ class _Head(nn.Module):
         self.constant: Tensor
         self.register_buffer("constant", client.noise)
 
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, drawn: Tensor | None = None) -> Tensor:
         features: Tensor = self.head(x)
-        if noise is not None:
-            return features + noise
+        if drawn is not None:
+            return features + (drawn if self.mode == "fresh" else self.constant.index_select(0, drawn))
         return features + self.constant if self.mode == "fixed" else features
 
 
@@ -445,36 +446,35 @@ def _write_client(
 ) -> ClientManifest:
     folder.mkdir(mode=0o700)
     precision, secret = options.client_precision, options.secret
-    wire, config = client.wire, job.run.config
-    mode: NoiseMode = "fixed"
-    if config.stage1_noise_std == 0:
-        mode = "none"
-    elif client.fresh_noise_std > 0:
-        mode = "fresh"
+    wire, perturbation = client.wire, client.perturbation
     x = normalise(torch.from_numpy(np.ascontiguousarray(images)))
     features = client.head(x)
-    sent = fake_quantise(client.noised(features), wire.feature_codec)
+    draw = client.draw(len(x), torch.Generator().manual_seed(0))
+    sent = fake_quantise(draw.applied(features), wire.feature_codec)
     chosen = torch.stack([job.bodies[i](sent) for i in client.selector], dim=1)
     codecs = tuple(wire.answer_codecs[i] for i in client.selector)
     weighted = fake_quantise_answers(chosen, codecs) / len(client.selector)
     suffix = "" if secret is None else SUFFIX
     head, tail = f"head.onnx{suffix}", f"tail.onnx{suffix}"
     models = {
-        head: _head_graph(client, mode, x, features, precision),
+        head: _head_graph(client, x, draw, precision),
         tail: _tail_graph(client, weighted, precision),
     }
     manifest = ClientManifest(
         wire=wire,
         image=ImageSpec(height=job.dataset.image_size[0], width=job.dataset.image_size[1]),
         labels=job.run.labels,
-        noise_mode=mode,
-        noise_std=float(config.stage1_noise_std),
+        noise_mode=_noise_mode(client),
+        noise_std=_noise_std(client),
         precision=precision,
         head=head,
         tail=tail,
         parties=job.parties,
         files={},
         encryption=None if secret is None else new_seal(secret),
+        noise_law="uniform" if perturbation.noise == "uniform" and perturbation.fresh else "gaussian",
+        noise_tensors=perturbation.tensors,
+        dropout=perturbation.dropout,
     )
     if secret is not None:
         sealer = Sealer(secret, manifest)
@@ -488,18 +488,36 @@ def _write_client(
     return manifest
 
 
-def _head_graph(client: Client, mode: NoiseMode, x: Tensor, features: Tensor, precision: Precision) -> bytes:
-    codec = client.wire.feature_codec
-    samples = {graphs.INPUT: x.numpy()}
-    examples, inputs = [x[:2]], [graphs.INPUT]
+def _noise_mode(client: Client) -> NoiseMode:
+    perturbation = client.perturbation
+    if perturbation.std == 0:
+        return "none"
+    if perturbation.tensors:
+        return "drawn"
+    return "fresh" if perturbation.fresh else "fixed"
+
+
+def _noise_std(client: Client) -> float:
+    """Returns the standard deviation of the noise: the asked one, or what learned noise has come to."""
+    perturbation = client.perturbation
+    return float(client.noise.std()) if perturbation.noise == "learned" else float(perturbation.std)
+
+
+def _head_graph(client: Client, x: Tensor, draw: Draw, precision: Precision) -> bytes:
+    codec, mode = client.wire.feature_codec, _noise_mode(client)
+    given = {graphs.INPUT: x}
     if mode == "fresh":
-        noise = client.fresh_noise_std * torch.randn(features.shape, generator=torch.Generator().manual_seed(0))
-        samples[graphs.NOISE] = noise.numpy()
-        examples, inputs = [x[:2], noise[:2]], [graphs.INPUT, graphs.NOISE]
-    graph = graphs.optimised(graphs.from_torch(_Head(client, mode).eval(), examples, inputs=inputs))
+        given[graphs.NOISE] = draw.noise
+    elif draw.which is not None:
+        given[graphs.WHICH] = draw.which
+    examples = [value[:2] for value in given.values()]
+    graph = graphs.optimised(graphs.from_torch(_Head(client, mode).eval(), examples, inputs=list(given)))
     if precision == "int8":
+        samples = {name: value.numpy() for name, value in given.items()}
         graph = graphs.quantised(graph, samples, input_codec=PIXEL_CODEC, output_codec=codec)
     graph = graphs.attach_codes(graph, "image", PIXEL_CODEC, output="features", out_codec=codec)
+    if draw.keep is not None:
+        graph = graphs.dropped(graph, "features", codec)
     return graphs.scrubbed(graphs.channels_last(graph, "image"))
 
 

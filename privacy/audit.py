@@ -261,6 +261,8 @@ def _score(attack: Attack, scene: Scene, judge: Judge, plan: Plan, seed: int, re
     seen = dict(finding.seen)
     if len(results) > 1:  # without the names: which net did best may say which is selected
         seen["ssim_of_variants"] = sorted(means.values(), reverse=True)
+        clearest = max(results.values(), key=lambda result: float(result["psnr_db"].mean()))
+        seen["best_by_psnr"] = {what: round(float(clearest[what].mean()), 4) for what in ("ssim", "psnr_db")}
         if (selected := nets_name(scene.selector)) in means:
             seen["ssim_of_true_set"] = means[selected]
     reporter.end(f"SSIM {means[best]:.3f}, {results[best]['psnr_db'].mean():.1f} dB")
@@ -398,10 +400,12 @@ def _subject(run_path: Path, bundle: Path, shown_as: str) -> dict[str, Any]:
         "wire_bits": manifest.wire.feature_codec.bits,
         "bytes_up": manifest.wire.bytes_up,
         "num_nets": config.trained_nets,
-        "num_selected": config.num_selected if config.is_ensemble else 1,
+        "num_selected": config.used_nets,
         "defense": config.defense,
-        "noise_std": config.noise_std,
+        "noise": config.noise,
+        "noise_std": manifest.noise_std,
         "noise_mode": manifest.noise_mode,
+        "dropout": manifest.dropout,
     }
 
 

@@ -25,6 +25,7 @@ from ensembler.protocol.manifest import Kdf, WireSpec
 from ensembler.training import data as data_sets
 from ensembler.training.fit import derived_seed
 from ensembler.training.models import ArchSpec, normalise
+from ensembler.training.perturbation import NoiseKind
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import Client, load_bodies, load_client
 from ensembler.training.wire import fake_quantise
@@ -64,8 +65,10 @@ class View:
         access: the threat model.
         arch: the architecture, known to everybody.
         wire: shapes and codecs, as in every server bundle.
+        noise: the defence's kind of noise: ``gaussian``, ``uniform`` or ``learned``.
         noise_std: of the defence's noise, whose values are secret.
         fresh_noise: whether every request draws its own.
+        dropout: the share of the features that arrives as 0.0, other ones with every request.
         num_selected: P.
         party_nets: how many nets each operator holds, in the server's order.
         auxiliary: images that the attacker owns, ``(A, 3, H, W)`` uint8.
@@ -81,8 +84,10 @@ class View:
     access: Access
     arch: ArchSpec
     wire: WireSpec
+    noise: NoiseKind
     noise_std: float
     fresh_noise: bool
+    dropout: float
     num_selected: int
     party_nets: tuple[int, ...]
     auxiliary: Tensor
@@ -222,8 +227,10 @@ def make_scene(
             access=Access.WHITE_BOX,
             arch=run.arch,
             wire=wire,
-            noise_std=config.noise_std if config.defense != "none" else 0.0,
-            fresh_noise=runtime.manifest.noise_mode == "fresh",
+            noise=config.noise,
+            noise_std=runtime.manifest.noise_std,
+            fresh_noise=runtime.manifest.noise_mode in ("fresh", "drawn"),
+            dropout=runtime.manifest.dropout,
             num_selected=len(client.selector),
             party_nets=tuple(party.num_nets for party in runtime.manifest.parties),
             auxiliary=as_tensor(owned_x),
@@ -244,8 +251,10 @@ def make_scene(
 @torch.no_grad()
 def _foreign(client: Client, images: Tensor, arrived: Tensor) -> bool:
     """Returns whether what arrived of ``images`` cannot come from ``client``."""
-    own = fake_quantise(client.noised(client.head(normalise(images))), client.wire.feature_codec)
-    allowed = FOREIGN * own.var(0).mean() + 2 * client.fresh_noise_std**2  # fresh noise is drawn twice
+    features, codec = client.head(normalise(images)), client.wire.feature_codec
+    own, again = (fake_quantise(client.perturbed(features), codec) for _ in range(2))
+    # What is drawn anew for every image differs between two requests of the same client, too.
+    allowed = FOREIGN * own.var(0).mean() + (own - again).square().mean()
     return bool((arrived - own).square().mean() > allowed)
 
 

@@ -36,6 +36,7 @@ MAX_NETS = 1024
 MAX_AXIS = 1 << 20
 MAX_LABELS = 100_000
 MAX_LABEL_CHARACTERS = 1000
+MAX_NOISE_TENSORS = 1024
 
 SALT_BYTES = 32
 CIPHER = "chacha20-poly1305"
@@ -46,9 +47,12 @@ MAX_SCRYPT_P = 4
 
 _Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?&<>()[]{}@%$#"
 
+# Fields of a client manifest that an earlier one has not, and what they then are.
+_OPTIONAL: dict[str, Any] = {"noise_law": "gaussian", "noise_tensors": 0, "dropout": 0.0}
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
-NoiseMode = Literal["none", "fixed", "fresh"]
+NoiseMode = Literal["none", "fixed", "fresh", "drawn"]
+NoiseLaw = Literal["gaussian", "uniform"]
 Precision = Literal["int8", "float32"]
 
 Kdf = Literal["hkdf-sha256", "scrypt"]
@@ -161,12 +165,16 @@ class ClientManifest:
         wire: as in the server bundle that this client fits.
         image: what the head takes.
         labels: the class names, index = class.
-        noise_mode: ``fixed`` (a constant of the head graph), ``fresh`` (drawn for each image) or ``none``.
+        noise_mode: ``fixed`` (a constant of the head graph), ``fresh`` (drawn for each image), ``drawn`` (one of
+            several constants for each image) or ``none``.
         noise_std: the standard deviation of the noise, in units of the head's features.
         head: the name of the head's graph, uint8 image in, wire codes out.
         tail: the name of the selector + tail graph, the N answers' codes in, logits out.
         parties: the operators, one or several.
         encryption: how head and tail are encrypted at rest; None: they are not.
+        noise_law: of ``fresh`` noise.
+        noise_tensors: of ``drawn`` noise, how many there are; else 0.
+        dropout: the share of the features that is sent as 0.0, drawn for each image.
     """
 
     wire: WireSpec
@@ -180,6 +188,9 @@ class ClientManifest:
     parties: tuple[PartySpec, ...]
     files: Mapping[str, FileEntry]
     encryption: SealSpec | None = None
+    noise_law: NoiseLaw = "gaussian"
+    noise_tensors: int = 0
+    dropout: float = 0.0
 
 
 def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
@@ -221,6 +232,10 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
             ],
             "encryption": None if manifest.encryption is None else _seal_json(manifest.encryption),
         }
+        # Written where they say something, so that the manifests of before keep their bytes, which sealed files bind.
+        for name, usual in _OPTIONAL.items():
+            if getattr(manifest, name) != usual:
+                document[name] = getattr(manifest, name)
     return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
@@ -247,6 +262,8 @@ def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
         BundleError: anything else that is wrong, with the field's name.
     """
     reader = _open(data, source, "client")
+    reader.document = _OPTIONAL | reader.document
+    mode: NoiseMode = reader.choice("noise_mode", ("none", "fixed", "fresh", "drawn"))
     files = reader.files()
     wire = reader.wire()
     image = reader.child("image")
@@ -255,7 +272,7 @@ def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
         wire=wire,
         image=ImageSpec(height=image.integer("height", 1, 1 << 14), width=image.integer("width", 1, 1 << 14)),
         labels=tuple(reader.strings("labels", MAX_LABELS)),
-        noise_mode=reader.choice("noise_mode", ("none", "fixed", "fresh")),
+        noise_mode=mode,
         noise_std=float(std),
         precision=reader.choice("precision", ("int8", "float32")),
         head=reader.file_name("head", files),
@@ -263,6 +280,9 @@ def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
         parties=reader.parties(wire),
         files=files,
         encryption=reader.encryption(),
+        noise_law=reader.choice("noise_law", ("gaussian", "uniform")),
+        noise_tensors=reader.integer("noise_tensors", *((1, MAX_NOISE_TENSORS) if mode == "drawn" else (0, 0))),
+        dropout=float(reader.get("dropout", lambda v: isinstance(v, int | float) and 0 <= v < 1)),
     )
 
 

@@ -25,7 +25,8 @@ class ClientInfo:
         payload_bytes_up: for one image, without headers, to all operators together.
         payload_bytes_down: for one image, the answers of all N nets, without headers.
         precision: of head and tail.
-        noise_mode: ``fixed``, ``fresh`` or ``none``.
+        noise_mode: ``fixed``, ``fresh``, ``drawn`` (one of several tensors for each image) or ``none``.
+        dropout: the share of the features that is sent as 0.0, other ones for each image.
         backend: the inference runtime.
         servers: the addresses.
         encrypted: whether the connections are.
@@ -44,6 +45,7 @@ class ClientInfo:
     payload_bytes_down: int
     precision: Precision
     noise_mode: NoiseMode
+    dropout: float
     backend: str
     servers: tuple[str, ...]
     encrypted: bool
@@ -70,6 +72,7 @@ def describe(
         ),
         precision=manifest.precision,
         noise_mode=manifest.noise_mode,
+        dropout=manifest.dropout,
         backend=backend,
         servers=servers,
         encrypted=encrypted,

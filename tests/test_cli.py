@@ -72,11 +72,27 @@ def test_keys_new_makes_a_pair_and_refuses_to_overwrite_it(tmp_path):
         (("train", "--data", "demo", "--out", "x", "-N", "3", "-P", "4"), 2, "1 <= P <= N"),
         (("train", "--data", "demo", "--out", "x", "-N", "4", "-P", "0"), 2, "1 <= P <= N"),
         (("train", "--data", "demo", "--out", "x", "--arch", "resnet99"), 2, "resnet10_slim"),
+        (
+            ("train", "--data", "demo", "--out", "x", "--defense", "none", "--dropout", "0.3"),
+            2,
+            "--noise-std 0 --dropout",
+        ),
+        (("train", "--data", "demo", "--out", "x", "--noise", "learned", "--noise-std", "0"), 2, "that it keeps up"),
         (("export", "nowhere", "--out", "x"), 2, "not a run folder"),
         (("serve", "nowhere"), 1, "ensembler-export"),
         (("predict", "nowhere", "a.jpg", "--server", "tcp://127.0.0.1:1"), 1, "ensembler-export"),
     ],
-    ids=["no data", "P > N", "P = 0", "unknown arch", "no run", "no server bundle", "no client bundle"],
+    ids=[
+        "no data",
+        "P > N",
+        "P = 0",
+        "unknown arch",
+        "no defence that drops",
+        "no noise to learn",
+        "no run",
+        "no server bundle",
+        "no client bundle",
+    ],
 )
 def test_wrong_uses_say_what_to_do_and_leave_nothing(tmp_path, arguments, status, words):
     done = run(*arguments, cwd=tmp_path)

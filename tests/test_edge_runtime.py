@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import io
 import os
 import shutil
@@ -20,7 +21,7 @@ from PIL import Image
 
 from ensembler.edge_runtime.backends import BACKENDS, as_codes, open_session
 from ensembler.edge_runtime.images import to_pixels
-from ensembler.edge_runtime.runtime import EdgeRuntime, fresh_noise, softmax
+from ensembler.edge_runtime.runtime import EdgeRuntime, fresh_noise, secret_inputs, softmax, uniform_noise
 from ensembler.protocol.errors import BundleError, BundleTamperedError, ConfigError, ImageError
 from ensembler.protocol.manifest import MANIFEST_NAME, ImageSpec, describe_file, load_client, to_json
 
@@ -323,6 +324,32 @@ def test_fresh_noise_has_any_shape(shape):
 
 def test_no_deviation_is_no_noise():
     assert not fresh_noise((4, 4), 0.0).any()
+
+
+def test_uniform_noise_keeps_within_its_magnitude_and_has_the_given_deviation():
+    noise = uniform_noise(HUNDRED_THOUSAND, 0.25).astype(np.float64)
+    magnitude = 0.25 * 3**0.5
+    assert 0.999 * magnitude < np.abs(noise).max() <= magnitude
+    assert noise.std() == pytest.approx(0.25, rel=0.02)
+    assert abs(noise.mean()) < 6 * 0.25 / noise.size**0.5
+    # As many values in each tenth of the range.
+    counts = np.histogram(noise, 10, (-magnitude, magnitude))[0]
+    assert np.abs(counts - noise.size / 10).max() < 6 * (noise.size / 10) ** 0.5
+
+
+def test_what_is_secret_is_drawn_for_every_image_and_only_what_the_head_takes(tiny):
+    manifest = load_client(tiny.client)
+    shape = (500, *manifest.wire.feature_shape)
+    assert secret_inputs(manifest, 500) == {}
+    drawn = dataclasses.replace(manifest, noise_mode="drawn", noise_tensors=3, dropout=0.3)
+    inputs = secret_inputs(drawn, 500)
+    assert inputs.keys() == {"which", "keep"}
+    assert (inputs["which"].dtype, inputs["keep"].dtype, inputs["keep"].shape) == (np.int64, np.bool_, shape)
+    assert set(np.unique(inputs["which"])) == {0, 1, 2}
+    assert 1 - inputs["keep"].mean() == pytest.approx(0.3, abs=0.01)
+    assert (inputs["keep"][0] != inputs["keep"][1]).mean() == pytest.approx(2 * 0.3 * 0.7, abs=0.05)
+    uniform = dataclasses.replace(manifest, noise_mode="fresh", noise_law="uniform", noise_std=0.5)
+    assert np.abs(secret_inputs(uniform, 500)["noise"]).max() <= 0.5 * 3**0.5
 
 
 # --- softmax ---

@@ -916,6 +916,56 @@ def test_a_baseline_exports_one_net_that_works(defense, mode, std, baselines, ti
     assert (net.noise == 0).all() == (defense == "none")
 
 
+OTHER_CLIENTS = {
+    "one of several learned tensors, and dropout": (
+        {"noise": "learned", "noise_mode": "fresh", "dropout": 0.3},
+        ("drawn", "gaussian", 8, 0.3),
+        ["image", "which", "keep"],
+    ),
+    "fresh uniform noise, N nets behind one head": (
+        {"defense": "joint", "noise": "uniform", "noise_mode": "fresh"},
+        ("fresh", "uniform", 0, 0.0),
+        ["image", "noise"],
+    ),
+}
+
+
+@pytest.mark.parametrize("kind", OTHER_CLIENTS)
+def test_what_a_client_does_to_its_features_goes_all_the_way(kind, tiny, tiny_images, tmp_path):
+    changes, told, inputs = OTHER_CLIENTS[kind]
+    run, out = tmp_path / "run", tmp_path / "out"
+    config = dataclasses.replace(RunFolder.open(tiny.run).config, epochs_stage3=1, **{"defense": "single"} | changes)
+    train(config, run)
+    exported(run, out, server_precision="float32")
+    manifest = load_client(out / "client")
+    assert (manifest.noise_mode, manifest.noise_law, manifest.noise_tensors, manifest.dropout) == told
+    assert [value.name for value in graphs_in(out / "client")["head.onnx"].graph.input] == inputs
+    head = next(stage for stage in report_of(out)["stages"] if stage["stage"] == "head")
+    assert head["sqnr_db"] > 35
+    runtime = EdgeRuntime(out / "client")
+    codes, again = runtime.encode(tiny_images), runtime.encode(tiny_images)
+    assert (codes != again).mean() > 0.2
+    codec = manifest.wire.feature_codec
+    client = load_trained(RunFolder.open(run))
+    with torch.inference_mode():
+        features = client.head((torch.from_numpy(tiny_images.transpose(0, 3, 1, 2).copy()).float() - 128) / 64)
+    dropped = codes == codec.zero_point
+    assert dropped.mean() >= 0.95 * manifest.dropout
+    if manifest.noise_mode == "drawn":
+        # Every image has one of the tensors, and not all the same one.
+        possible = codec.encode((features[:, None] + client.noise).numpy())  # (B, 8, C, h, w)
+        off = np.where(dropped[:, None], 0, np.abs(possible.astype(int) - codes[:, None]))
+        which = off.mean((2, 3, 4)).argmin(1)
+        assert len(set(which)) > 1
+        assert np.quantile(off[np.arange(len(which)), which], 0.99) <= 2  # int8 clips a few
+    else:
+        noise = codec.decode(codes) - features.numpy()
+        inside = (codes > 0) & (codes < codec.code_max)
+        assert np.quantile(np.abs(noise[inside]), 0.99) <= manifest.noise_std * 3**0.5 + 2 * codec.scale
+    classes = held_out_classes(tiny)
+    assert (logits_of(out, out / "server", tiny_images).argmax(1) == classes).mean() > 0.6
+
+
 DAMAGED = {
     "config.json": [
         ("config", []),

@@ -450,3 +450,25 @@ def test_a_graph_inside_a_node_is_not_shipped():
     graph = helper.make_graph([node], "g", [helper.make_tensor_value_info("x", TensorProto.BOOL, [])], [value])
     with pytest.raises(ExportError, match="branches or loops"):
         graphs.scrubbed(helper.make_model(graph))
+
+
+# --- dropout ---
+
+
+@pytest.mark.parametrize("bits", [8, 2])
+def test_a_dropped_code_is_that_of_zero_and_the_others_stay(bits):
+    codec = AffineCodec.from_range(-1.0, 2.0, bits)
+    net = small_net(1, ENDS["convolution"])
+    graph = graphs.optimised(graphs.from_torch(net, [torch.from_numpy(samples(2))]))
+    whole = graphs.attach_codes(graph, "image", IN_CODEC, output="features", out_codec=codec)
+    images = IN_CODEC.encode(samples(7))
+    keep = np.random.Generator(np.random.PCG64(0)).random((7, 5, 8, 8)) >= 0.3
+    model = onnx.load_model_from_string(graphs.scrubbed(graphs.dropped(whole, "features", codec)))
+    dropping = ort.InferenceSession(model.SerializeToString())
+    codes = ort.InferenceSession(graphs.scrubbed(whole)).run(None, {"image": images})[0]
+    found = dropping.run(None, {"image": images, "keep": keep})[0]
+    assert np.array_equal(found, np.where(keep, codes, codec.zero_point))
+    assert (found != codes).any()
+    # A runtime that knows nothing of dropout must not send everything.
+    with pytest.raises(Exception, match="keep"):
+        dropping.run(None, {"image": images})

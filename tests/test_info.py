@@ -35,6 +35,7 @@ def test_info_says_what_the_manifest_and_the_options_say(tiny):
         payload_bytes_down=info.payload_bytes_down,
         precision=manifest.precision,
         noise_mode="fixed",
+        dropout=0.0,
         backend="onnxruntime",
         servers=(SERVER,),
         encrypted=True,

@@ -119,6 +119,9 @@ def test_a_manifest_is_read_as_it_was_written(kind):
         {"parties": (PartySpec(bodies_id=WIRE.bodies_id, num_nets=3, server_public_key=None),)},
         {"noise_mode": "none", "noise_std": 0.0},
         {"noise_mode": "fresh", "noise_std": 0.25},
+        {"noise_mode": "fresh", "noise_law": "uniform"},
+        {"noise_mode": "drawn", "noise_tensors": 8},
+        {"dropout": 0.3},
         {"precision": "float32"},
         {"labels": tuple(str(i) for i in range(1000))},
     ],
@@ -126,6 +129,32 @@ def test_a_manifest_is_read_as_it_was_written(kind):
 def test_every_variant_of_a_client_manifest_is_read_as_it_was_written(changes):
     written = dataclasses.replace(CLIENT, **changes)
     assert parse("client", to_json(written)) == written
+
+
+def test_a_manifest_says_nothing_of_what_its_client_does_not_do():
+    # Sealed files bind these bytes: they must stay those of before there were such fields.
+    assert not {"noise_law", "noise_tensors", "dropout"} & document("client").keys()
+
+
+@pytest.mark.parametrize(
+    ("changes", "name"),
+    [
+        ({"noise_law": "cauchy"}, "noise_law"),
+        ({"noise_law": None}, "noise_law"),
+        ({"noise_mode": "drawn"}, "noise_tensors"),
+        ({"noise_mode": "drawn", "noise_tensors": 1025}, "noise_tensors"),
+        ({"noise_mode": "drawn", "noise_tensors": 2.0}, "noise_tensors"),
+        ({"noise_mode": "fresh", "noise_tensors": 2}, "noise_tensors"),
+        ({"dropout": 1}, "dropout"),
+        ({"dropout": -0.1}, "dropout"),
+        ({"dropout": float("nan")}, "dropout"),
+        ({"dropout": "0.3"}, "dropout"),
+        ({"dropout": True}, "dropout"),
+    ],
+)
+def test_an_impossible_kind_of_noise_is_refused_by_field(changes, name):
+    with pytest.raises(BundleError, match=f"{name} has an invalid value"):
+        parse("client", document("client") | changes)
 
 
 float32_scales = st.floats(2.0**-40, 2.0**40, width=32)

@@ -52,6 +52,26 @@ def test_what_is_not_trained_is_not_planned(settings):
     assert "stage 1   not trained" in plan.text()
 
 
+def test_nets_behind_one_head_are_planned_as_one_piece(settings):
+    plan = make_plan(settings(defense="joint"))
+    stage = plan.stages["stage1"]
+    assert (plan.num_nets, plan.num_selected, stage.pieces) == (3, 3, 1)
+    assert stage.trained_parameters == sum(plan.parameters.values()) + 2 * (
+        plan.parameters["body"] + plan.parameters["tail"]
+    )
+    assert plan.stages.keys() == {"stage1"}
+    assert "stage 1   3 nets, together, each 2 epochs" in plan.text()
+
+
+@pytest.mark.parametrize(("defense", "mode", "tensors"), [("ensembler", "fixed", 1), ("single", "fresh", 8)])
+def test_learning_noise_is_planned_beside_the_net(settings, defense, mode, tensors):
+    plan = make_plan(settings(defense=defense, noise="learned", noise_mode=mode))
+    noise = plan.stages["noise"]
+    assert (noise.trained_parameters, noise.epochs, noise.steps_per_epoch) == (tensors * 16 * 8 * 8, 4, 12)
+    assert plan.time_s == pytest.approx(sum(stage.time_s for stage in plan.stages.values()))
+    assert f"noise     {noise.trained_parameters:,} values, learned with the net frozen" in plan.text()
+
+
 def test_the_plan_says_what_nets_that_train_together_would_take(settings):
     plan = make_plan(settings(jobs=2))
     together, alone = plan.stages["stage1"], plan.stage1_other

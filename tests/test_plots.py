@@ -44,6 +44,19 @@ def test_the_pictures_are_drawn_for_the_owner_alone(copied):
     assert not list(copied.rglob("*.tmp"))
 
 
+@pytest.mark.parametrize("defense", ["ensembler", "joint"])
+def test_learned_noise_and_nets_behind_one_head_are_drawn_too(copied, defense):
+    document = json.loads((copied / "config.json").read_text())
+    document["config"] |= {"noise": "learned", "defense": defense}
+    (copied / "config.json").write_text(json.dumps(document))
+    records = [{"stage": "noise", "epoch": epoch, "loss": 1.0, "train_accuracy": 50.0} for epoch in (1, 2)]
+    with (copied / "metrics.jsonl").open("a") as stream:
+        stream.writelines(json.dumps(record) + "\n" for record in records)
+    assert len(draw(copied)) == 3
+    with Image.open(copied / CURVES_FILE) as picture:
+        assert picture.size[0] == 3 * 5 * 150  # a column for each of the two stages, and one for the noise
+
+
 @pytest.mark.parametrize("classes", [2, 100, 130])
 def test_any_number_of_classes_and_any_name_is_drawn(copied, classes):
     rename(copied, ["$5 $", "鳥" * 200, *(f"class {i}" for i in range(2, classes))])

@@ -15,6 +15,8 @@ from skimage.metrics import structural_similarity
 from torch import nn
 
 from ensembler.cli import main
+from ensembler.export.parity import Gates
+from ensembler.export.pipeline import ExportOptions, export
 from ensembler.privacy import audit as audits
 from ensembler.privacy import scene as scenes
 from ensembler.privacy.attacks import ATTACKS, matching
@@ -31,6 +33,9 @@ from ensembler.privacy.scene import Access, make_scene
 from ensembler.privacy.selector import auc, rankings
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError, GateFailedError
 from ensembler.training.models import normalise
+from ensembler.training.perturbation import Perturbation
+from ensembler.training.runs import RunFolder
+from ensembler.training.stages import train
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -121,7 +126,7 @@ def test_features_are_those_of_the_exported_client_as_they_cross_the_wire(scene)
     steps = scene.arrived / scene.everything.wire.feature_codec.scale
     assert torch.allclose(steps, steps.round(), atol=1e-3)
     client = scene.everything.client
-    in_float = client.noised(client.head(normalise(scene.evaluated)))
+    in_float = client.perturbed(client.head(normalise(scene.evaluated)))
     assert 0 < float((scene.arrived - in_float).abs().max()) < float(in_float.abs().max())
 
 
@@ -142,6 +147,20 @@ def test_a_view_holds_what_its_threat_model_grants_and_no_more(scene, access, hi
     assert {name for name in secrets if getattr(view, name) is None} == hidden
     assert view.access is access
     assert not any("selector" in name for name in view.__dataclass_fields__)
+
+
+def test_a_view_tells_the_kind_of_the_defence_and_none_of_its_values(tiny, audit_images, tmp_path):
+    config = RunFolder.open(tiny.run).config
+    changes = {"defense": "single", "noise": "learned", "noise_mode": "fresh", "noise_std": 0.3, "dropout": 0.2}
+    train(replace(config, **changes, epochs_stage1=1, epochs_stage3=1), tmp_path / "run")
+    gates = Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)
+    export(tmp_path / "run", tmp_path / "out", ExportOptions(gates=gates, server_precision="float32"))
+    made = make_scene(tmp_path / "run", tmp_path / "out" / "client", data=audit_images, observed=128, evaluated=32)
+    view = made.view(Access.QUERY_FREE)
+    assert (view.noise, view.fresh_noise, view.dropout) == ("learned", True, 0.2)
+    assert view.noise_std == pytest.approx(float(made.everything.client.noise.std()))
+    assert view.client is None
+    assert float((view.observed == 0).float().mean()) >= 0.19
 
 
 @pytest.mark.parametrize(
@@ -189,11 +208,12 @@ def test_another_client_of_the_same_server_is_told_apart_by_its_features(scene):
         if isinstance(module, nn.Conv2d):
             module.reset_parameters()
     assert scenes._foreign(other, scene.evaluated, scene.arrived)
-    other.fresh_noise_std = 0.1  # the codes of one client with fresh noise differ, and not by more than noise does
     fresh = copy.deepcopy(client)
-    fresh.fresh_noise_std = 0.1
-    with torch.no_grad():
-        arrived = fresh.noised(fresh.head(normalise(scene.evaluated)))
+    # The codes of one client that draws anew for every image differ, and not by more than that.
+    for kind in (Perturbation(std=0.1, fresh=True), Perturbation(dropout=0.3)):
+        fresh.perturbation = other.perturbation = kind
+        with torch.no_grad():
+            arrived = fresh.perturbed(fresh.head(normalise(scene.evaluated)))
         assert not scenes._foreign(fresh, scene.evaluated, arrived)
         assert scenes._foreign(other, scene.evaluated, arrived)
 

@@ -172,12 +172,25 @@ def test_the_wire_and_the_selector_once_written_are_kept(settings, tmp_path):
     assert {name: (out / name).read_bytes() for name in kept} == kept
 
 
-@pytest.mark.parametrize("defense", ["single", "none"])
-def test_a_baseline_is_resumed_too(settings, tmp_path, defense):
-    train(settings(defense=defense), tmp_path / "whole")
-    cut_after(settings(defense=defense), tmp_path / "run", 1 + STEPS + 1)
-    resume(tmp_path / "run")
-    assert contents(tmp_path / "run") == contents(tmp_path / "whole")
+@pytest.mark.parametrize(
+    ("changes", "pieces"),
+    [
+        ({"defense": "none"}, 1),
+        ({"defense": "single"}, 1),
+        ({"defense": "single", "noise": "uniform", "noise_mode": "fresh"}, 1),
+        ({"defense": "single", "noise": "learned", "noise_mode": "fresh", "dropout": 0.3}, 2),
+        ({"defense": "joint", "dropout": 0.3}, 1),
+        ({"noise": "learned"}, N + 2),
+    ],
+)
+def test_other_defences_are_resumed_too(settings, drawn, tmp_path, changes, pieces):
+    config = settings(**changes)
+    train(config, tmp_path / "whole")
+    for index, calls in enumerate((1 + STEPS + 1, pieces * PIECE - 1)):  # in the first piece, and in the last
+        out = tmp_path / f"run{index}"
+        cut_after(config, out, calls)
+        resume(out)
+        assert contents(out) == contents(tmp_path / "whole")
 
 
 def test_a_second_client_cut_while_stage_1_is_copied_is_resumed(settings, whole, tmp_path, monkeypatch):

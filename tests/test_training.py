@@ -10,6 +10,7 @@ import math
 import random
 import shutil
 import stat
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,10 +24,12 @@ from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training import data as data_sets
 from ensembler.training.config import TrainConfig
-from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, gaussian_noise, pick_device
+from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, derived_seed, pick_device
 from ensembler.training.losses import max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
+from ensembler.training.perturbation import LEARNED_TENSORS, Perturbation
 from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, restore
+from ensembler.training.shredder import learn
 from ensembler.training.stage1 import load_stage1, stage1
 from ensembler.training.stages import (
     Client,
@@ -135,7 +138,7 @@ def test_stage1_noise_is_one_tensor_of_the_features_shape_per_net(run):
 
 @pytest.mark.parametrize("std", [0.0, 0.05, 2.0])
 def test_the_noise_has_the_asked_standard_deviation(std):
-    noise = gaussian_noise((64, 32, 32), std, seed=1)
+    noise = Perturbation(std=std).start((64, 32, 32), seed=1)
     assert noise.shape == (64, 32, 32)
     assert float(noise.std()) == pytest.approx(std, rel=0.01)
     assert float(noise.mean()) == pytest.approx(0, abs=0.02 * std)
@@ -422,7 +425,7 @@ def test_fixed_noise_gives_one_answer_and_fresh_noise_another_each_time(run, set
     assert not torch.equal(first, second)
     assert not torch.equal(first[0], first[1])  # the same image twice in one batch
     assert not client.noise.any()
-    noise = client.noised(torch.zeros(8, *client.noise.shape))
+    noise = client.perturbed(torch.zeros(8, *client.noise.shape))
     assert float(noise.std()) == pytest.approx(STD, rel=0.05)
 
     client, bodies = load_client(run), load_bodies(run)
@@ -544,6 +547,129 @@ def test_a_baseline_is_one_net_cut_in_three(settings, tensors, tmp_path, defense
     x = normalise(tensors.test_x)
     whole = item.net.tail(item.net.body(item.net.head(x) + item.noise))
     torch.testing.assert_close(client.finish(client.head(x), [body], through_wire=False), whole)
+
+
+def test_a_joint_baseline_is_n_nets_behind_one_head_and_all_of_them_count(settings, tensors, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    summary = train(settings(defense="joint"), folder.path)
+    assert (summary["num_nets"], summary["num_selected"]) == (N, N)
+    nets = load_stage1(folder)
+    heads = [state(item.net.head) for item in nets]
+    assert all(head == heads[0] for head in heads)
+    assert len({state(item.net.body)["layer1.0.conv1.weight"] for item in nets}) == N
+    client, bodies = load_client(folder), load_bodies(folder)
+    assert client.selector == tuple(range(N))
+    x = normalise(tensors.test_x)
+    mean = torch.stack([item.logits(x) for item in nets]).mean(0)
+    torch.testing.assert_close(client.finish(client.head(x), bodies, through_wire=False), mean)
+
+
+def test_nets_that_train_together_need_a_tail_of_one_layer(settings, tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent))
+    config = settings(defense="joint", arch="own_nets:sequential", head_end="2", tail_start="8")
+    with pytest.raises(ConfigError, match="--defense joint needs a tail of one linear layer"):
+        train(config, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+# --- what a client does to its features ---
+
+
+def test_stage_1_of_ensembler_does_not_depend_on_what_its_client_will_do(run, settings, tmp_path):
+    other = RunFolder(tmp_path / "run")
+    train(settings(noise="uniform", noise_mode="fresh", dropout=0.5), other.path)
+    for i in range(N):
+        first, second = (folder.load_tensors(run.stage1_file(i)) for folder in (run, other))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize("fresh", [False, True])
+def test_uniform_noise_keeps_within_its_magnitude_and_has_the_asked_deviation(fresh):
+    kind = Perturbation(noise="uniform", std=STD, fresh=fresh)
+    fixed = kind.start((16, 32, 32), seed=1)
+    assert bool(fixed.any()) != fresh
+    noise = kind.draw(fixed, 4).noise
+    assert noise.shape == ((4, 16, 32, 32) if fresh else (16, 32, 32))
+    assert float(noise.abs().max()) <= STD * math.sqrt(3)
+    assert float(noise.std()) == pytest.approx(STD, rel=0.02)
+
+
+def test_dropout_sends_other_features_as_zero_with_every_image_and_leaves_the_rest():
+    features = torch.rand(8, 16, 16, 16) + 1
+    kind = Perturbation(dropout=0.3)
+    fixed = kind.start(features.shape[1:], seed=1)
+    sent, again = (kind.draw(fixed, 8).applied(features) for _ in range(2))
+    assert torch.equal(sent[sent != 0], features[sent != 0])
+    assert float((sent == 0).float().mean()) == pytest.approx(0.3, abs=0.02)
+    assert not torch.equal(sent[0] == 0, sent[1] == 0)
+    assert not torch.equal(sent == 0, again == 0)
+
+
+def test_a_client_drops_at_inference_too(settings, tensors, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    train(settings(defense="single", noise_std=0.0, dropout=0.5), folder.path)
+    client, bodies = load_client(folder), load_bodies(folder)
+    x = normalise(tensors.test_x[:1]).repeat(2, 1, 1, 1)
+    assert not client.training
+    assert not torch.equal(*answer(client, bodies, x))
+    assert float((client.perturbed(torch.ones(4, *client.noise.shape)) == 0).float().mean()) == pytest.approx(
+        0.5, abs=0.1
+    )
+
+
+@pytest.mark.parametrize("mode", ["fixed", "fresh"])
+def test_learned_noise_changes_nothing_of_the_net_and_is_not_what_it_began_as(settings, tmp_path, mode):
+    bare, noisy = RunFolder(tmp_path / "bare"), RunFolder(tmp_path / "noisy")
+    config = settings(defense="single", noise="learned", noise_mode=mode, noise_std=0.5, epochs_stage3=3)
+    config = dataclasses.replace(config, learning_rate=0.1)
+    train(dataclasses.replace(config, noise="gaussian", noise_mode="fixed", noise_std=0.0), bare.path)
+    train(config, noisy.path)
+    (plain,), (item,) = load_stage1(bare), load_stage1(noisy)
+    assert state(plain.net) == state(item.net)
+    noise = load_client(noisy).noise
+    assert torch.equal(noise, item.noise)
+    tensors_of = noise if mode == "fresh" else noise[None]
+    assert tensors_of.shape == (LEARNED_TENSORS if mode == "fresh" else 1, *feature_shape(noisy.arch))
+    # It kept its magnitude, for which it is rewarded, and found a direction of its own.
+    assert all(float(each.std()) == pytest.approx(0.5, rel=0.1) for each in tensors_of)
+    began = config.perturbation.start(feature_shape(noisy.arch), derived_seed(derived_seed(0, 1, 0, 3), 0))
+    assert float((noise - began).abs().mean()) > 0.01
+    lines = [line for line in metrics(noisy) if line.get("stage") == "noise"]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+
+
+def test_noise_below_the_asked_deviation_grows_until_it_is_reached(settings, tensors, run, tmp_path):
+    # Logits that do not depend on the noise leave the reward alone.
+    config = settings(noise="learned", epochs_stage3=5, learning_rate=0.1, weight_decay=0.0)
+    folder = RunFolder.create(tmp_path / "run", config, run.arch, run.labels)
+    shape = (4, 8, 8)
+    kind = Perturbation(noise="learned", std=STD)
+    seed = next(seed for seed in range(99) if float(kind.start(shape, derived_seed(seed, 0)).std()) < 0.95 * STD)
+
+    def unmoved(x, noise):
+        return torch.zeros(len(x), 2) + 0 * noise.sum()
+
+    learned = learn(folder, config, kind, shape, unmoved, tensors, seed=seed, reporter=Silent())
+    assert STD <= float(learned.std()) < 1.2 * STD
+
+
+def test_a_client_of_ensembler_learns_noise_through_the_wire(run, settings, tensors, tmp_path):
+    folder = RunFolder(tmp_path / "run")
+    train(settings(noise="learned"), folder.path, stage1_from=run.path)
+    assert folder.read_wire().spec == run.read_wire().spec
+    client = load_client(folder)
+    assert client.noise.shape == run.read_wire().spec.feature_shape
+    assert float(client.noise.std()) == pytest.approx(STD, rel=0.2)
+    assert not list(folder.path.rglob("*checkpoint*"))
+
+
+def test_a_run_from_before_there_were_kinds_of_noise_keeps_its_meaning(settings):
+    stored = settings().to_dict()
+    for name in ("noise", "dropout"):
+        del stored[name]
+    config = TrainConfig.from_dict(stored)
+    assert config == settings()
+    assert config.perturbation == config.stage1_perturbation == Perturbation(std=STD)
 
 
 # --- the run folder ---
@@ -697,6 +823,13 @@ def test_bodies_id_does_not_change_with_memory_layout_or_mode(bodies):
         ({"reg_over": "al"}, "--reg-over al: choose all or selected"),
         ({"defense": "ensemble"}, "--defense ensemble: choose"),
         ({"noise_mode": "frozen"}, "--noise-mode frozen: choose"),
+        ({"noise": "laplace"}, "--noise laplace: choose gaussian, uniform or learned"),
+        ({"noise": "learned", "noise_std": 0.0}, "--noise learned needs a --noise-std above 0"),
+        ({"dropout": 1.0}, "--dropout 1.0: choose"),
+        ({"dropout": math.nan}, "--dropout nan: choose"),
+        ({"defense": "none", "dropout": 0.3}, "--dropout have no place in --defense none"),
+        ({"defense": "none", "noise": "learned"}, "have no place in --defense none"),
+        ({"defense": "none", "noise_mode": "fresh"}, "have no place in --defense none"),
         ({"noise_std": -0.1}, "noise_std"),
         ({"noise_std": math.nan}, "noise_std"),
         ({"reg_weight": math.inf}, "reg_weight"),
@@ -868,5 +1001,5 @@ def test_resnet18_is_cut_after_its_first_and_before_its_last_layer():
 def test_a_client_of_its_own_parts_registers_no_body(run):
     wire = run.read_wire().spec
     net = build_net(run.arch, P)
-    client = Client(net, torch.zeros(wire.feature_shape), wire, (0, 1))
+    client = Client(net, torch.zeros(wire.feature_shape), wire, (0, 1), Perturbation())
     assert {name.split(".")[0] for name in client.state_dict()} == {"head", "tail", "noise"}

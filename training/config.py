@@ -10,8 +10,9 @@ from typing import Any, Literal
 from ensembler.protocol.codec import CODEC_BITS, known_bits
 from ensembler.protocol.errors import ConfigError
 from ensembler.training.models import ArchSpec, Bottleneck
+from ensembler.training.perturbation import NOISE_KINDS, NoiseKind, Perturbation
 
-Defense = Literal["ensembler", "single", "none"]
+Defense = Literal["ensembler", "joint", "single", "none"]
 NoiseMode = Literal["fixed", "fresh"]
 RegOver = Literal["all", "selected"]
 
@@ -29,12 +30,16 @@ class TrainConfig:
         head_end: the last part on the device; None takes the architecture's own.
         tail_start: the first part that is on the device again; None takes the architecture's own.
         bottleneck: (channels, stride, bits) of a trained bottleneck at the cut, or None. Its bits are the wire's.
-        defense: ``ensembler``; or a baseline: ``single`` (one net with fixed noise), ``none`` (one net, no noise).
+        defense: ``ensembler``; or a baseline: ``joint`` (N nets behind one head, trained together without stages 1
+            and 2, all of which count), ``single`` (one net), ``none`` (one net, no noise).
         num_nets: N.
         num_selected: P.
+        noise: what the client adds to its features: ``gaussian``, ``uniform`` or ``learned``, see ``perturbation``.
+            Stage 1 of Ensembler is always Gaussian (Eq. 2).
         noise_std: sigma, the standard deviation of the noise added to the features.
-        noise_mode: stage 3's noise: one ``fixed`` tensor as in the paper, or ``fresh`` for every image. Stage 1 is
-            always fixed (Eq. 2).
+        noise_mode: the client's noise: one ``fixed`` tensor as in the paper, or ``fresh`` for every image. Stage 1 of
+            Ensembler is always fixed (Eq. 2).
+        dropout: the share of its features that the client drops, see ``perturbation``. Stage 1 of Ensembler drops none.
         reg_weight: lambda of Eq. 3.
         reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
         wire_bits: of one code of the features on the wire; ``auto`` takes the fewest that cost the stage-1 nets no
@@ -64,8 +69,10 @@ class TrainConfig:
     defense: Defense = "ensembler"
     num_nets: int = 10
     num_selected: int = 4
+    noise: NoiseKind = "gaussian"
     noise_std: float = 0.1
     noise_mode: NoiseMode = "fixed"
+    dropout: float = 0.0
     reg_weight: float = 0.1
     reg_over: RegOver = "all"
     wire_bits: int | Literal["auto"] = 8
@@ -83,18 +90,15 @@ class TrainConfig:
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        if self.defense not in ("ensembler", "single", "none"):
-            raise ConfigError(f"--defense {self.defense}: choose ensembler, single or none")
-        if self.noise_mode not in ("fixed", "fresh"):
-            raise ConfigError(f"--noise-mode {self.noise_mode}: choose fixed or fresh")
+        if self.defense not in ("ensembler", "joint", "single", "none"):
+            raise ConfigError(f"--defense {self.defense}: choose ensembler, joint, single or none")
         if self.reg_over not in ("all", "selected"):
             raise ConfigError(f"--reg-over {self.reg_over}: choose all or selected")
+        self._check_perturbation()
         self._check_wire()
-        if self.noise_mode == "fresh" and not self.is_ensemble:
-            raise ConfigError(f"--noise-mode fresh is stage 3's, which --defense {self.defense} does not have")
         if not 1 <= self.num_nets <= MAX_NETS:
             raise ConfigError(f"N = {self.num_nets} nets: choose 1 to {MAX_NETS}")
-        if not 1 <= self.num_selected <= self.num_nets:
+        if self.is_ensemble and not 1 <= self.num_selected <= self.num_nets:
             raise ConfigError(f"P = {self.num_selected} of N = {self.num_nets}: choose 1 <= P <= N")
         not_negative = {
             "noise_std": self.noise_std,
@@ -117,6 +121,21 @@ class TrainConfig:
         if self.train_limit is not None and self.train_limit < self.batch_size:
             raise ConfigError(f"train_limit = {self.train_limit}: at least one batch of {self.batch_size}")
 
+    def _check_perturbation(self) -> None:
+        if self.noise not in NOISE_KINDS:
+            raise ConfigError(f"--noise {self.noise}: choose gaussian, uniform or learned")
+        if self.noise_mode not in ("fixed", "fresh"):
+            raise ConfigError(f"--noise-mode {self.noise_mode}: choose fixed or fresh")
+        if not 0 <= self.dropout < 1:
+            raise ConfigError(f"--dropout {self.dropout}: choose 0 or more, and less than 1")
+        if self.noise == "learned" and not self.noise_std > 0:
+            raise ConfigError("--noise learned needs a --noise-std above 0, the deviation that it keeps up")
+        if self.defense == "none" and (self.noise, self.noise_mode, self.dropout) != ("gaussian", "fixed", 0):
+            raise ConfigError(
+                "--noise, --noise-mode and --dropout have no place in --defense none, which sends features as they "
+                "are; --defense single --noise-std 0 --dropout P drops features and adds nothing"
+            )
+
     def _check_wire(self) -> None:
         bottleneck = self.squeezed
         if bottleneck is not None and self.wire_bits not in (8, bottleneck.bits):
@@ -128,18 +147,34 @@ class TrainConfig:
 
     @property
     def is_ensemble(self) -> bool:
-        """Whether stages 2 and 3 run; a baseline is one stage-1 net."""
+        """Whether stages 2 and 3 run; a baseline ends with the net or nets of stage 1."""
         return self.defense == "ensembler"
 
     @property
     def trained_nets(self) -> int:
-        """How many nets stage 1 trains: N, or 1 for a baseline."""
-        return self.num_nets if self.is_ensemble else 1
+        """How many nets stage 1 trains: N, or 1 for a baseline of one net."""
+        return self.num_nets if self.defense in ("ensembler", "joint") else 1
 
     @property
-    def stage1_noise_std(self) -> float:
-        """The standard deviation of stage 1's noise: 0 without a defence."""
-        return 0.0 if self.defense == "none" else self.noise_std
+    def stage1_pieces(self) -> int:
+        """How many pieces of work stage 1 is: each net, or all that are trained together."""
+        return 1 if self.defense == "joint" else self.trained_nets
+
+    @property
+    def used_nets(self) -> int:
+        """How many answers count: P, or all of a baseline's."""
+        return self.num_selected if self.is_ensemble else self.trained_nets
+
+    @property
+    def perturbation(self) -> Perturbation:
+        """What the client does to its features."""
+        std = 0.0 if self.defense == "none" else self.noise_std
+        return Perturbation(noise=self.noise, fresh=self.noise_mode == "fresh", std=std, dropout=self.dropout)
+
+    @property
+    def stage1_perturbation(self) -> Perturbation:
+        """What a stage-1 net does to its features: fixed Gaussian noise (Eq. 2); a baseline is the client already."""
+        return Perturbation(std=self.noise_std) if self.is_ensemble else self.perturbation
 
     @property
     def squeezed(self) -> Bottleneck | None:

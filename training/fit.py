@@ -91,12 +91,6 @@ def derived_seed(*parts: int) -> int:
     return int(np.random.SeedSequence(parts).generate_state(1, np.uint64)[0] >> 1)
 
 
-def gaussian_noise(shape: tuple[int, ...], std: float, seed: int) -> Tensor:
-    """Returns the paper's fixed noise: one tensor ``shape`` ~ N(0, std^2), broadcast over the batch (Eq. 2)."""
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(shape, generator=generator) * std
-
-
 def augment(images: Tensor, generator: torch.Generator) -> Tensor:
     """Returns randomly shifted (by up to 4 pixels) and mirrored copies of uint8 images ``(B, 3, H, W)``."""
     batch, _, height, width = images.shape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import resource
 import statistics
 import tempfile
@@ -17,7 +18,7 @@ from ensembler.training import data as data_sets
 from ensembler.training import together
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Tensors, pick_device, steps_per_epoch
-from ensembler.training.models import build_net
+from ensembler.training.models import build_net, feature_shape
 from ensembler.training.runs import ClientSecret, RunFolder
 from ensembler.training.stage1 import Stage1Net, stage1
 from ensembler.training.stages import CALIBRATION_IMAGES, fix_wire, stage3
@@ -34,7 +35,7 @@ class StagePlan:
     """One stage that trains.
 
     Attributes:
-        pieces: nets of stage 1, or the one client of stage 3.
+        pieces: nets of stage 1 (1 where they train together), or the one client of stage 3, or its noise.
         trained_parameters: of one piece.
         epochs: passes over the data.
         steps_per_epoch: batches.
@@ -62,10 +63,10 @@ class Plan:
         test_images: how many.
         image_size: height and width in pixels.
         num_classes: K.
-        num_nets: N, or 1 for a baseline.
-        num_selected: P, or 1 for a baseline.
+        num_nets: N, or 1 for a baseline of one net.
+        num_selected: P, or all nets of a baseline.
         parameters: of one net: head, body, tail.
-        stages: by name, ``stage1`` and ``stage3``; the one that is not trained is absent.
+        stages: by name, ``stage1``, ``stage3`` and ``noise``; the one that is not trained is absent.
         stage1_other: stage 1 with the ``jobs`` that were not asked for: 1, or as many as there are threads; None
             where there is no choice.
         time_s: all stages, in seconds.
@@ -107,8 +108,11 @@ class Plan:
                 lines.append(f"{name[:-1]} {name[-1]}   not trained")
             else:
                 at_once = f", {stage.jobs} at a time" if stage.jobs > 1 else ""
+                count = stage.pieces
+                if what == "nets" and count < self.num_nets:
+                    count, at_once = self.num_nets, ", together"
                 lines.append(
-                    f"{name[:-1]} {name[-1]}   {stage.pieces} {what}{at_once}, each {stage.epochs} epochs of "
+                    f"{name[:-1]} {name[-1]}   {count} {what}{at_once}, each {stage.epochs} epochs of "
                     f"{stage.steps_per_epoch} steps of {stage.step_ms:.0f} ms: {duration(stage.time_s)}"
                 )
             if name == "stage1":
@@ -119,6 +123,12 @@ class Plan:
                         f"          --jobs {other.jobs} is {faster} here: {duration(other.time_s)}, measured now"
                     )
                 lines.append(f"stage 2   a secret {self.num_selected} of {self.num_nets}")
+        noise = self.stages.get("noise")
+        if noise is not None:
+            lines.append(
+                f"noise     {noise.trained_parameters:,} values, learned with the net frozen: {noise.epochs} epochs of "
+                f"{noise.steps_per_epoch} steps of {noise.step_ms:.0f} ms: {duration(noise.time_s)}"
+            )
         return "\n".join(
             [
                 *lines,
@@ -141,24 +151,23 @@ def duration(seconds: float) -> str:
 
 
 class _Clock:
-    """A Reporter that notes when the steps were done."""
+    """A Reporter that notes when the steps of each piece of work were done."""
 
     def __init__(self) -> None:
-        self._times: list[float] = []
+        self._pieces: list[list[float]] = []
 
     def begin(self, label: str, total: int) -> None:  # noqa: ARG002 (the protocol's)
-        self._times = [time.perf_counter()]
+        self._pieces.append([time.perf_counter()])
 
     def step(self, detail: str) -> None:  # noqa: ARG002
-        self._times.append(time.perf_counter())
+        self._pieces[-1].append(time.perf_counter())
 
     def end(self, summary: str) -> None:
         pass
 
-    @property
-    def step_s(self) -> float:
-        """The median of the steps after the first, in seconds."""
-        steps = [b - a for a, b in zip(self._times, self._times[1:], strict=False)]
+    def step_s(self, piece: int) -> float:
+        """The median of a piece's steps after the first, in seconds."""
+        steps = [b - a for a, b in itertools.pairwise(self._pieces[piece])]
         return statistics.median(steps[1:] or steps)
 
 
@@ -178,41 +187,46 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
     arch = config.arch_spec(dataset.image_size, len(dataset.labels))
     net = build_net(arch)
     data = Tensors.of(dataset, device, config.train_limit)
-    selected = config.num_selected if config.is_ensemble else 1
+    selected = config.used_nets
+    pieces = config.stage1_pieces
     steps = steps_per_epoch(len(data.train_x), config.batch_size)
     few = MEASURED_STEPS * config.batch_size
     brief = Tensors(data.train_x[:few], data.train_y[:few], data.test_x[:2], data.test_y[:2])
-    # One net stands for all N: they cost the same.
-    tried = replace(config, epochs_stage1=1, epochs_stage3=1, num_nets=1, num_selected=1)
+    # One net stands for all N where each is a piece of its own: they cost the same.
+    at_once = config.trained_nets // pieces
+    tried = replace(config, epochs_stage1=1, epochs_stage3=1, num_nets=at_once, num_selected=1)
     stages: dict[str, StagePlan] = {}
     other = None
-    jobs = 1 if stage1_is_given else min(config.jobs, config.trained_nets)
+    jobs = 1 if stage1_is_given else min(config.jobs, pieces)
     with tempfile.TemporaryDirectory(prefix="ensembler-plan-") as folder:
         run = RunFolder.create(Path(folder) / "run", tried, arch, dataset.labels)
         clock = _Clock()
-        nets = stage1(run, tried, arch, brief, clock) * config.trained_nets
+        nets = stage1(run, tried, arch, brief, clock) * pieces
         evaluation = len(data.test_x) / config.batch_size * EVALUATION_SHARE
         if not stage1_is_given:
-            stages["stage1"] = _stage1(config, net, steps, evaluation, clock.step_s)
-            several = jobs if jobs > 1 else min(torch.get_num_threads(), config.trained_nets)
+            trained = _parameters(net.head) + at_once * (_parameters(net.body) + _parameters(net.tail))
+            stages["stage1"] = _stage1(config, trained, steps, evaluation, clock.step_s(0))
+            several = jobs if jobs > 1 else min(torch.get_num_threads(), pieces)
             if several > 1:
-                at_once = replace(config, num_nets=several, num_selected=1, epochs_stage1=1, train_limit=few)
-                shared = RunFolder.create(Path(folder) / "together", at_once, arch, dataset.labels)
+                tried = replace(config, num_nets=several, num_selected=1, epochs_stage1=1, train_limit=few)
+                shared = RunFolder.create(Path(folder) / "together", tried, arch, dataset.labels)
                 step_s = together.step_s(shared, several, device)
-                other = _stage1(config, net, steps, evaluation, step_s, several)
+                other = _stage1(config, trained, steps, evaluation, step_s, several)
                 if jobs > 1:
                     stages["stage1"], other = other, stages["stage1"]
         if config.is_ensemble:
             wire = fix_wire(nets, brief.train_x[:WIRE_IMAGES])
             secret = ClientSecret(selector=tuple(range(selected)), seed=0)
-            tried = replace(config, epochs_stage3=1)
-            client = stage3(run, tried, arch, brief, nets, wire, secret, clock)
+            client = stage3(run, replace(config, epochs_stage3=1), arch, brief, nets, wire, secret, clock)
             # The summary evaluates twice: in float and through the wire.
-            seconds = (config.epochs_stage3 * steps + 2 * evaluation) * clock.step_s
-            stages["stage3"] = _stage(1, client, config.epochs_stage3, steps, clock.step_s, seconds)
+            stages["stage3"] = _stage3(config, _parameters(client), steps, 2 * evaluation, clock.step_s(1))
+        if config.noise == "learned":
+            values = config.perturbation.start(feature_shape(arch), 0).numel()
+            stages["noise"] = _stage3(config, values, steps, 0, clock.step_s(-1))
         sizes = {path.name: path.stat().st_size for path in run.path.rglob("*") if path.is_file()}
         net_bytes = sizes[Path(run.stage1_file(0)).name]
         client_bytes = sizes.get(Path(run.CLIENT_CHECKPOINT).name, net_bytes)
+        noise_bytes = sizes.get(Path(run.NOISE_CHECKPOINT).name, 0)
     measured = _peak_memory_mib(device)
     # What a whole run holds beside: the other nets; and while the wire is fixed, the features of all N heads, twice.
     others = (config.trained_nets - 1) * net_bytes
@@ -232,30 +246,34 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
         # Processes that train hold the data and a net each, like this one.
         peak_memory_mib=measured * (1 + jobs if jobs > 1 else 1) + (others + features) / MIB,
         peak_memory_measured_mib=measured,
-        # At its largest: all nets, the client, and the checkpoint of one (weights and momentum).
-        disk_mib=(config.trained_nets * net_bytes + 2 * client_bytes + 2 * net_bytes) / MIB,
+        # At its largest: all nets, the client, and the checkpoint of one piece (weights and momentum).
+        disk_mib=((config.trained_nets + 2 * at_once) * net_bytes + 2 * client_bytes + noise_bytes) / MIB,
     )
 
 
 def _stage1(
-    config: TrainConfig, net: nn.Module, steps: int, evaluation: float, step_s: float, jobs: int = 1
+    config: TrainConfig, trained: int, steps: int, evaluation: float, step_s: float, jobs: int = 1
 ) -> StagePlan:
-    rounds = -(-config.trained_nets // jobs)
-    seconds = (config.epochs_stage1 * steps + evaluation) * step_s * rounds
-    return _stage(config.trained_nets, net, config.epochs_stage1, steps, step_s, seconds, jobs)
-
-
-def _stage(
-    pieces: int, module: nn.Module, epochs: int, steps: int, step_s: float, seconds: float, jobs: int = 1
-) -> StagePlan:
+    rounds = -(-config.stage1_pieces // jobs)
     return StagePlan(
-        pieces=pieces,
-        trained_parameters=_parameters(module),
-        epochs=epochs,
+        pieces=config.stage1_pieces,
+        trained_parameters=trained,
+        epochs=config.epochs_stage1,
         steps_per_epoch=steps,
         step_ms=1000 * step_s,
-        time_s=seconds,
+        time_s=(config.epochs_stage1 * steps + evaluation) * step_s * rounds,
         jobs=jobs,
+    )
+
+
+def _stage3(config: TrainConfig, trained: int, steps: int, evaluation: float, step_s: float) -> StagePlan:
+    return StagePlan(
+        pieces=1,
+        trained_parameters=trained,
+        epochs=config.epochs_stage3,
+        steps_per_epoch=steps,
+        step_ms=1000 * step_s,
+        time_s=(config.epochs_stage3 * steps + evaluation) * step_s,
     )
 
 

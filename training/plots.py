@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensembler.protocol.errors import MissingExtraError
-from ensembler.training.runs import CONFUSION_FILE, RunFolder
+from ensembler.training.runs import CONFUSION_FILE, NOISE_STAGE, RunFolder
 
 PLAN_PICTURE = "plan.png"
 CURVES_FILE = "curves.png"
@@ -73,39 +73,45 @@ def save_picture(figure: Any, path: Path) -> None:
 
 
 def _plan(run: RunFolder) -> Any:
-    """A bar of training steps for each net and the client, in the order in which they were trained."""
+    """A bar of training steps for each net, the client and its noise, in the order in which they were trained."""
     config, summary = run.config, run.read_json("summary.json")
     per_epoch = -(-int(summary["train_images"]) // config.batch_size)
-    first, last = config.epochs_stage1 * per_epoch, config.epochs_stage3 * per_epoch if config.is_ensemble else 0
-    nets = config.trained_nets
+    first, last = config.epochs_stage1 * per_epoch, config.epochs_stage3 * per_epoch
+    nets, pieces = config.trained_nets, config.stage1_pieces
+    rows = [f"net {index + 1}" for index in range(pieces)] if pieces == nets else [f"{nets} nets"]
+    learned = ["noise"] if config.noise == "learned" else []
+    late = ["client", *learned] if config.is_ensemble else []
+    rows += [] if config.is_ensemble else learned
+    steps = [first] * pieces + [last] * (len(rows) - pieces)
+    fixed = sum(steps)
+    steps += [last] * len(late)
     figure = blank_figure(9.0, min(2.2 + 0.28 * (nets + 1), 12.0))
     axis = figure.subplots()
-    rows = [f"net {index + 1}" for index in range(nets)]
-    axis.barh(rows, [first] * nets, left=[first * index for index in range(nets)], color=ONE)
-    if last:
-        rows.append("client")
-        axis.barh(["client"], [last], left=[first * nets], color=MEAN)
-    axis.axvline(first * nets, color=HELD_OUT, linestyle="--")
-    axis.text(first * nets, -0.7, "wire fixed, then the selector drawn ", ha="right", color=HELD_OUT, fontsize=9)
+    for index, row in enumerate([*rows, *late]):
+        axis.barh([row], [steps[index]], left=[sum(steps[:index])], color=ONE if index < pieces else MEAN)
+    rows += late
+    axis.axvline(fixed, color=HELD_OUT, linestyle="--")
+    axis.text(fixed, -0.7, "wire fixed, then the selector drawn ", ha="right", color=HELD_OUT, fontsize=9)
     axis.set_ylim(len(rows) - 0.4, -1.1)  # the first net on top, and room for the text above it
     axis.tick_params(axis="y", labelsize=9 if nets <= 32 else 4)
     axis.set_xlabel(
         f"training steps of {config.batch_size} images: {config.epochs_stage1} epochs a net"
-        + (f", {config.epochs_stage3} for the client" if last else "")
+        + (f", {config.epochs_stage3} for {' and '.join(rows[pieces:])}" if len(rows) > pieces else "")
     )
     shape = "x".join(map(str, summary["feature_shape"]))
     cut = f" cut after {config.head_end}" if config.head_end else ""
     wire = run.read_wire().spec
     title = f"{config.arch}{cut}: {nets} net{'s' if nets > 1 else ''}"
-    title += f", {summary['num_selected']} of them selected" if last else f" ({config.defense})"
+    title += f", {summary['num_selected']} of them selected" if late else f" ({config.defense})"
     axis.set_title(f"{title}\nfeatures {shape} in {wire.feature_codec.bits} bits: {wire.bytes_up} bytes an image")
     return figure
 
 
 def _curves(run: RunFolder) -> Any:
-    """Loss above, accuracy below; stage 1 on the left, stage 3 on the right."""
+    """Loss above, accuracy below; stage 1 on the left, then stage 3, then learned noise."""
     records = run.read_metrics()
-    stages = [stage for stage in (1, 3) if any(r.get("stage") == stage and "epoch" in r for r in records)]
+    titles = {3: "stage 3: the client", NOISE_STAGE: "the noise"}
+    stages = [stage for stage in (1, *titles) if any(r.get("stage") == stage and "epoch" in r for r in records)]
     figure = blank_figure(5.0 * len(stages), 6.0)
     axes = figure.subplots(2, len(stages), squeeze=False, sharex="col", sharey="row")
     for column, stage in enumerate(stages):
@@ -124,8 +130,8 @@ def _curves(run: RunFolder) -> Any:
                 axes[1, column].axhline(
                     summary["accuracy_wire"], color=HELD_OUT, linestyle="--", label="held-out images, through the wire"
                 )
-        title = f"stage 1: {len(nets)} net{'s' if len(nets) > 1 else ''}" if stage == 1 else "stage 3: the client"
-        axes[0, column].set_title(title)
+        count = run.config.trained_nets
+        axes[0, column].set_title(titles.get(stage, f"stage 1: {count} net{'s' if count > 1 else ''}"))
         axes[1, column].set_xlabel("epoch")
         axes[1, column].xaxis.get_major_locator().set_params(integer=True)
     axes[0, 0].set_ylabel("loss")

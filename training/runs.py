@@ -8,7 +8,7 @@
       wire.json                codecs, shapes, the bodies' order; fixed before the selector is drawn
       client/secret.json       0600: selector and seed
       client/client.safetensors       head, noise, tail of stage 3
-      *.checkpoint.safetensors while training: where a stage-1 net or the client stands, see ``checkpoint``
+      *.checkpoint.safetensors while training: where a net, the client or its noise stands, see ``checkpoint``
       metrics.jsonl            one JSON object per line, appended as training goes
       confusion.json           how many held-out images of each class were taken for each class
       plan.png, curves.png, confusion.png  drawn at the end by the command line, see ``plots``
@@ -43,6 +43,7 @@ from ensembler.training.models import ArchSpec
 
 RUN_VERSION = 2
 CONFUSION_FILE = "confusion.json"
+NOISE_STAGE = "noise"  # of learned noise, in metrics.jsonl
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -152,7 +153,7 @@ class RunFolder:
         """
         run = cls._of_this_version(path)
         if run.has("summary.json"):
-            run.remove(run.CLIENT_CHECKPOINT)  # where the kill came between the summary and the end
+            run.remove_checkpoints()  # where the kill came between the summary and the end
             raise ConfigError(
                 f"--resume {path}: training is finished; there is nothing to resume. "
                 f"Next: ensembler-export {path} --out bundles"
@@ -217,6 +218,7 @@ class RunFolder:
 
     CLIENT_FILE = "client/client.safetensors"
     CLIENT_CHECKPOINT = "client/client.checkpoint.safetensors"
+    NOISE_CHECKPOINT = "client/noise.checkpoint.safetensors"
     SECRET_FILE = "client/secret.json"  # noqa: S105 (a file name)
 
     def write_wire(self, state: WireState) -> None:
@@ -293,6 +295,11 @@ class RunFolder:
     def remove(self, name: str) -> None:
         """Removes a part, if it is there."""
         (self.path / name).unlink(missing_ok=True)
+
+    def remove_checkpoints(self) -> None:
+        """Removes the client's checkpoints, once the run is finished."""
+        for name in (self.CLIENT_CHECKPOINT, self.NOISE_CHECKPOINT):
+            self.remove(name)
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:
         """Stores named tensors, and texts beside them."""

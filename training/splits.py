@@ -6,6 +6,7 @@ and tail of it. Errors list the cuts that would work.
 
 from __future__ import annotations
 
+import copy
 import operator
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -391,6 +392,38 @@ def widened(tail: fx.GraphModule, num_selected: int) -> fx.GraphModule:
         new = nn.Linear(num_selected * old.in_features, old.out_features, bias=old.bias is not None)
         tail.set_submodule(name, new)
     return tail
+
+
+def only_linear(tail: nn.Module) -> nn.Linear:
+    """Returns the linear layer that is all of a tail.
+
+    Raises:
+        ConfigError: the tail has other layers too.
+    """
+    assert isinstance(tail, fx.GraphModule)  # as every tail that was cut off
+    steps = [node for node in tail.graph.nodes if node.op not in ("placeholder", "output")]
+    layer = tail.get_submodule(str(steps[0].target)) if len(steps) == 1 and steps[0].op == "call_module" else None
+    if not isinstance(layer, nn.Linear):
+        raise ConfigError(
+            "--defense joint needs a tail of one linear layer; choose a later --tail-start (ensembler cuts lists them)"
+        )
+    return layer
+
+
+def joined(tails: Sequence[nn.Module]) -> nn.Module:
+    """Returns the tail ``(B, N * F)`` that gives the mean of the logits of N linear ``tails``.
+
+    Its input is what the selector of Eq. 1 makes of all N answers: each times 1/N, side by side.
+    """
+    layers = [only_linear(tail) for tail in tails]
+    result = copy.deepcopy(tails[0])
+    assert isinstance(result, fx.GraphModule)
+    layer = only_linear(widened(result, len(tails)))
+    with torch.no_grad():
+        layer.weight.copy_(torch.cat([each.weight for each in layers], 1))
+        if layer.bias is not None:
+            layer.bias.copy_(torch.stack([each.bias for each in layers]).mean(0))
+    return result
 
 
 class _Recorder(fx.Interpreter):

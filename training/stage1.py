@@ -1,13 +1,14 @@
 """Stage 1 of Ensembler (Section III-C): N nets, each trained alone, with its own fixed noise after the head (Eq. 2).
 
 The nets have nothing in common but the data, so several may be trained at once, each in a process of its own: see
-``together``. Start reading at ``stage1``.
+``together``. Baselines are trained here too; they do to their features what the client will do. Start reading at
+``stage1``.
 """
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
-from functools import partial
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import TypeVar
 
 import torch
@@ -25,11 +26,12 @@ from ensembler.training.fit import (
     accuracy,
     derived_seed,
     fit,
-    gaussian_noise,
     steps_per_epoch,
 )
 from ensembler.training.models import ArchSpec, Net, build_net, feature_shape
+from ensembler.training.perturbation import Perturbation
 from ensembler.training.runs import RunFolder, module_tensors, restore
+from ensembler.training.shredder import learn
 from ensembler.training.wire import fake_quantise
 
 M = TypeVar("M", bound=nn.Module)
@@ -37,18 +39,33 @@ M = TypeVar("M", bound=nn.Module)
 
 @dataclass(frozen=True)
 class Stage1Net:
-    """One stage-1 net with its fixed noise tensor ``(C, h, w)``."""
+    """One stage-1 net.
+
+    Attributes:
+        net: its parts.
+        noise: its fixed noise ``(C, h, w)``, or as ``Perturbation.start`` shapes it.
+        perturbation: what it does to its features.
+    """
 
     net: Net
     noise: Tensor
+    perturbation: Perturbation
+
+    def perturbed(self, features: Tensor, generator: torch.Generator | None = None) -> Tensor:
+        """Returns what is sent for features ``(B, C, h, w)``; ``generator`` as for ``Perturbation.draw``."""
+        return self.perturbation.draw(self.noise, len(features), generator).applied(features)
 
     def logits(self, x: Tensor, codec: AffineCodec | None = None) -> Tensor:
         """Returns logits ``(B, K)`` for normalised images, the features sent through ``codec`` if there is one."""
-        sent = self.net.head(x) + self.noise
-        if codec is not None:
-            sent = fake_quantise(sent, codec)
-        logits: Tensor = self.net.tail(self.net.body(sent))
-        return logits
+        return mean_logits([self], x, codec)
+
+
+def mean_logits(items: Sequence[Stage1Net], x: Tensor, codec: AffineCodec | None = None) -> Tensor:
+    """Returns the mean ``(B, K)`` of the logits of nets behind one head, whose features go to all of them."""
+    sent = items[0].perturbed(items[0].net.head(x))
+    if codec is not None:
+        sent = fake_quantise(sent, codec)
+    return torch.stack([item.net.tail(item.net.body(sent)) for item in items]).mean(0)
 
 
 def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, reporter: Reporter) -> list[Stage1Net]:
@@ -62,66 +79,100 @@ def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, r
         reporter: told of the progress.
     """
     device = data.train_x.device
-    missing = [index for index in range(config.trained_nets) if not run.has(run.stage1_file(index))]
+    everything = range(config.trained_nets)
+    missing = [index for index in everything if not run.has(run.stage1_file(index))]
+    if missing and config.stage1_pieces < config.trained_nets:
+        return train_piece(run, config, arch, everything, data, reporter)
     if config.jobs > 1 and len(missing) > 1:
         steps = config.epochs_stage1 * steps_per_epoch(len(data.train_x), config.batch_size)
         together.train_nets(run, config, missing, device, steps, reporter)
         missing = []
     trained = []
-    for index in range(config.trained_nets):
+    for index in everything:
         if index in missing:
-            trained.append(train_net(run, config, arch, index, data, reporter))
+            trained += train_piece(run, config, arch, [index], data, reporter)
         else:
             run.remove(run.stage1_checkpoint(index))
             stored = _stored(run, index)
             # In the layout that it was trained in: another one rounds differently.
-            trained.append(Stage1Net(placed(stored.net, device), stored.noise.to(device)))
+            trained.append(replace(stored, net=placed(stored.net, device), noise=stored.noise.to(device)))
     return trained
 
 
-def train_net(
-    run: RunFolder, config: TrainConfig, arch: ArchSpec, index: int, data: Tensors, reporter: Reporter
-) -> Stage1Net:
-    """Trains, or goes on training, and stores the net ``index``; returns it frozen."""
-    torch.manual_seed(derived_seed(config.seed, 1, index, 0))
-    net = placed(build_net(arch), data.train_x.device)
-    noise = gaussian_noise(feature_shape(arch), config.stage1_noise_std, derived_seed(config.seed, 1, index, 1))
-    noise = noise.to(data.train_x.device)
-    item = Stage1Net(net, noise)
-    bottleneck = config.squeezed
+def train_piece(
+    run: RunFolder, config: TrainConfig, arch: ArchSpec, indices: Sequence[int], data: Tensors, reporter: Reporter
+) -> list[Stage1Net]:
+    """Trains, or goes on training, and stores the nets ``indices`` as one piece of work; returns them frozen.
+
+    One net is trained alone (Eq. 2). Several share a head and are trained together, by the mean of their logits: that
+    is the ensemble without stage 1 (Ensembler, Section IV-B, "DR-10").
+    """
+    device, first, shape = data.train_x.device, indices[0], feature_shape(arch)
+    torch.manual_seed(derived_seed(config.seed, 1, first, 0))
+    nets = [placed(build_net(arch), device) for _ in indices]
+    for net in nets[1:]:
+        net.head = nets[0].head
+    perturbation = config.stage1_perturbation
+    is_learned = perturbation.noise == "learned"
+    # Noise that is learned comes when the net is there.
+    trained_with = Perturbation(dropout=perturbation.dropout) if is_learned else perturbation
+    noise = trained_with.start(shape, derived_seed(config.seed, 1, first, 1)).to(device)
+    items = [Stage1Net(net, noise, trained_with) for net in nets]
     # A bottleneck's quantiser is part of the net from the first step on.
-    forward = partial(item.logits, codec=None if bottleneck is None else bottleneck.codec)
+    codec = None if config.squeezed is None else config.squeezed.codec
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
-        logits = forward(x)
+        logits = mean_logits(items, x, codec)
         return StepResult(F.cross_entropy(logits, targets), logits)
 
-    piece = {"stage": 1, "net": index}
-    net.train()
+    piece = {"stage": 1, "net": first}
+    live = {**module_tensors("net", nets[0]), "noise": noise}
+    for index, net in enumerate(nets[1:], 1):
+        live |= module_tensors(f"body{index}", net.body) | module_tensors(f"tail{index}", net.tail)
+    words = f"nets 1 to {len(nets)} together" if len(nets) > 1 else f"net {first + 1} of {config.trained_nets}"
     for metrics in fit(
-        net.parameters(),
+        nn.ModuleList(nets).train().parameters(),
         step,
         data,
         config,
         epochs=config.epochs_stage1,
-        seed=derived_seed(config.seed, 1, index, 2),
+        seed=derived_seed(config.seed, 1, first, 2),
         reporter=reporter,
-        label=f"stage 1, net {index + 1} of {config.trained_nets}",
-        checkpoint=Checkpoint(run, run.stage1_checkpoint(index), {**module_tensors("net", net), "noise": noise}, piece),
+        label=f"stage 1, {words}",
+        checkpoint=Checkpoint(run, run.stage1_checkpoint(first), live, piece),
     ):
         run.append_metrics({**piece, **asdict(metrics)})
-    freeze(net)
-    run.append_metrics({**piece, "test_accuracy": accuracy(forward, data.test_x, data.test_y)})
-    parts = {**module_tensors("head", net.head), **module_tensors("body", net.body), **module_tensors("tail", net.tail)}
-    run.save_tensors(run.stage1_file(index), {**parts, "noise": noise})
-    run.remove(run.stage1_checkpoint(index))
-    return item
+    for net in nets:
+        freeze(net)
+    if is_learned:
+
+        def with_noise(x: Tensor, noise: Tensor) -> Tensor:
+            return mean_logits([Stage1Net(net, noise, perturbation) for net in nets], x, codec)
+
+        seed = derived_seed(config.seed, 1, first, 3)
+        noise = learn(run, config, perturbation, shape, with_noise, data, seed=seed, reporter=reporter)
+        items = [Stage1Net(net, noise, perturbation) for net in nets]
+    tested = accuracy(lambda x: mean_logits(items, x, codec), data.test_x, data.test_y)
+    run.append_metrics({**piece, "test_accuracy": tested})
+    for index, item in zip(indices, items, strict=True):
+        _store(run, index, item)
+    run.remove(run.stage1_checkpoint(first))
+    return items
+
+
+def _store(run: RunFolder, index: int, item: Stage1Net) -> None:
+    """Stores one stage-1 net."""
+    tensors = {"noise": item.noise}
+    for name, part in item.net.named_children():
+        tensors |= module_tensors(name, part)
+    run.save_tensors(run.stage1_file(index), tensors)
 
 
 def load_stage1(run: RunFolder, device: torch.device | None = None) -> list[Stage1Net]:
     """Reads the N stage-1 nets, frozen, in training order."""
     nets = [_stored(run, index) for index in range(run.config.trained_nets)]
-    return [Stage1Net(item.net.to(device or "cpu"), item.noise.to(device or "cpu")) for item in nets]
+    place = device or torch.device("cpu")
+    return [replace(item, net=item.net.to(place), noise=item.noise.to(place)) for item in nets]
 
 
 def _stored(run: RunFolder, index: int) -> Stage1Net:
@@ -130,7 +181,7 @@ def _stored(run: RunFolder, index: int) -> Stage1Net:
     net = build_net(run.arch)
     for name, module in (("head", net.head), ("body", net.body), ("tail", net.tail)):
         restore(module, name, tensors)
-    return Stage1Net(freeze(net), tensors["noise"])
+    return Stage1Net(freeze(net), tensors["noise"], run.config.stage1_perturbation)
 
 
 def placed(module: M, device: torch.device) -> M:

@@ -17,7 +17,7 @@ from ensembler.training import data as data_sets
 from ensembler.training.checkpoint import data_digest
 from ensembler.training.fit import Tensors
 from ensembler.training.runs import RunFolder
-from ensembler.training.stage1 import train_net
+from ensembler.training.stage1 import train_piece
 from ensembler.training.together import ERRORS
 
 
@@ -59,7 +59,7 @@ def main(arguments: Sequence[str]) -> int:
             raise DataError(f"--data {config.data}: was changed while the run was training")
         data = Tensors.of(dataset, torch.device(config.device), config.train_limit)
         for index in order["nets"]:
-            train_net(run, config, run.arch, index, data, _Telling(index, hold=order["hold"]))
+            train_piece(run, config, run.arch, [index], data, _Telling(index, hold=order["hold"]))
     except tuple(ERRORS.values()) as error:
         _say("error", type(error).__name__, str(error))
     except BrokenPipeError:

@@ -32,11 +32,11 @@ from ensembler.training.fit import (
     accuracy,
     derived_seed,
     fit,
-    gaussian_noise,
     pick_device,
 )
 from ensembler.training.losses import max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise
+from ensembler.training.perturbation import Draw, Perturbation
 from ensembler.training.runs import (
     CONFUSION_FILE,
     ClientSecret,
@@ -46,6 +46,8 @@ from ensembler.training.runs import (
     module_tensors,
     restore,
 )
+from ensembler.training.shredder import learn
+from ensembler.training.splits import joined, only_linear
 from ensembler.training.stage1 import Stage1Net, freeze, load_stage1, placed, stage1
 from ensembler.training.wire import (
     CLIPPED_ANSWERS,
@@ -60,17 +62,18 @@ BITS_IMAGES = 4096
 
 
 class Client(nn.Module):
-    """The client's whole pipeline in float: head, noise, wire, the P selected bodies, wire, selector, tail.
+    """The client's whole pipeline in float: head, noise, dropout, wire, the P selected bodies, wire, selector, tail.
 
     Attributes:
         head: trained in stage 3.
-        noise: ``(C, h, w)``; zeros when the mode is ``fresh`` or there is no defence.
+        noise: ``(C, h, w)``, or as ``Perturbation.start`` shapes it; zeros where there is none or it is drawn anew.
         tail: trained in stage 3.
         selector: P positions in the server's order.
+        perturbation: what is done to the features.
     """
 
     def __init__(
-        self, net: Net, noise: Tensor, wire: WireSpec, selector: Sequence[int], fresh_noise_std: float = 0.0
+        self, net: Net, noise: Tensor, wire: WireSpec, selector: Sequence[int], perturbation: Perturbation
     ) -> None:
         super().__init__()
         self.head = net.head
@@ -79,13 +82,15 @@ class Client(nn.Module):
         self.register_buffer("noise", noise)
         self.wire = wire
         self.selector = tuple(selector)
-        self.fresh_noise_std = fresh_noise_std
+        self.perturbation = perturbation
 
-    def noised(self, features: Tensor) -> Tensor:
-        """Returns ``features + noise``, ``(B, C, h, w)``: the fixed tensor, or fresh noise for every image."""
-        if self.fresh_noise_std > 0:
-            return features + self.fresh_noise_std * torch.randn_like(features)
-        return features + self.noise
+    def draw(self, count: int, generator: torch.Generator | None = None) -> Draw:
+        """Draws what ``count`` images get; ``generator`` as for ``Perturbation.draw``."""
+        return self.perturbation.draw(self.noise, count, generator)
+
+    def perturbed(self, features: Tensor) -> Tensor:
+        """Returns what is sent, in float, for the head's output ``(B, C, h, w)``."""
+        return self.draw(len(features)).applied(features)
 
     def combine(self, answers: Tensor) -> Tensor:
         """Returns logits ``(B, K)`` from the selected answers ``(B, P, F)``: S_i = 1/P, concatenation (Eq. 1), tail."""
@@ -93,14 +98,14 @@ class Client(nn.Module):
         return logits
 
     def finish(self, features: Tensor, selected: Sequence[nn.Module], *, through_wire: bool = True) -> Tensor:
-        """Returns logits from noise-free ``features``, through the P selected bodies.
+        """Returns logits from the head's own ``features``, through the P selected bodies.
 
         Args:
             features: ``(B, C, h, w)``, the head's output.
             selected: the P bodies, in the selector's order.
             through_wire: quantise what travels, as the product does; off gives the float reference.
         """
-        sent = self.noised(features)
+        sent = self.perturbed(features)
         if through_wire:
             sent = fake_quantise(sent, self.wire.feature_codec)
         answers = torch.stack([body(sent) for body in selected], dim=1)  # (B, P, F)
@@ -162,7 +167,7 @@ def mixed_features(nets: Sequence[Stage1Net], codec: AffineCodec, images: Tensor
     """Returns features ``(M, C, h, w)`` as they arrive, the N stage-1 heads taking turns over ``images``.
 
     They stand in for the features of clients that do not exist yet, and say nothing of any selector: the bodies'
-    codecs and quantisation scales come from them.
+    codecs and quantisation scales come from them. What is drawn anew for every image is the same in each call.
 
     Args:
         nets: the N trained nets.
@@ -174,13 +179,16 @@ def mixed_features(nets: Sequence[Stage1Net], codec: AffineCodec, images: Tensor
         chosen = images[index :: len(nets)]
         if len(chosen):
             features = _in_batches(item.net.head, normalise(chosen).to(memory_format=torch.channels_last))
-            parts.append(fake_quantise(features + item.noise, codec))
+            parts.append(fake_quantise(item.perturbed(features, torch.Generator().manual_seed(index)), codec))
     return torch.cat(parts)
 
 
 def _all_features(nets: Sequence[Stage1Net], x: Tensor) -> Tensor:
     """Returns what all N stage-1 heads send for the normalised images ``x``, ``(N, M, C, h, w)``."""
-    return torch.stack([_in_batches(item.net.head, x) + item.noise for item in nets])
+    drawn = [torch.Generator().manual_seed(index) for index in range(len(nets))]
+    return torch.stack(
+        [item.perturbed(_in_batches(item.net.head, x), each) for item, each in zip(nets, drawn, strict=True)]
+    )
 
 
 @torch.inference_mode()
@@ -220,7 +228,7 @@ def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
 def stage2(config: TrainConfig) -> ClientSecret:
     """Draws the secret selector, P of N positions, from the operating system's generator."""
     system = secrets.SystemRandom()
-    selector = sorted(system.sample(range(config.trained_nets), config.num_selected if config.is_ensemble else 1))
+    selector = sorted(system.sample(range(config.trained_nets), config.used_nets))
     seed = config.client_seed if config.client_seed is not None else secrets.randbits(62)
     return ClientSecret(selector=tuple(selector), seed=seed)
 
@@ -242,10 +250,12 @@ def stage3(
     device = data.train_x.device
     torch.manual_seed(derived_seed(secret.seed, 3, 0))
     net = build_net(arch, config.num_selected)
-    fresh = config.noise_mode == "fresh"
-    noise = gaussian_noise(wire.spec.feature_shape, 0.0 if fresh else config.noise_std, derived_seed(secret.seed, 3, 1))
-    client = Client(net, noise, wire.spec, secret.selector, config.noise_std if fresh else 0.0)
-    client = placed(client, device)
+    perturbation, shape = config.perturbation, wire.spec.feature_shape
+    is_learned = perturbation.noise == "learned"
+    # Noise that is learned comes when head and tail are there.
+    trained_with = Perturbation(dropout=perturbation.dropout) if is_learned else perturbation
+    noise = trained_with.start(shape, derived_seed(secret.seed, 3, 1))
+    client = placed(Client(net, noise, wire.spec, secret.selector, trained_with), device)
     bodies = [nets[i].net.body for i in wire.order]
     selected = [bodies[k] for k in secret.selector]
     previous = [nets[i].net.head for i in wire.order]
@@ -274,14 +284,27 @@ def stage3(
     ):
         run.append_metrics({"stage": 3, **asdict(metrics)})
     client.eval()
+    if is_learned:
+        client.requires_grad_(False)
+
+        def with_noise(x: Tensor, noise: Tensor) -> Tensor:
+            sending = Client(net, noise, wire.spec, secret.selector, perturbation)
+            return sending.finish(client.head(x), selected)
+
+        seed = derived_seed(secret.seed, 3, 3)
+        noise = learn(run, config, perturbation, shape, with_noise, data, seed=seed, reporter=reporter)
+        client = Client(net, noise, wire.spec, secret.selector, perturbation).eval()
     return client
 
 
-def _baseline_client(item: Stage1Net, wire: WireState, secret: ClientSecret) -> Client:
-    """A baseline keeps its stage-1 head, noise and tail: one net, cut in three."""
-    client = Client(item.net, item.noise, wire.spec, secret.selector)
-    client.eval()
-    return client
+def _baseline_client(nets: Sequence[Stage1Net], wire: WireState, secret: ClientSecret) -> Client:
+    """A baseline keeps its stage-1 head, noise and tail: one net cut in three, or all N behind one head."""
+    ordered = [nets[wire.order[k]] for k in secret.selector]
+    first = ordered[0]
+    net = first.net
+    if len(ordered) > 1:
+        net = Net(net.head, net.body, joined([item.net.tail for item in ordered]))
+    return Client(net, first.noise, wire.spec, secret.selector, first.perturbation).eval()
 
 
 # --- all of it ---
@@ -313,6 +336,8 @@ def train(
     if source is not None:
         _require_same_nets(source, config, arch, dataset.labels)
     feature_shape(arch)  # refuses an impossible net before anything is written
+    if config.defense == "joint":
+        only_linear(build_net(arch).tail)
     run = RunFolder.create(out, config, arch, dataset.labels, data_digest=data_digest(dataset), stage1_from=stage1_from)
     with training_lock(run):
         return _run_stages(run, config, arch, Tensors.of(dataset, device, config.train_limit), reporter)
@@ -373,15 +398,15 @@ def _run_stages(
     if config.is_ensemble:
         client = stage3(run, config, arch, data, nets, wire, secret, reporter)
     else:
-        client = _baseline_client(nets[0], wire, secret)
+        client = _baseline_client(nets, wire, secret)
     run.save_tensors(
         run.CLIENT_FILE,
         {**module_tensors("head", client.head), **module_tensors("tail", client.tail), "noise": client.noise},
     )
+    torch.manual_seed(derived_seed(secret.seed, 3, 4))  # what is drawn for every image is, in the summary too
     summary = _summary(run, config, client, nets, wire, data)
     run.write_json("summary.json", {**summary, "feature_shape": list(wire.spec.feature_shape)})
-    # Only now: with fresh noise the summary depends on the generator's state, which the checkpoint has.
-    run.remove(run.CLIENT_CHECKPOINT)
+    run.remove_checkpoints()  # only now: until then a resumed run takes head, tail and noise from them
     return summary
 
 
@@ -482,15 +507,7 @@ def load_client(run: RunFolder) -> Client:
     net = build_net(run.arch, len(secret.selector))
     for name, module in (("head", net.head), ("tail", net.tail)):
         restore(module, name, tensors)
-    fresh = config.is_ensemble and config.noise_mode == "fresh"
-    client = Client(
-        freeze(net),
-        tensors["noise"],
-        run.read_wire().spec,
-        secret.selector,
-        config.noise_std if fresh else 0.0,
-    )
-    return client.eval()
+    return Client(freeze(net), tensors["noise"], run.read_wire().spec, secret.selector, config.perturbation).eval()
 
 
 def load_bodies(run: RunFolder) -> list[nn.Module]:

@@ -12,6 +12,7 @@ from torch.nn import functional as F
 
 from ensembler.privacy.decoder import as_map
 from ensembler.privacy.scene import View
+from ensembler.training.perturbation import NoiseKind, Perturbation
 from ensembler.training.wire import fake_quantise
 
 BATCH = 128
@@ -27,21 +28,29 @@ class Cleaner:
     """Takes what is constant out of the features: fixed noise, as far as it can be seen in them.
 
     After a ReLU the smallest value that ever arrives at a position is the noise there, and it arrives often. Without
-    one, the position's mean less that of its channel is the best guess.
+    one, the position's mean less that of its channel is the best guess. What a device drops arrives as 0.0 and is left
+    out of both.
     """
 
     def __init__(self, view: View, observed: Tensor) -> None:
         self.codec = view.wire.feature_codec
-        self.fresh_std = view.noise_std if view.fresh_noise else 0.0
-        smallest = observed.amin(0, keepdim=True)
-        tied = float((observed <= smallest + self.codec.scale / 2).float().mean())
+        # What is drawn anew for every image is drawn for the shadow, too; of several learned tensors only the size
+        # is known.
+        law: NoiseKind = "gaussian" if view.noise == "learned" else view.noise
+        std = view.noise_std if view.fresh_noise else 0.0
+        self._drawn = Perturbation(noise=law, fresh=view.fresh_noise, std=std, dropout=view.dropout)
+        there = torch.ones_like(observed, dtype=torch.bool)
+        if view.dropout:
+            there = observed.abs() > self.codec.scale / 2
+        smallest = torch.where(there, observed, torch.inf).amin(0, keepdim=True).nan_to_num(posinf=0)
+        tied = float(((observed <= smallest + self.codec.scale / 2) & there).sum() / there.sum().clamp_min(1))
         self.after_relu = tied > TIED_SHARE
         self.offset = torch.zeros_like(smallest)
         if view.noise_std > 0 and not view.fresh_noise:
             if self.after_relu:
                 self.offset = smallest
             else:
-                mean = observed.mean(0, keepdim=True)
+                mean = (observed * there).sum(0, keepdim=True) / there.sum(0, keepdim=True).clamp_min(1)
                 self.offset = mean - mean.flatten(2).mean(2).reshape(mean.shape[:2] + (1,) * (mean.dim() - 2))
 
     def clean(self, features: Tensor) -> Tensor:
@@ -49,11 +58,9 @@ class Cleaner:
         return features - self.offset
 
     def sent(self, features: Tensor) -> Tensor:
-        """Returns what a head's own features become on the way: noise, the wire's codes, cleaned again."""
-        noised = features + self.offset
-        if self.fresh_std:
-            noised = noised + self.fresh_std * torch.randn_like(features)
-        return self.clean(fake_quantise(noised, self.codec))
+        """Returns what a head's own features become on the way: noise, dropout, the wire's codes, cleaned again."""
+        drawn = self._drawn.draw(torch.zeros_like(self.offset[0]), len(features))
+        return self.clean(fake_quantise(drawn.applied(features + self.offset), self.codec))
 
 
 class Moments:

@@ -35,7 +35,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--bottleneck", type=_bottleneck, metavar="K,S,B", help="at the cut: channels,stride,bits")
     parser.add_argument("-N", "--num-nets", type=int, help="server nets (default: 10)")
     parser.add_argument("-P", "--num-selected", type=int, help="nets that count (default: 4)")
-    parser.add_argument("--defense", help="ensembler, or a baseline: single, none")
+    parser.add_argument("--defense", help="ensembler, or a baseline: joint, single, none")
     parser.add_argument(
         "--no-stem-pool",
         dest="stem_pool",
@@ -43,8 +43,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="no max-pool in the head (the paper's CIFAR-100)",
     )
+    parser.add_argument("--noise", help="the client's: gaussian, uniform or learned (default: gaussian)")
     parser.add_argument("--noise-std", type=float, help="standard deviation of the noise (default: 0.1)")
-    parser.add_argument("--noise-mode", help="fixed as in the paper, or fresh for every image")
+    parser.add_argument("--noise-mode", help="the client's: fixed as in the paper, or fresh for every image")
+    parser.add_argument("--dropout", type=float, help="share of its features that the client drops (default: 0)")
     parser.add_argument("--reg-weight", type=float, help="lambda of Eq. 3 (default: 0.1)")
     parser.add_argument("--reg-over", help="maximum of Eq. 3 over all heads, or the selected ones")
     parser.add_argument("--wire-bits", type=_bits, help="of a feature's code: 8, 4, 3, 2 or auto (default: 8)")
