@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -31,7 +31,8 @@ SEARCH_BATCH = 32  # images of a step: many small steps come nearer in the same 
 RATE, RATE_AGAIN, RATE_END = 0.05, 0.02, 0.001
 MATCHED = 1.1  # times the distance that batches of the observed features themselves have
 GUESSED_KERNEL = 5
-FITTED, LOOKED_AT = 1000, 512  # images, to see which sign a head has
+FITTED, LOOKED_AT = 1000, 512  # images, to see whether a head has the colours right
+LOOKS = 2
 
 
 class Matching:
@@ -69,14 +70,12 @@ class Attempt:
     """What the attacker sees of one start.
 
     Attributes:
-        distance: of the sign that was taken.
-        other: of the other sign.
-        likes: by how many more of the images the eye takes for photographs than for negatives, -1 to 1.
+        distance: of the head that it ended at.
+        turns: the reflection of colours that the eye asked for at each look, 0 for none.
     """
 
     distance: float
-    other: float
-    likes: float
+    turns: tuple[int, ...]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -107,9 +106,8 @@ class Match:
             variants={"": reconstruct},
             images=images,
             seen={
-                "attempts": [
-                    {name: round(value, 4) for name, value in asdict(attempt).items()} for attempt in self.attempts
-                ],
+                "distances": [round(attempt.distance, 4) for attempt in self.attempts],
+                "turns": [list(attempt.turns) for attempt in self.attempts],
                 "distance": round(final, 4),
                 "chance": round(self.target.chance, 4),
                 OWN_SSIM: [round(decoder.own_ssim, 4)],
@@ -126,8 +124,8 @@ def match_ticks(plan: Plan) -> int:
 def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool = False) -> Match:
     """Searches for the client's head: the loop that all attacks by matching are.
 
-    The statistics of natural images hardly change with their sign, so a start may end at the head of the negatives.
-    Both signs are refined alike from each start, and the one counts through which what arrives looks like photographs.
+    The statistics of natural images hardly change when light and dark change places, or the hues, so a start may end at
+    a head that sees images so turned. An ``eye`` looks at what such a head makes of what arrives, and turns the head.
 
     Args:
         view: a query-free one. What was found is noted there, so that the next attack of the same plan has it at once.
@@ -153,15 +151,16 @@ def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool 
     for restart in range(plan.restarts):
         head = Shadow(view, cleaner, build, plan.generator(1, restart))
         head.match(target, plan.steps, RATE, RATE_AGAIN, plan)
-        signs = (head, head.negated())
-        for either in signs:
-            either.match(target, plan.steps, RATE_AGAIN, RATE_END, plan)
-        looks = [eye.likes(first_sight(either, view, clean)) for either in signs]
-        chosen = max(range(2), key=looks.__getitem__)
-        distances = [either.distance(target) for either in signs]
-        found.append((distances[chosen], signs[chosen]))
-        attempts.append(Attempt(distances[chosen], distances[1 - chosen], looks[chosen]))
-        if distances[chosen] <= MATCHED * target.chance:
+        turns: list[int] = []
+        for _ in range(LOOKS):
+            turns.append(eye.turned(first_sight(head, view, clean)))
+            head.reflect(eye.colours.reflections[turns[-1]])
+            if len(turns) == 1 or turns[-1]:
+                head.match(target, plan.steps, RATE_AGAIN, RATE_END, plan)
+        distance = head.distance(target)
+        found.append((distance, head))
+        attempts.append(Attempt(distance, tuple(turns)))
+        if distance <= MATCHED * target.chance:
             break  # the attacker sees that it is there
     _, best = min(found, key=lambda attempt: attempt[0])
     match = Match(head=best, cleaner=cleaner, target=target, attempts=tuple(attempts))
@@ -215,9 +214,12 @@ class Shadow:
         self._generator = generator
         torch.manual_seed(generator.initial_seed())
         self.head = build(view).to(view.device).train()
-        first = next((m for m in self.head.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
+        first = _first(self.head)
         if first is not None:
+            fresh = first.weight.detach().clone()  # as good a start in whitened patches as in others
             parametrize.register_parametrization(first, "weight", _Whitened(view.auxiliary, first), unsafe=True)
+            with torch.no_grad():
+                first.get_parameter("parametrizations.weight.original").copy_(fresh)
 
     def copied(self) -> Shadow:
         """Returns one that goes on from here by itself."""
@@ -227,13 +229,15 @@ class Shadow:
         other._generator.set_state(self._generator.get_state())
         return other
 
-    def negated(self) -> Shadow:
-        """Returns a copy that sees the negatives of images."""
-        other = self.copied()
-        for name, weight in other.head.named_parameters():
-            if name.endswith(".weight.original"):  # of the whitened convolution, the only one that is parametrised
-                weight.data.neg_()
-        return other
+    @torch.no_grad()
+    def reflect(self, colours: Tensor) -> None:
+        """Makes the head see of an image what it saw of the image with reflected ``colours``, ``(3, 3)``.
+
+        Batch norm takes out what the mean colour adds. A head whose first layer is no convolution stays as it is.
+        """
+        first = _first(self.head)
+        if first is not None:
+            first.weight = torch.einsum("oihw,ij->ojhw", first.weight, colours)
 
     def match(self, target: Moments, steps: int, rate: float, last_rate: float, plan: Plan) -> None:
         """Descends the distance to ``target`` for ``steps``, the learning rate falling along a cosine."""
@@ -282,6 +286,11 @@ class Shadow:
         return self.arriving(images)
 
 
+def _first(head: nn.Module) -> nn.Conv2d | None:
+    """Returns the convolution that sees the image's colours, if there is one."""
+    return next((m for m in head.modules() if isinstance(m, nn.Conv2d) and m.in_channels == 3), None)
+
+
 class _Whitened(nn.Module):
     """A convolution's weight, expressed for patches whose pixels are uncorrelated and of unit deviation."""
 
@@ -293,12 +302,15 @@ class _Whitened(nn.Module):
         values, vectors = torch.linalg.eigh(patches.T @ patches / len(patches))
         shrink = 1 / (values.clamp_min(0) + 1e-3 * values.max()).sqrt()
         self.forth: Tensor
+        self.back: Tensor
         self.register_buffer("forth", vectors @ torch.diag(shrink) @ vectors.T)
+        self.register_buffer("back", vectors @ torch.diag(1 / shrink) @ vectors.T)
 
     def forward(self, whitened: Tensor) -> Tensor:
         weight: Tensor = (whitened.flatten(1) @ self.forth).reshape(whitened.shape)
         return weight
 
     def right_inverse(self, weight: Tensor) -> Tensor:
-        """A fresh weight is as good a start in one space as in the other."""
-        return weight.clone()
+        """Returns what ``forward`` makes ``weight`` of."""
+        whitened: Tensor = (weight.flatten(1) @ self.back).reshape(weight.shape)
+        return whitened
