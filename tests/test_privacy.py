@@ -24,6 +24,7 @@ from ensembler.privacy.attacks.base import AttackImpossibleError, Finding
 from ensembler.privacy.attacks.eye import Colours, train_eye
 from ensembler.privacy.attacks.matching import Shadow, guessed_head, known_head, matched
 from ensembler.privacy.attacks.moments import Cleaner, Moments
+from ensembler.privacy.attacks.shadow import ShadowHead
 from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
 from ensembler.privacy.card import require_ssim
 from ensembler.privacy.decoder import Decoder, Effort, as_map, painted, pixels, train_decoder
@@ -298,6 +299,15 @@ def test_the_same_seed_gives_the_same_images_and_another_one_others(scene, name)
 
     assert torch.equal(images(0), images(0))
     assert not torch.equal(images(0), images(1))
+
+
+def test_a_shadow_drops_what_the_device_drops(scene):
+    view = replace(scene.view(Access.QUERY_FREE), dropout=0.4)
+    head = ShadowHead(view).eval()
+    with torch.no_grad():
+        first, second = (head(normalise(scene.evaluated)) for _ in range(2))
+    assert float((first == 0).float().mean()) > 0.35
+    assert not torch.equal(first, second)
 
 
 @pytest.mark.parametrize(("num_selected", "sets"), [(1, 0), (2, 3), (3, 0)])

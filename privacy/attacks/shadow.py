@@ -22,6 +22,7 @@ from ensembler.privacy.decoder import Decoder, Reconstruct, painted
 from ensembler.privacy.scene import Access, View
 from ensembler.training.fit import augment
 from ensembler.training.models import build_net, normalise
+from ensembler.training.perturbation import Perturbation
 from ensembler.training.stage1 import placed
 from ensembler.training.wire import fake_quantise
 
@@ -38,6 +39,7 @@ class ShadowHead(nn.Module):
         super().__init__()
         self.head = build_net(view.arch).head
         self.codec = view.wire.feature_codec
+        self._dropped = Perturbation(dropout=view.dropout)
         shape = view.wire.feature_shape
         self.noise: nn.Module = nn.Identity()
         if len(shape) == 3:
@@ -47,7 +49,8 @@ class ShadowHead(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Returns features as they would arrive."""
-        return fake_quantise(self.noise(self.head(x)), self.codec)
+        sent = self.noise(self.head(x))
+        return fake_quantise(self._dropped.draw(torch.zeros_like(sent[0]), len(sent)).applied(sent), self.codec)
 
 
 class _Through(nn.Module):
