@@ -22,8 +22,12 @@ def checked(*arguments: str) -> None:
 
 
 def trained(run: Path, *arguments: str) -> Path:
-    """Trains into ``run`` unless a finished run is there."""
-    if not (run / "summary.json").is_file():
+    """Trains into ``run`` unless a finished run is there; goes on with one that was stopped."""
+    if (run / "summary.json").is_file():
+        return run
+    if (run / "config.json").is_file():
+        checked("train", "--resume", str(run))
+    else:
         checked("train", *arguments, "--out", str(run))
     return run
 

@@ -1,9 +1,12 @@
-"""The picture of a boundary, as C2PI's Figure 8: SSIM and accuracy over the layers, with their thresholds."""
+"""Pictures of boundaries: SSIM and accuracy over the layers; curves alone, no image.
+
+Of one net they are as C2PI's Figures 4 and 8; of several searches beside each other, as its Figures 5 to 7.
+"""
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +24,41 @@ def draw(document: Mapping[str, Any], path: Path) -> None:
         document: of ``Boundary.to_dict``.
         path: a ``.png`` file.
     """
+    _save(lambda: _picture(document), path)
+
+
+def draw_side_by_side(documents: Mapping[str, Mapping[str, Any]], path: Path) -> None:
+    """Draws several boundaries, each with the highest SSIM of its attacks; fails as ``draw`` does.
+
+    Args:
+        documents: of ``Boundary.to_dict``, by what the legend calls them.
+        path: a ``.png`` file.
+    """
+    _save(lambda: _compared(documents), path)
+
+
+def _save(picture: Callable[[], Any], path: Path) -> None:
     try:
-        save_picture(_picture(document), path)
+        save_picture(picture(), path)
     except Exception as error:
         log.warning("%s could not be drawn (%s); the boundary itself is written", path, error)
+
+
+def _compared(documents: Mapping[str, Mapping[str, Any]]) -> Any:
+    figure = blank_figure(8.0, 6.0)
+    upper, lower = figure.subplots(2, 1, sharex=True)
+    for name, document in documents.items():
+        attacked = [(depth["layer"], max(depth["ssim"].values())) for depth in document["depths"] if depth["ssim"]]
+        tested = [(depth["layer"], depth["accuracy"]) for depth in document["depths"] if depth["accuracy"] is not None]
+        for axis, points in ((upper, attacked), (lower, tested)):
+            axis.plot([x for x, _ in points], [y for _, y in points], "o-", markersize=3, label=name)
+    upper.set_ylabel("highest SSIM of the attacks")
+    lower.set_ylabel("accuracy with noise, %")
+    lower.set_xlabel("layer")
+    for axis in (upper, lower):
+        axis.grid(alpha=0.3)
+    upper.legend(fontsize=8, frameon=False)
+    return figure
 
 
 def _picture(document: Mapping[str, Any]) -> Any:

@@ -21,9 +21,9 @@ import torch
 from torch import Tensor, nn
 
 from ensembler.privacy.attacks.base import AttackImpossibleError
+from ensembler.privacy.attacks.inversion import COEFFICIENTS, KINDS, noised, sub_blocks, train_inversion, whole_front
 from ensembler.privacy.attacks.likelihood import IMAGES, search
 from ensembler.privacy.decoder import CHUNK, Effort, pixels
-from ensembler.privacy.inversion import COEFFICIENTS, KINDS, noised, sub_blocks, train_inversion, whole_front
 from ensembler.privacy.metrics import ssim
 from ensembler.privacy.parts import Parts
 from ensembler.privacy.scene import FEWEST, load_images, shuffled, too_few
@@ -330,35 +330,35 @@ class Study:
         seed, magnitude = self._seed(layer, ATTACKS.index(kind)), self.options.noise_magnitude
         cut = layer.cut.names[0]
         front = sub_blocks(self._net, cut) if kind == "dina" else whole_front(self._net, cut)
-        noise = torch.Generator(self._device).manual_seed(derived_seed(seed, 1))
+        maps_of = front.noisy(magnitude, torch.Generator(self._device).manual_seed(derived_seed(seed, 1)))
 
         def features(images: Tensor) -> Tensor:
-            """Of images in [0, 1]."""
+            """Of images in [0, 1]; without noise."""
             return front.maps(normalise(255 * images).to(memory_format=torch.channels_last))[-1]
 
         def tick() -> None:
             self._reporter.step("")
 
         if kind == "mla":
-            truth = pixels(self._judged[:IMAGES])
             with torch.no_grad():
-                arrived = noised(features(truth), magnitude, noise)
+                arrived = maps_of(self._judged[:IMAGES])[-1]
             generator = torch.Generator().manual_seed(seed)
             images = search(features, arrived, self._net.image_size, steps=self._steps, generator=generator, tick=tick)
-            return ssim(images, truth), self._steps
+            return ssim(images, pixels(self._judged[:IMAGES])), self._steps
         trained = train_inversion(
             kind,
-            front,
+            front.shapes,
+            maps_of,
             self._owned,
             self.options.effort,
-            noise_magnitude=magnitude,
             seed=seed,
             scheme=self.options.scheme,
             tick=tick,
         )
         with torch.no_grad():
-            parts = [pixels(part) for part in torch.split(self._judged, CHUNK)]
-            scores = [ssim(trained.reconstruct(noised(features(part), magnitude, noise)), part) for part in parts]
+            scores = [
+                ssim(trained.reconstruct(maps_of(part)[-1]), pixels(part)) for part in torch.split(self._judged, CHUNK)
+            ]
         return torch.cat(scores), trained.steps
 
     # --- what is told ---

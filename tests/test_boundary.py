@@ -14,12 +14,11 @@ from torch import nn
 from torch.nn import functional
 
 from ensembler.cli import main
-from ensembler.privacy import boundary_picture, boundary_study, inversion
+from ensembler.privacy import boundary_picture, boundary_study
+from ensembler.privacy.attacks import inversion
 from ensembler.privacy.attacks.base import AttackImpossibleError
-from ensembler.privacy.boundary import crypto_clear_boundary, find_boundary
-from ensembler.privacy.boundary_study import BoundaryOptions, layers_of, plain_net
-from ensembler.privacy.decoder import Effort, pixels
-from ensembler.privacy.inversion import (
+from ensembler.privacy.attacks.inverse import inner_blocks
+from ensembler.privacy.attacks.inversion import (
     KINDS,
     build_inverse,
     coefficients,
@@ -28,9 +27,12 @@ from ensembler.privacy.inversion import (
     train_inversion,
     whole_front,
 )
+from ensembler.privacy.boundary import crypto_clear_boundary, find_boundary
+from ensembler.privacy.boundary_study import BoundaryOptions, layers_of, plain_net
+from ensembler.privacy.decoder import Effort, pixels
 from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training.fit import Silent
-from ensembler.training.models import ArchSpec, normalise, traced_net
+from ensembler.training.models import ArchSpec, Bottleneck, build_net, normalise, traced_net
 from ensembler.training.runs import RunFolder
 from ensembler.training.stage1 import load_stage1
 from ensembler.training.stages import train
@@ -54,6 +56,12 @@ def blots(count, seed, size=16):
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand((count, 3, 4, 4), generator=generator)
     return (255 * functional.interpolate(coarse, (size, size), mode="bilinear")).to(torch.uint8)
+
+
+def trained_inverse(kind, front, images, effort, noise, *, seed, **options):
+    """What train_inversion makes of a front whose features have noise."""
+    maps_of = front.noisy(noise, torch.Generator().manual_seed(seed))
+    return train_inversion(kind, front.shapes, maps_of, images, effort, seed=seed, **options)
 
 
 # --- layers and pieces ---
@@ -106,6 +114,40 @@ def test_the_papers_resnet_is_divided_at_its_blocks():
 def test_a_net_without_a_relu_cannot_be_divided():
     with pytest.raises(AttackImpossibleError, match="divides a net at its ReLUs, and this one has none"):
         sub_blocks(net_of("vit_small"), "blocks.0")
+
+
+NARROW = Bottleneck(channels=8, stride=2, bits=2)
+HEADS = [
+    ({"name": "resnet10_slim"}, [(16, 32, 32)]),  # the paper's h = 1: up to the ReLU, then the pooling that is sent
+    ({"name": "alexnet", "head_end": "conv1"}, []),
+    ({"name": "alexnet", "head_end": "relu3"}, [(32, 16, 16), (96, 8, 8)]),
+    (
+        {"name": "alexnet", "head_end": "relu3", "bottleneck": NARROW},
+        [(32, 16, 16), (96, 8, 8), (192, 4, 4)],
+    ),
+    ({"name": "alexnet", "head_end": "pool1", "bottleneck": NARROW}, [(32, 16, 16), (32, 8, 8)]),
+]
+
+
+@pytest.mark.parametrize(("changes", "shapes"), HEADS)
+def test_dina_distils_at_what_the_head_has_inside(changes, shapes):
+    torch.manual_seed(1)
+    arch = ArchSpec(**({"image_size": (32, 32), "num_classes": 10} | changes))
+    head = build_net(arch).head.eval()
+    inside = inner_blocks(head, arch)
+    assert inside.shapes == ((3, 32, 32), *shapes)
+    seen = []
+    for module in head.modules():
+        module.register_forward_hook(lambda module, given, returned: seen.append(returned))
+    x = torch.randn(2, 3, 32, 32)
+    head(x)
+    assert all(any(torch.equal(found, other) for other in seen) for found in inside.maps(x))
+
+
+def test_dina_says_of_a_head_without_a_relu_that_it_is_impossible():
+    arch = ArchSpec(name="vit_small", image_size=(32, 32), num_classes=10)
+    with pytest.raises(AttackImpossibleError, match="divides a net at its ReLUs, and this one has none"):
+        inner_blocks(build_net(arch).head, arch)
 
 
 def test_a_chain_of_cuts_is_the_net_and_must_be_in_order():
@@ -164,9 +206,7 @@ TRAINED = Effort(steps=60, width=16, ssim_weight=0.0)
 def test_dina_reads_a_shallow_cut_and_learns_the_maps_between():
     front = sub_blocks(net_of(OWN, 16), "5")
     images, judged = blots(80, 1), blots(64, 2)
-    options = {"noise_magnitude": 0.02, "seed": 3}
-    brief = train_inversion("dina", front, images, BRIEF, **options)
-    trained = train_inversion("dina", front, images, TRAINED, **options)
+    brief, trained = (trained_inverse("dina", front, images, effort, 0.02, seed=3) for effort in (BRIEF, TRAINED))
     assert trained.steps == 60
     assert len(trained.held_losses) == 2
     assert all(now < 0.8 * before for now, before in zip(trained.held_losses, brief.held_losses, strict=True))
@@ -178,7 +218,7 @@ def test_dina_reads_a_shallow_cut_and_learns_the_maps_between():
 @pytest.mark.parametrize("kind", ["ina", "eina"])
 def test_the_plain_inverses_beat_the_mean_image_too(kind):
     images = blots(160, 1)
-    trained = train_inversion(kind, whole_front(net_of(OWN, 16), "5"), images, TRAINED, noise_magnitude=0.02, seed=3)
+    trained = trained_inverse(kind, whole_front(net_of(OWN, 16), "5"), images, TRAINED, 0.02, seed=3)
     assert trained.held_losses[0] < 0.8 * float(pixels(images).var(0).mean())
 
 
@@ -194,15 +234,13 @@ def test_the_loss_is_equation_1(monkeypatch, scheme, weights):
 
     monkeypatch.setattr(inversion, "train_until_flat", instead_of_training)
     same = blots(1, 1).repeat(20, 1, 1, 1)  # so that every batch has the loss of the images that are kept
-    train_inversion("dina", sub_blocks(net_of(OWN, 16), "6"), same, BRIEF, noise_magnitude=0.0, seed=1, scheme=scheme)
+    trained_inverse("dina", sub_blocks(net_of(OWN, 16), "6"), same, BRIEF, 0.0, seed=1, scheme=scheme)
     assert compared[0][0] == pytest.approx(compared[0][1], rel=1e-4)
 
 
 def test_the_same_seed_gives_the_same_decoder():
     front, images = sub_blocks(net_of(OWN, 16), "4"), blots(64, 1)
-    first, second, other = (
-        train_inversion("dina", front, images, BRIEF, noise_magnitude=0.1, seed=seed) for seed in (1, 1, 2)
-    )
+    first, second, other = (trained_inverse("dina", front, images, BRIEF, 0.1, seed=seed) for seed in (1, 1, 2))
     assert first.held_losses == second.held_losses != other.held_losses
 
 
@@ -386,6 +424,20 @@ def test_a_picture_that_cannot_be_drawn_costs_a_line_in_the_log(plain, options, 
     find_boundary(plain, tmp_path / "b.json", options())
     assert "b.png could not be drawn" in caplog.text
     assert (tmp_path / "b.json").is_file()
+
+
+def test_several_searches_are_drawn_side_by_side(plain, options, made_up, tmp_path, caplog):
+    made_up({})
+    found = {
+        f"noise {noise}": find_boundary(plain, tmp_path / "b.json", options(noise_magnitude=noise)).to_dict()
+        for noise in (0.0, 0.5)
+    }
+    boundary_picture.draw_side_by_side(found, tmp_path / "both.png")
+    with Image.open(tmp_path / "both.png") as picture:
+        assert min(picture.size) > 400
+    boundary_picture.draw_side_by_side({"broken": {}}, tmp_path / "none.png")
+    assert not (tmp_path / "none.png").exists()
+    assert "none.png could not be drawn" in caplog.text
 
 
 def test_a_bottleneck_is_refused(plain, options, tmp_path):

@@ -370,6 +370,16 @@ def test_an_image_is_found_again_among_the_judged_ones_and_noise_is_not(scene):
     assert fewer.shape == (5,)
 
 
+@pytest.mark.parametrize("name", ["ina", "eina", "dina"])
+def test_an_inverse_net_reads_more_than_the_mean_image_from_what_crosses_the_wire(scene, name):
+    plan = replace(TINY, effort=Effort(steps=DECODER_STEPS, check_every=20, width=16))
+    attack = ATTACKS[name]
+    reconstruct = attack.run(scene.view(attack.ACCESS), plan).variants[""]
+    truth = pixels(scene.evaluated)
+    floor = pixels(scene.everything.auxiliary).mean(0).expand_as(truth)
+    assert mse(reconstruct(scene.arrived), truth).mean() < 0.7 * mse(floor, truth).mean()
+
+
 def test_no_attack_changes_the_servers_nets(scene):
     def state():
         return [value.clone() for body in scene.everything.bodies for value in body.state_dict().values()]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ensembler.privacy.attacks.base import Attack
 from ensembler.privacy.attacks.controls import MeanImage, Misaligned
 from ensembler.privacy.attacks.critic import MatchingCritic
+from ensembler.privacy.attacks.inverse import Distillation, InverseNet
 from ensembler.privacy.attacks.likelihood import Likelihood
 from ensembler.privacy.attacks.matching import Matching
 from ensembler.privacy.attacks.pairs import KnownPairs, Oracle, OtherDevice
@@ -28,8 +29,11 @@ _ALL: tuple[Attack, ...] = (
     KnownPairs(10),
     KnownPairs(100),
     KnownPairs(1000),
+    InverseNet("ina"),
+    InverseNet("eina"),
     Oracle(),
     Likelihood(prior=False),
     Likelihood(prior=True),
+    Distillation(),
 )
 ATTACKS: dict[str, Attack] = {attack.NAME: attack for attack in _ALL}

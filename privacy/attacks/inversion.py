@@ -25,9 +25,11 @@ from ensembler.training.stage1 import placed
 
 KINDS = ("ina", "eina", "dina")
 COEFFICIENTS = ("c1", "c2")
-BATCH = 128
+BATCH = 32
 
 Shape = tuple[int, int, int]  # (C, h, w) of one image's map
+# From uint8 images to the maps at the distillation points, from the image on, and last the features as they arrive.
+Maps = Callable[[Tensor], Sequence[Tensor]]
 
 
 @dataclass(frozen=True)
@@ -49,6 +51,15 @@ class Front:
             x = piece(x)
             found.append(as_map(x))
         return found
+
+    def noisy(self, magnitude: float, generator: torch.Generator) -> Maps:
+        """Returns the same of uint8 images, with noise on what the last piece returns, see ``noised``."""
+
+        def maps_of(images: Tensor) -> list[Tensor]:
+            found = self.maps(normalise(images).to(memory_format=torch.channels_last))
+            return [*found[:-1], noised(found[-1], magnitude, generator)]
+
+        return maps_of
 
 
 def whole_front(net: TracedNet, cut: str) -> Front:
@@ -88,11 +99,12 @@ def sub_blocks(net: TracedNet, cut: str) -> Front:
 def _front(net: TracedNet, ends: Sequence[str]) -> Front:
     named = {name: found.shape for found in net.cuts for name in found.names}
     pieces = [piece.eval().requires_grad_(False) for piece in net.chain(ends)[:-1]]
-    shapes = [_map_shape(named[end]) for end in ends]
+    shapes = [map_shape(named[end]) for end in ends]
     return Front(tuple(pieces), ((3, *net.image_size), *shapes))
 
 
-def _map_shape(shape: tuple[int, ...]) -> Shape:
+def map_shape(shape: tuple[int, ...]) -> Shape:
+    """Returns the shape of one image's features as a map, see ``as_map``."""
     _, channels, height, width = as_map(torch.empty(1, *shape)).shape
     return channels, height, width
 
@@ -256,61 +268,61 @@ class Inversion:
 
 def train_inversion(
     kind: str,
-    front: Front,
+    shapes: Sequence[Shape],
+    maps_of: Maps,
     images: Tensor,
     effort: Effort,
     *,
-    noise_magnitude: float,
     seed: int,
     scheme: str = "c1",
     tick: Callable[[], None] = lambda: None,
 ) -> Inversion:
-    """Trains a decoder for what ``front`` returns until it is flat: the one loop of INA, EINA and DINA.
+    """Trains a decoder of features until it is flat: the one loop of INA, EINA and DINA.
 
     The loss is Eq. 1 of C2PI, each distance as the mean squared error over its values. Without distillation points the
     image's term is all that is left of it, the loss of INA and EINA.
 
     Args:
         kind: one of ``KINDS``.
-        front: for DINA in sub-blocks, of which only the last piece's maps get noise.
+        shapes: the image's, then of each map of ``maps_of``; INA and EINA look at the first and the last.
+        maps_of: called anew for each batch, so noise may differ each time. INA and EINA use the last map alone.
         images: the attacker's, ``(M, 3, H, W)`` uint8, on the device that trains; a tenth is kept to see when training
             is flat. It is flat when neither the image nor any distillation point improves on those.
         effort: how many steps, and the width of INA and EINA.
-        noise_magnitude: of the noise on the features, see ``noised``.
-        seed: of the beginning, shuffling and noise.
+        seed: of the beginning and of shuffling.
         scheme: see ``coefficients``.
         tick: called after every step.
     """
     kept = max(1, min(500, len(images) // 10))
     held, train = images[:kept], images[kept:]
     torch.manual_seed(seed)
-    decoder = placed(build_inverse(kind, front.shapes, effort.width), images.device)
+    decoder = placed(build_inverse(kind, shapes, effort.width), images.device)
     shuffling = torch.Generator().manual_seed(seed)
-    noise = torch.Generator(images.device).manual_seed(seed)
-    weights = coefficients(len(front.pieces) - 1 if decoder.distilled else 0, scheme)
+    weights = coefficients(len(shapes) - 2 if decoder.distilled else 0, scheme)
 
     @torch.no_grad()
-    def maps_of(chosen: Tensor) -> list[Tensor]:
-        return front.maps(normalise(chosen).to(memory_format=torch.channels_last))
+    def known(chosen: Tensor) -> tuple[Tensor, list[Tensor]]:
+        """Returns the features, and what Eq. 1 compares with: the images, then the maps between."""
+        *between, features = maps_of(chosen)
+        return features, [pixels(chosen), *between]
 
-    def errors(features: Tensor, chosen: Tensor, maps: Sequence[Tensor]) -> list[Tensor]:
+    def errors(features: Tensor, targets: Sequence[Tensor]) -> list[Tensor]:
         """Returns the terms of Eq. 1 without their weights."""
-        stations = decoder.stations(features)
-        return [F.mse_loss(at, to) for at, to in zip(stations, [pixels(chosen), *maps[:-1]], strict=False)]
+        return [F.mse_loss(at, to) for at, to in zip(decoder.stations(features), targets, strict=False)]
 
     def loss() -> Tensor:
-        chosen = train[torch.randint(len(train), (min(BATCH, len(train)),), generator=shuffling).to(images.device)]
-        maps = maps_of(chosen)
-        terms = errors(noised(maps[-1], noise_magnitude, noise), chosen, maps)
+        chosen = torch.randint(len(train), (min(BATCH, len(train)),), generator=shuffling).to(images.device)
+        terms = errors(*known(train[chosen]))
         return torch.stack([weight * term for weight, term in zip(weights, terms, strict=True)]).sum()
 
     # The maps between are made anew each time: of a deep net they would fill the memory.
-    held_parts = [(part, noised(maps_of(part)[-1], noise_magnitude, noise)) for part in torch.split(held, CHUNK)]
+    held_parts = [(part, known(part)[0]) for part in torch.split(held, CHUNK)]
 
     def held_losses() -> list[float]:
         sums = [0.0] * len(weights)
         for part, features in held_parts:
-            for index, term in enumerate(errors(features, part, maps_of(part))):
+            targets = known(part)[1] if decoder.distilled else [pixels(part)]
+            for index, term in enumerate(errors(features, targets)):
                 sums[index] += len(part) * float(term)
         return [total / kept for total in sums]
 
