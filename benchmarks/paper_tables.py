@@ -20,10 +20,11 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+import c2pi_tables
 import ensembler_tables
 from paper_cells import Cell, Group, Setting, table
 
-GROUPS: tuple[Group, ...] = (ensembler_tables,)
+GROUPS: tuple[Group, ...] = (ensembler_tables, c2pi_tables)
 REPRODUCTION = Path(__file__).resolve().parent.parent / "docs" / "reproduction.md"
 OPENING = """# The papers' tables, and ours
 

@@ -11,7 +11,7 @@ import hashlib
 import re
 import statistics
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -252,7 +252,7 @@ class Study:
         self.not_run: dict[str, str] = {}
         self._attacked: dict[int, dict[str, tuple[float, int]]] = {}
         self._accuracies: dict[int, float] = {}
-        self.plain_accuracy = accuracy(self._net.module, self._tested, self._labels)
+        self.plain_accuracy = self._accuracy("accuracy", self._net.module)
         mean = pixels(self._owned).mean(0, keepdim=True)
         self.floor = float(ssim(mean.expand(judged, -1, -1, -1), pixels(self._judged)).mean())
 
@@ -268,20 +268,21 @@ class Study:
         """Returns the accuracy in percent over all held-out images, with noise on a layer's output."""
         if place not in self._accuracies:
             layer = self.layers[place]
-            name = f"{layer.cut.names[0]}-accuracy"
-            stored = self._parts.read(name)
-            if stored is None:
-                front, rest = self._net.chain([layer.cut.names[0]])
-                generator = torch.Generator(self._device).manual_seed(self._seed(layer, len(ATTACKS)))
-                value = accuracy(
-                    lambda x: rest(noised(front(x), self.options.noise_magnitude, generator)),
-                    self._tested,
-                    self._labels,
-                )
-                stored = {"accuracy": value}, {}
-                self._parts.write(name, *stored)
-            self._accuracies[place] = float(stored[0]["accuracy"])
+            front, rest = self._net.chain([layer.cut.names[0]])
+            generator = torch.Generator(self._device).manual_seed(self._seed(layer, len(ATTACKS)))
+            self._accuracies[place] = self._accuracy(
+                f"{layer.cut.names[0]}-accuracy",
+                lambda x: rest(noised(front(x), self.options.noise_magnitude, generator)),
+            )
         return self._accuracies[place]
+
+    def _accuracy(self, name: str, predict: Callable[[Tensor], Tensor]) -> float:
+        """Returns a stored accuracy, or measures and stores it."""
+        stored = self._parts.read(name)
+        if stored is None:
+            stored = {"accuracy": accuracy(predict, self._tested, self._labels)}, {}
+            self._parts.write(name, *stored)
+        return float(stored[0]["accuracy"])
 
     def accuracy_drop(self, place: int) -> float:
         """Returns the points of accuracy that the noise costs at a layer."""
