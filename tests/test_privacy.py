@@ -491,9 +491,23 @@ def test_the_clients_own_head_is_nearer_than_any_other(scene):
     view = scene.view(Access.QUERY_FREE)
     cleaner = Cleaner(view, view.observed)
     target = Moments(cleaner.clean(view.observed))
-    own = float(target.distance(cleaner.clean(scene.arrived)))
+    own = target.distance_of_all([cleaner.clean(scene.arrived)])
     other = Shadow(view, cleaner, known_head, torch.Generator().manual_seed(0))
     assert own < other.distance(target) / 3
+
+
+def test_the_distance_of_many_batches_is_that_of_their_mean_and_small_for_the_same_source(scene):
+    view = scene.view(Access.QUERY_FREE)
+    cleaner = Cleaner(view, view.observed)
+    clean = cleaner.clean(view.observed)
+    target = Moments(clean)
+    parts = torch.split(clean, len(clean) // 2)
+    assert target.distance_of_all(parts) < 1e-3  # what the target was made from
+    alone = [float(target.distance(part)) for part in parts]
+    assert target.distance_of_all(parts) < min(alone)
+    assert 0 < target.chance
+    ragged = [*parts, parts[0][:5]]
+    assert target.distance_of_all(ragged) == target.distance_of_all(parts)
 
 
 def test_matching_comes_nearer(scene):

@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding, Plan, decoder_of, needed
 from ensembler.privacy.attacks.eye import train_eye
-from ensembler.privacy.attacks.moments import BATCH, JUDGED_BATCHES, Cleaner, Moments
+from ensembler.privacy.attacks.moments import BATCH, JUDGED, Cleaner, Moments
 from ensembler.privacy.decoder import CHUNK, Decoder, Reconstruct, painted
 from ensembler.privacy.scene import Access, View
 from ensembler.training.models import build_net, normalise
@@ -29,7 +29,7 @@ from ensembler.training.stage1 import placed
 
 SEARCH_BATCH = 32  # images of a step: many small steps come nearer in the same time than few large ones
 RATE, RATE_AGAIN, RATE_END = 0.05, 0.02, 0.001
-MATCHED = 1.1  # times the distance that batches of the observed features themselves have
+MATCHED = 1.2  # times the distance between the halves of what arrives
 GUESSED_KERNEL = 5
 FITTED, LOOKED_AT = 1000, 512  # images, to see whether a head has the colours right
 LOOKS = 2
@@ -83,7 +83,7 @@ class Match:
     """A head that was searched for.
 
     Attributes:
-        head: the nearest one, still in training mode.
+        head: the nearest one, settled.
         cleaner: what it was cleaned with.
         target: what it was matched with.
         attempts: one for each start.
@@ -96,7 +96,7 @@ class Match:
 
     def finding(self, view: View, plan: Plan) -> Finding:
         """Returns what a decoder of the head makes of what arrives."""
-        decoder = decoder_of(self.head.settled().features, view, plan, 2)
+        decoder = decoder_of(self.head.features, view, plan, 2)
         return self.found(lambda features: painted(decoder, self.cleaner.clean(features)), decoder)
 
     def found(self, reconstruct: Reconstruct, decoder: Decoder, images: int | None = None) -> Finding:
@@ -151,10 +151,13 @@ def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool 
     for restart in range(plan.restarts):
         head = Shadow(view, cleaner, build, plan.generator(1, restart))
         head.match(target, plan.steps, RATE, RATE_AGAIN, plan)
+        head.settle()
         turns: list[int] = []
         for _ in range(LOOKS):
             turns.append(eye.turned(first_sight(head, view, clean)))
-            head.reflect(eye.colours.reflections[turns[-1]])
+            if turns[-1]:
+                head.reflect(eye.colours.reflections[turns[-1]])
+                head.settle()
             if len(turns) == 1 or turns[-1]:
                 head.match(target, plan.steps, RATE_AGAIN, RATE_END, plan)
         distance = head.distance(target)
@@ -171,7 +174,6 @@ def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool 
 @torch.no_grad()
 def first_sight(head: Shadow, view: View, clean: Tensor) -> Tensor:
     """Returns what a linear map, fitted to the head, makes of the first of what arrives: images in [0, 1]."""
-    head = head.settled()
     size = (view.auxiliary.shape[-2], view.auxiliary.shape[-1])
     linear = placed(Decoder(view.wire.feature_shape, size, 4), view.device).eval()
     images = view.auxiliary[:FITTED]
@@ -253,10 +255,8 @@ class Shadow:
 
     @torch.no_grad()
     def distance(self, target: Moments) -> float:
-        """Returns the distance that the attacker sees: over the same images for every head, so that heads compare."""
-        parts = torch.split(self._images[: JUDGED_BATCHES * BATCH], BATCH)
-        judged = [part for part in parts if len(part) == BATCH] or parts
-        return sum(float(target.distance(self.arriving(part))) for part in judged) / len(judged)
+        """Returns how far the statistics of all the attacker's images are from those of all that arrived."""
+        return target.distance_of_all([self.arriving(part) for part in torch.split(self._images[:JUDGED], BATCH)])
 
     def sent(self, count: int = BATCH) -> Tensor:
         """Returns what would arrive of ``count`` of the attacker's images, cleaned; differentiable."""
@@ -264,17 +264,15 @@ class Shadow:
         return self.arriving(self._images[chosen])
 
     @torch.no_grad()
-    def settled(self) -> Shadow:
-        """Returns a copy as it decodes: in ``eval()`` mode, with the batch-norm statistics of all the images."""
-        other = self.copied()
-        norms = [m for m in other.head.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)]
-        for norm in norms:
+    def settle(self) -> None:
+        """Goes on in ``eval()`` mode, with the batch-norm statistics of all the images, as the client's head does."""
+        self.head.train()
+        for norm in (m for m in self.head.modules() if isinstance(m, nn.modules.batchnorm._BatchNorm)):
             norm.reset_running_stats()
             norm.momentum = None
         for part in torch.split(self._images, CHUNK):
-            other.head(normalise(part))
-        other.head.eval()
-        return other
+            self.head(normalise(part))
+        self.head.eval()
 
     def arriving(self, images: Tensor) -> Tensor:
         """Returns what would arrive of ``images``, in 0 to 255, cleaned; differentiable."""

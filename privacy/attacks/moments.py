@@ -6,6 +6,8 @@ values and of their squares, and by each channel's quantiles; each in units of w
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -20,7 +22,7 @@ MAX_MOMENTS = 800  # rows of the moment matrices: channels times neighbours
 LEVELS = 17  # quantiles of each channel
 SAMPLED = 4096  # values of a channel for its quantiles
 FLOORS = (2e-3, 2e-2)  # of chance, in deviations: below, a statistic is as good as equal
-JUDGED_BATCHES = 32
+JUDGED = 4096  # images, for the distance that an attempt is judged by
 TIED_SHARE = 0.02  # of values that are the smallest at their position, above which features end in a ReLU
 
 
@@ -74,15 +76,17 @@ class Moments:
         widest = min(maps.shape[2:])
         self.reach = next((k for k in (5, 3) if channels * k * k <= MAX_MOMENTS and k <= widest), 1)
         self.levels = torch.linspace(0.02, 0.98, LEVELS, device=clean.device)
-        parts = [self._statistics(part) for part in torch.split(maps, BATCH) if len(part) == BATCH or len(maps) < BATCH]
-        self._targets = [torch.stack(values).mean(0) for values in zip(*parts, strict=True)]
+        batch = min(BATCH, max(1, len(maps) // 2))
+        parts = [self._statistics(part) for part in torch.split(maps, batch) if len(part) == batch]
+        self._targets = _mean_of(parts)
         if len(parts) > 2:
             self._chance = [torch.stack(values).std(0) for values in zip(*parts, strict=True)]
         else:
             self._chance = [value.abs().mean() * 0.1 for value in self._targets]
         self._chance = [chance.clamp_min(floor) for chance, floor in zip(self._chance, FLOORS, strict=True)]
-        own = [self.distance(part) for part in torch.split(clean, BATCH)[:JUDGED_BATCHES]]
-        self.chance = float(torch.stack(own).mean())  # the distance that is nobody's fault
+        # What is nobody's fault: how far both halves of the same features are from each other.
+        half = max(1, len(parts) // 2)
+        self.chance = float(self._between(_mean_of(parts[:half]), _mean_of(parts[half:] or parts)))
 
     def units(self, maps: Tensor) -> Tensor:
         """Returns ``(B, C, h, w)`` with the mean 0 and the deviation 1 that each channel of what arrives has."""
@@ -103,8 +107,21 @@ class Moments:
         return torch.quantile(values[:, ::step][:, : 4 * SAMPLED], self.levels, dim=1)
 
     def distance(self, clean: Tensor) -> Tensor:
-        """Returns how far the statistics of ``clean`` are from these."""
-        total = torch.zeros((), device=clean.device)
-        for value, target, chance in zip(self._statistics(as_map(clean)), self._targets, self._chance, strict=True):
-            total = total + ((1 + ((value - target) / chance).square()).sqrt() - 1).mean()
+        """Returns how far the statistics of one batch ``clean`` are from these; differentiable."""
+        return self._between(self._statistics(as_map(clean)), self._targets)
+
+    def distance_of_all(self, parts: Sequence[Tensor]) -> float:
+        """Returns how far the mean statistics of several batches are from these; the last may be smaller, and waits."""
+        whole = [part for part in parts if len(part) == len(parts[0])]
+        return float(self._between(_mean_of([self._statistics(as_map(part)) for part in whole]), self._targets))
+
+    def _between(self, some: Sequence[Tensor], others: Sequence[Tensor]) -> Tensor:
+        total = torch.zeros((), device=some[0].device)
+        for value, other, chance in zip(some, others, self._chance, strict=True):
+            total = total + ((1 + ((value - other) / chance).square()).sqrt() - 1).mean()
         return total
+
+
+def _mean_of(parts: Sequence[Sequence[Tensor]]) -> list[Tensor]:
+    """Returns the means of each statistic over several batches."""
+    return [torch.stack(values).mean(0) for values in zip(*parts, strict=True)]

@@ -39,7 +39,7 @@ class GenerativePrior:
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
         match = matched(view, plan)
-        head = match.head.settled()
+        head = match.head
         decoder = decoder_of(head.features, view, plan, 2)
         prior = train_prior(view, plan)
 
