@@ -505,7 +505,7 @@ def test_the_distance_of_many_batches_is_that_of_their_mean_and_small_for_the_sa
     assert target.distance_of_all(parts) < 1e-3  # what the target was made from
     alone = [float(target.distance(part)) for part in parts]
     assert target.distance_of_all(parts) < min(alone)
-    assert 0 < target.chance
+    assert target.chance > 0
     ragged = [*parts, parts[0][:5]]
     assert target.distance_of_all(ragged) == target.distance_of_all(parts)
 
