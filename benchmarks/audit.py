@@ -33,6 +33,12 @@ FIGURES = {  # attack, what of it, figure, unit, goal
     "shadow_subsets_ssim": ("shadow-subsets", "ssim", "ssim", ""),
     "dm_ssim": ("distribution-matching", "ssim", "ssim", ">= oracle_ssim - 0.05"),
     "dm_psnr_db": ("distribution-matching", "psnr_db", "dB", ""),
+    "known_plaintext_100_psnr_db": ("known-pairs-100", "psnr_db", "dB", ""),
+    "known_plaintext_100_found_again": ("known-pairs-100", "reidentified", "of 1", ""),
+    "floor_psnr_db": ("mean-image", "psnr_db", "dB", ""),
+    "floor_found_again": ("mean-image", "reidentified", "of 1", ""),
+    "misaligned_psnr_db": ("misaligned-decoder", "psnr_db", "dB", ""),
+    "misaligned_found_again": ("misaligned-decoder", "reidentified", "of 1", ""),
     "dm_found_again": ("distribution-matching", "reidentified", "of 1", ""),
     "dm_64_ssim": ("distribution-matching-64", "ssim", "ssim", ""),
     "dm_blind_ssim": ("distribution-matching-blind", "ssim", "ssim", ""),
@@ -83,6 +89,9 @@ def figures_of(documents: list[dict[str, Any]], asked: list[str], prefix: str) -
         figures.append(results.figure(prefix + name, round(sum(means) / len(means), 4), unit, goal, note))
     if asked:
         return figures
+    matched = [_matched(document) for document in documents]
+    note = f"of {len(matched)} victims; the matched head has the statistics of what arrives, which the attacker sees"
+    figures.append(results.figure(f"{prefix}dm_passed_its_check", sum(matched), "victims", "", note))
     ranked = [document["selector"]["batch norm"] for document in documents if document["selector"]]
     if ranked:
         each = ", ".join(f"{way['auc']:.2f}" for way in ranked)
@@ -97,6 +106,10 @@ def figures_of(documents: list[dict[str, Any]], asked: list[str], prefix: str) -
         results.figure(f"{prefix}victim_seeds", len(documents), "clients", ">= 3" if not prefix else "", subjects)
     )
     return figures
+
+
+def _matched(document: dict[str, Any]) -> bool:
+    return all(gate["passed"] for gate in document["gates"] if gate["about"] == "distribution-matching")
 
 
 def main() -> None:
