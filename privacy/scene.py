@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import IntEnum
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -29,6 +29,8 @@ from ensembler.training.perturbation import NoiseKind
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import Client, load_bodies, load_client
 from ensembler.training.wire import fake_quantise
+
+T = TypeVar("T")
 
 # How the images are divided unless told otherwise, at most: for judging and for observing; the attacker owns the rest.
 EVALUATED, OBSERVED = 500, 2000
@@ -103,6 +105,12 @@ class View:
     def device(self) -> torch.device:
         """Where everything is."""
         return self.auxiliary.device
+
+    def noted(self, key: Hashable, find: Callable[[], T]) -> T:
+        """Returns what ``find`` finds out, or what it found when an attack asked with this ``key`` before."""
+        if key not in self.notes:
+            self.notes[key] = find()
+        return cast(T, self.notes[key])
 
 
 @dataclass(frozen=True, kw_only=True)

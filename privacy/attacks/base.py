@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeVar
 
@@ -41,6 +41,11 @@ class Plan:
     num_nets: int = 1
     seed: int = 0
     tick: Callable[[str], None] = lambda _: None
+
+    @property
+    def identity(self) -> Hashable:
+        """What tells the findings of two plans apart."""
+        return self.effort, self.steps, self.restarts, self.num_nets, self.seed
 
     def generator(self, *parts: int) -> torch.Generator:
         """Returns a generator on the CPU for one piece of the attack."""

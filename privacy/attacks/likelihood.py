@@ -86,20 +86,57 @@ def search(
     start = torch.rand((len(arrived), 3, *image_size), generator=generator).to(arrived.device)
     # A logit, so that the images stay in [0, 1].
     free = torch.logit(0.25 + 0.5 * start).requires_grad_()
-    optimizer = torch.optim.Adam([free], LEARNING_RATE)
+    return descend(
+        free,
+        torch.sigmoid,
+        features_of,
+        arrived,
+        rate=LEARNING_RATE,
+        steps=steps,
+        penalty=lambda images: prior * variation(images),
+        tick=tick,
+    )
+
+
+def descend(
+    free: Tensor,
+    paint: Callable[[Tensor], Tensor],
+    features_of: Callable[[Tensor], Tensor],
+    arrived: Tensor,
+    *,
+    rate: float,
+    steps: int,
+    penalty: Callable[[Tensor], Tensor],
+    tick: Callable[[], None],
+) -> Tensor:
+    """Moves ``free`` until what it paints has the features that arrived; the loop of every search for images.
+
+    Args:
+        free: what is optimised, in place; requires a gradient.
+        paint: from it to images ``(B, 3, H, W)`` in [0, 1]; differentiable.
+        features_of: from such images to features; differentiable.
+        arrived: ``(B, *feature_shape)``.
+        rate: of Adam at first; it falls along a cosine.
+        steps: of gradient descent.
+        penalty: of images, beside the distance of their features, which is in units of what arrived.
+        tick: called after every step.
+
+    Returns:
+        The images.
+    """
+    optimizer = torch.optim.Adam([free], rate)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, steps)
     scale = arrived.std().clamp_min(1e-6)
     with torch.enable_grad():
         for _ in range(steps):
-            images = torch.sigmoid(free)
-            error = ((features_of(images) - arrived) / scale).square().mean()
-            loss = error + prior * variation(images)
+            images = paint(free)
+            loss = ((features_of(images) - arrived) / scale).square().mean() + penalty(images)
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()  # type: ignore[no-untyped-call]
+            loss.backward(inputs=[free])  # type: ignore[no-untyped-call]
             optimizer.step()
             schedule.step()
             tick()
-    return torch.sigmoid(free.detach())
+    return paint(free.detach()).detach()
 
 
 def variation(images: Tensor) -> Tensor:

@@ -94,9 +94,13 @@ class Match:
     target: Moments
     attempts: tuple[Attempt, ...]
 
+    def decoder(self, view: View, plan: Plan) -> Decoder:
+        """Returns the decoder of the head."""
+        return view.noted(("decoder", self.head, plan.identity), lambda: decoder_of(self.head.features, view, plan, 2))
+
     def finding(self, view: View, plan: Plan) -> Finding:
-        """Returns what a decoder of the head makes of what arrives."""
-        decoder = decoder_of(self.head.features, view, plan, 2)
+        """Returns what the decoder of the head makes of what arrives."""
+        decoder = self.decoder(view, plan)
         return self.found(lambda features: painted(decoder, self.cleaner.clean(features)), decoder)
 
     def found(self, reconstruct: Reconstruct, decoder: Decoder, images: int | None = None) -> Finding:
@@ -118,7 +122,7 @@ class Match:
 
 def match_ticks(plan: Plan) -> int:
     """Returns how often ``matched`` ticks, at most."""
-    return 3 * plan.steps * plan.restarts
+    return (1 + LOOKS) * plan.steps * plan.restarts
 
 
 def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool = False) -> Match:
@@ -137,16 +141,17 @@ def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool 
         AttackImpossibleError: the view has no observed features.
     """
     features = needed(view.observed, "observed features")[:observed]
-    key = ("match", observed, blind, plan.seed, plan.steps, plan.restarts)
-    if isinstance(known := view.notes.get(key), Match):
-        return known
-    eye = train_eye(view.auxiliary, plan.effort.steps, plan.generator(3))
+    build = guessed_head if blind else known_head
+    return view.noted(("match", observed, blind, plan.identity), lambda: _searched(view, plan, features, build))
+
+
+def _searched(view: View, plan: Plan, features: Tensor, build: Callable[[View], nn.Module]) -> Match:
+    eye = view.noted(("eye", plan.identity), lambda: train_eye(view.auxiliary, plan.effort.steps, plan.generator(3)))
     torch.manual_seed(plan.generator(0).initial_seed())
     cleaner = Cleaner(view, features)
     clean = cleaner.clean(features)
     target = Moments(clean)
-    build = guessed_head if blind else known_head
-    found: list[tuple[float, Shadow]] = []
+    found: list[Shadow] = []
     attempts: list[Attempt] = []
     for restart in range(plan.restarts):
         head = Shadow(view, cleaner, build, plan.generator(1, restart))
@@ -160,15 +165,12 @@ def matched(view: View, plan: Plan, *, observed: int | None = None, blind: bool 
                 head.settle()
             if len(turns) == 1 or turns[-1]:
                 head.match(target, plan.steps, RATE_AGAIN, RATE_END, plan)
-        distance = head.distance(target)
-        found.append((distance, head))
-        attempts.append(Attempt(distance, tuple(turns)))
-        if distance <= MATCHED * target.chance:
+        found.append(head)
+        attempts.append(Attempt(head.distance(target), tuple(turns)))
+        if attempts[-1].distance <= MATCHED * target.chance:
             break  # the attacker sees that it is there
-    _, best = min(found, key=lambda attempt: attempt[0])
-    match = Match(head=best, cleaner=cleaner, target=target, attempts=tuple(attempts))
-    view.notes[key] = match
-    return match
+    best = min(range(len(found)), key=lambda index: attempts[index].distance)
+    return Match(head=found[best], cleaner=cleaner, target=target, attempts=tuple(attempts))
 
 
 @torch.no_grad()

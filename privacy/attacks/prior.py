@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ensembler.privacy.attacks.base import Finding, Plan, decoder_of
+from ensembler.privacy.attacks.base import Finding, Plan
+from ensembler.privacy.attacks.likelihood import descend
 from ensembler.privacy.attacks.matching import Shadow, match_ticks, matched
 from ensembler.privacy.decoder import BATCH, painted, pixels
 from ensembler.privacy.scene import Access, View
@@ -39,13 +40,12 @@ class GenerativePrior:
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
         match = matched(view, plan)
-        head = match.head
-        decoder = decoder_of(head.features, view, plan, 2)
+        decoder = match.decoder(view, plan)
         prior = train_prior(view, plan)
 
         def reconstruct(features: Tensor) -> Tensor:
             clean = match.cleaner.clean(features)
-            return search(prior, head, clean, painted(decoder, clean), plan)
+            return search(prior, match.head, clean, painted(decoder, clean), plan)
 
         return match.found(reconstruct, decoder, IMAGES)
 
@@ -116,16 +116,13 @@ def search(prior: Prior, head: Shadow, clean: Tensor, start: Tensor, plan: Plan)
         plan: its steps are those of the search.
     """
     code = prior.encoder(start).detach().requires_grad_()
-    optimizer = torch.optim.Adam([code], SEARCH_RATE)
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, plan.steps)
-    scale = clean.std().clamp_min(1e-6)
-    with torch.enable_grad():
-        for _ in range(plan.steps):
-            error = (head.arriving(255 * prior.paint(code)) - clean) / scale
-            loss = error.square().mean() + KEPT * code.square().mean()
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            plan.tick("prior")
-    return prior.paint(code.detach()).detach()
+    return descend(
+        code,
+        prior.paint,
+        lambda images: head.arriving(255 * images),
+        clean,
+        rate=SEARCH_RATE,
+        steps=plan.steps,
+        penalty=lambda _: KEPT * code.square().mean(),
+        tick=lambda: plan.tick("prior"),
+    )

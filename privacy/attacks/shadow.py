@@ -210,9 +210,10 @@ def shadow_of(view: View, plan: Plan, nets: tuple[int, ...], *, weighted: bool =
         nets: through which of the server's the head learns.
         weighted: learn a weight for each net, as a softmax.
     """
-    key = ("shadow", nets, weighted, plan.seed, plan.steps, plan.effort)
-    if isinstance(known := view.notes.get(key), ShadowFound):
-        return known
+    return view.noted(("shadow", nets, weighted, plan.identity), lambda: _trained(view, plan, nets, weighted))
+
+
+def _trained(view: View, plan: Plan, nets: tuple[int, ...], weighted: bool) -> ShadowFound:
     bodies = needed(view.bodies, "the server's nets")
     # Of the set alone, so that a shadow is the same whichever attack asks for it first.
     part = (int(weighted), *nets)
@@ -238,6 +239,4 @@ def shadow_of(view: View, plan: Plan, nets: tuple[int, ...], *, weighted: bool =
         arrived: Tensor = net.head(normalise(batch).to(memory_format=torch.channels_last))
         return arrived
 
-    found = ShadowFound(decoder_of(features, view, plan, 2, *part), 100 * hits)
-    view.notes[key] = found
-    return found
+    return ShadowFound(decoder_of(features, view, plan, 2, *part), 100 * hits)
