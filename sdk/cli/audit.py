@@ -91,7 +91,9 @@ def _exported(run_path: Path, folder: Path, console: Console) -> Path:
     """Exports the run as ``ensembler-export`` does and returns its client bundle; gates do not matter here."""
     from ensembler.export.parity import Gates
     from ensembler.export.pipeline import ExportOptions, export
+    from ensembler.training.runs import RunFolder
 
+    RunFolder.open(run_path)
     console.say("exporting the run, since what ships is what is attacked")
     gates = Gates(min_sqnr_db=-1000.0, max_accuracy_drop_points=100.0)
     export(run_path, folder / "bundles", ExportOptions(gates=gates))
