@@ -5,6 +5,8 @@
 
 PYTHON ?= python3
 VENV ?= .venv
+TFLITE ?= .venv-tflite
+LEGACY ?= .venv-legacy
 TORCH_INDEX ?=
 BUNDLES ?= out/demo
 BIN = $(VENV)/bin
@@ -14,7 +16,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test lint docs bench results cifar wire privacy tables models clean
+.PHONY: demo test test-tflite test-legacy lint docs bench results cifar wire privacy tables models clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -23,6 +25,15 @@ demo: $(INSTALLED)
 # what they made.
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+
+# What converts to TFLite is 1 GB beside torch and pins other versions, so it has an environment of its own. pytest is
+# told not to load a plugin that comes along and does not know this pytest.
+test-tflite: $(TFLITE)/.installed
+	OMP_NUM_THREADS=1 $(TFLITE)/bin/python -m pytest -p no:anyio tests/test_tflite.py tests/test_backends.py
+
+# The runtime of 32-bit boards goes with NumPy 1 alone.
+test-legacy: $(LEGACY)/.installed
+	$(LEGACY)/bin/python -m pytest tests/test_backends.py
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -81,5 +92,19 @@ $(INSTALLED): setup.cfg pyproject.toml $(CONSTRAINTS)
 	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[dev]'
 	touch $@
 
+$(TFLITE)/.installed: setup.cfg pyproject.toml constraints/tflite.txt
+	test -x $(TFLITE)/bin/python || $(PYTHON) -m venv $(TFLITE)
+	$(TFLITE)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/tflite.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(TFLITE)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/tflite.txt \
+		--editable '.[tflite,image,encrypt]' pytest pytest-timeout
+	touch $@
+
+$(LEGACY)/.installed: setup.cfg pyproject.toml constraints/legacy.txt
+	test -x $(LEGACY)/bin/python || $(PYTHON) -m venv $(LEGACY)
+	$(LEGACY)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/legacy.txt \
+		--editable '.[tflite-runtime]' pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) build out *.egg-info
+	rm -rf $(VENV) $(TFLITE) $(LEGACY) build out *.egg-info

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.edge_runtime.backends import as_codes, open_session
+from ensembler.edge_runtime.backends import AUTO, BACKENDS, Session, as_codes, choose, open_session
 from ensembler.edge_runtime.sealing import BundleSecret, opener
-from ensembler.protocol.codec import require_codes
+from ensembler.protocol.codec import AffineCodec, require_codes
 from ensembler.protocol.errors import BundleError
 from ensembler.protocol.manifest import ClientManifest, Kdf, load_client
 
@@ -27,11 +27,16 @@ class EdgeRuntime:
     Args:
         bundle: the folder of a client bundle; every file is verified before it is loaded.
         threads: of one run of one model.
-        backend: a name of ``backends.BACKENDS``.
+        backend: a name of ``backends.BACKENDS``, or ``auto``: see ``backends.choose``.
         secret: given the kind, returns what opens an encrypted bundle, or None; not asked for a plain one.
+
+    Attributes:
+        manifest: of the bundle.
+        backend: the runtime that runs.
 
     Raises:
         BundleError: missing, damaged or of another version; see its subclasses.
+        ConfigError: the runtime cannot run these models.
         KeyFileError: the bundle is encrypted, and there is no secret or a wrong one.
         MissingExtraError: no runtime is installed, or what decrypts is not.
     """
@@ -41,14 +46,16 @@ class EdgeRuntime:
         bundle: Path,
         *,
         threads: int = 1,
-        backend: str = "onnxruntime",
+        backend: str = AUTO,
         secret: Callable[[Kdf], BundleSecret | None] = lambda _: None,
     ) -> None:
         self.manifest: ClientManifest = load_client(bundle)
         model = opener(bundle, self.manifest, secret)
-        head, tail = self.manifest.head, self.manifest.tail
-        self._head = open_session(model(head), name=head, threads=threads, backend=backend)
-        self._tail = open_session(model(tail), name=tail, threads=threads, backend=backend)
+        self.backend = choose(backend, [pair.format for pair in self.manifest.models])
+        pair = next(p for p in self.manifest.models if p.format == BACKENDS[self.backend].format)
+        codec = self.manifest.wire.feature_codec
+        self._head = open_head(model(pair.head), codec, name=pair.head, threads=threads, backend=self.backend)
+        self._tail = open_session(model(pair.tail), name=pair.tail, threads=threads, backend=self.backend)
 
     def encode(self, images: Codes) -> Codes:
         """Runs the head: noise is added, features are dropped and quantised inside.
@@ -80,6 +87,37 @@ class EdgeRuntime:
         if logits.dtype != np.float32 or logits.shape != expected:
             raise BundleError(f"the tail answers with {logits.dtype} {logits.shape}, not float32 {expected}")
         return logits
+
+
+def open_head(
+    model: Path | bytes, codec: AffineCodec, *, name: str = "the head", threads: int = 1, backend: str
+) -> Session:
+    """Opens a head as ``open_session`` opens a model; its codes are what goes on the wire, whatever the format.
+
+    Args:
+        model: its file, or its content.
+        codec: of the features.
+        name: as for ``open_session``.
+        threads: as for ``open_session``.
+        backend: as for ``open_session``.
+    """
+    session = open_session(model, name=name, threads=threads, backend=backend)
+    return _TfliteHead(session, codec) if BACKENDS[backend].format == "tflite" else session
+
+
+class _TfliteHead:
+    """A head whose operators neither drop codes nor end at fewer than 8 bits: both are done here."""
+
+    def __init__(self, session: Session, codec: AffineCodec) -> None:
+        self._session = session
+        self._codec = codec
+
+    def run(self, inputs: Mapping[str, npt.NDArray[Any]]) -> npt.NDArray[Any]:
+        """See ``Session``."""
+        codes = as_codes(self._session.run({name: value for name, value in inputs.items() if name != "keep"}))
+        if self._codec.bits < 8:
+            codes = np.minimum(codes, np.uint8(self._codec.code_max))
+        return np.where(inputs["keep"], codes, np.uint8(self._codec.zero_point)) if "keep" in inputs else codes
 
 
 def secret_inputs(manifest: ClientManifest, count: int) -> dict[str, npt.NDArray[Any]]:

@@ -38,6 +38,7 @@ from ensembler.protocol.errors import ExportError
 onnxruntime.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
 
 Floats = npt.NDArray[np.float32]
+Graph = onnx.ModelProto
 
 CALIBRATION_BATCH = 64
 # Share of activations inside the calibrated range, in percent. Against plain min/max it gained 1 to 3 dB on the

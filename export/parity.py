@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import json
 import math
-import time
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -22,10 +22,11 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ensembler.edge_runtime.backends import Session, open_session
+from ensembler.edge_runtime.backends import BACKENDS, Session, choose, installed, median_ms, open_session
+from ensembler.edge_runtime.runtime import open_head
 from ensembler.edge_runtime.sealing import BundleSecret, opener
 from ensembler.protocol.errors import GateFailedError
-from ensembler.protocol.manifest import ClientManifest, ServerManifest, WireSpec
+from ensembler.protocol.manifest import ClientManifest, ModelFormat, ModelPair, ServerManifest, WireSpec
 from ensembler.protocol.text import aligned
 from ensembler.training.models import normalise
 from ensembler.training.perturbation import Draw
@@ -36,10 +37,10 @@ Codes = npt.NDArray[np.uint8]
 Floats = npt.NDArray[np.float32]
 
 BATCH = 100
-TIMED_RUNS = 30
 SQNR_IMAGES = 1000
 GATED = ("head", "bodies", "tail")
 ON_CLIENT = "bodies, client"
+MAX_LSB = 1  # steps by which two runtimes may differ on the same integer model
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,10 +85,47 @@ class StageParity:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RuntimeParity:
+    """Head and tail of one format in one runtime.
+
+    Attributes:
+        runtime: a name of ``backends.BACKENDS``.
+        version: of it.
+        format: of the models.
+        default: whether the bundle names these models first.
+        head_sqnr_db: against torch.
+        tail_sqnr_db: the same.
+        max_lsb: the largest difference of a code of the head, or of a step of the tail, from the first runtime that
+            reads the same models; None for that one.
+        size_bytes: of both models.
+        batch1_ms: median time of one image through both, on one thread.
+        float32_ms: the same of the models before they were quantised; None where it was not measured.
+    """
+
+    runtime: str
+    version: str
+    format: ModelFormat
+    default: bool
+    head_sqnr_db: float
+    tail_sqnr_db: float
+    max_lsb: int | None
+    size_bytes: int
+    batch1_ms: float
+    float32_ms: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ParityReport:
-    """Everything measured; accuracies and agreement in percent of ``images`` held-out images."""
+    """Everything measured; accuracies and agreement in percent of ``images`` held-out images.
+
+    Attributes:
+        stages: head and tail as the bundle's default, and the bodies.
+        runtimes: head and tail in every runtime that is installed; the default comes first.
+        gates: what was asked for.
+    """
 
     stages: tuple[StageParity, ...]
+    runtimes: tuple[RuntimeParity, ...]
     images: int
     accuracy_float: float
     accuracy_wire: float
@@ -116,6 +154,16 @@ class ParityReport:
             for stage in self.stages
             if stage.stage in GATED and not stage.sqnr_db >= stage.required_db(self.gates.min_sqnr_db)
         ]
+        for each in self.runtimes:
+            if each.max_lsb is not None and each.max_lsb > MAX_LSB:
+                found.append(
+                    f"{each.runtime}: differs by {each.max_lsb} steps from another runtime on the same {each.format} "
+                    f"models; {MAX_LSB} is allowed"
+                )
+            for stage, sqnr_db in (("head", each.head_sqnr_db), ("tail", each.tail_sqnr_db)):
+                required = next(s for s in self.stages if s.stage == stage).required_db(self.gates.min_sqnr_db)
+                if not each.default and not sqnr_db >= required:
+                    found.append(f"{stage} in {each.runtime}: SQNR {sqnr_db:.1f} dB is below {required:.3g} dB")
         if not self.accuracy_drop_points <= self.gates.max_accuracy_drop_points:
             found.append(
                 f"accuracy drops by {self.accuracy_drop_points:.2f} points, "
@@ -139,9 +187,10 @@ class ParityReport:
             "accuracy_drop_points": self.accuracy_drop_points,
             "min_stage_sqnr_db": _finite(self.min_stage_sqnr_db),
         }
-        for stage in document["stages"]:
-            for name in ("sqnr_db", "wire_sqnr_db"):
-                stage[name] = _finite(stage[name])
+        for part in (*document["stages"], *document["runtimes"]):
+            for name in ("sqnr_db", "wire_sqnr_db", "head_sqnr_db", "tail_sqnr_db"):
+                if name in part:
+                    part[name] = _finite(part[name])
         document["gates"] = {name: _finite(value) for name, value in document["gates"].items()}
         return json.dumps(document, indent=1, allow_nan=False) + "\n"
 
@@ -159,7 +208,10 @@ class ParityReport:
                     ms,
                 )
             )
-        lines = aligned(rows)
+        lines = [*aligned(rows), "", *aligned(self._runtime_rows())]
+        slower = [each.runtime for each in self.runtimes if each.float32_ms and each.batch1_ms > each.float32_ms]
+        if slower:
+            lines.append(f"int8 is slower than float32 on this machine in {', '.join(slower)}")
         lines += [
             "",
             f"accuracy on {self.images} held-out images: torch float {self.accuracy_float:.2f}%, "
@@ -168,6 +220,25 @@ class ParityReport:
             f"same top-1 answer as torch through the wire: {self.top1_agreement:.2f}%",
         ]
         return "\n".join(lines)
+
+    def _runtime_rows(self) -> list[tuple[str, ...]]:
+        rows: list[tuple[str, ...]] = [
+            ("head and tail in", "format", "head dB", "tail dB", "steps off", "KiB", "ms/image", "float32 ms")
+        ]
+        for each in self.runtimes:
+            rows.append(
+                (
+                    f"{each.runtime} {each.version}",
+                    f"{each.format}, default" if each.default else each.format,
+                    f"{each.head_sqnr_db:.1f}",
+                    f"{each.tail_sqnr_db:.1f}",
+                    "" if each.max_lsb is None else str(each.max_lsb),
+                    f"{each.size_bytes / 1024:.0f}",
+                    f"{each.batch1_ms:.3f}",
+                    "" if each.float32_ms is None else f"{each.float32_ms:.3f}",
+                )
+            )
+        return rows
 
 
 @torch.inference_mode()
@@ -192,7 +263,7 @@ def measure_bodies(
         tally.add("bodies", wanted, found)
         tally.add_wire("bodies", plain, wanted, wire.answer_bits)
     sizes = [manifest.files[name].size_bytes for _, manifest in servers for name in manifest.bodies]
-    rows = [tally.stage(f"body {i}", sizes[i], _median_ms(net, {"features": codes[:1]})) for i, net in enumerate(nets)]
+    rows = [tally.stage(f"body {i}", sizes[i], median_ms(net, {"features": codes[:1]})) for i, net in enumerate(nets)]
     return (*rows, tally.stage("bodies", sum(sizes), None))
 
 
@@ -207,6 +278,7 @@ def measure(
     gates: Gates,
     server_stages: Sequence[StageParity],
     secret: BundleSecret | None = None,
+    float32_ms: Mapping[ModelFormat, float] | None = None,
 ) -> ParityReport:
     """Runs artifacts and torch side by side, through the whole client.
 
@@ -220,12 +292,20 @@ def measure(
         gates: recorded in the report.
         server_stages: what ``measure_bodies`` found.
         secret: opens the client bundle, if that is encrypted.
+        float32_ms: what one image takes in float32, for each format.
     """
     folder, client_manifest = client_bundle
     wire = client_manifest.wire
     model = opener(folder, client_manifest, lambda _: secret)
-    head = open_session(model(client_manifest.head), name=client_manifest.head)
-    tail = open_session(model(client_manifest.tail), name=client_manifest.tail)
+    runtimes = [
+        _Device(pair, backend, model, wire)
+        for pair in client_manifest.models
+        for backend, known in BACKENDS.items()
+        if known.format == pair.format and installed(backend)
+    ]
+    if not runtimes:
+        choose("auto", [pair.format for pair in client_manifest.models])  # says what to install
+    head, tail = runtimes[0].head, runtimes[0].tail
     nets = [open_session(place / name) for place, manifest in servers for name in manifest.bodies]
     selected = list(client.selector)
     chosen = [bodies[i] for i in selected]
@@ -246,7 +326,11 @@ def measure(
             tally.add_wire("head", in_float.numpy(), sent.numpy(), wire.feature_codec.bits)
             _, wanted, found = _answers(bodies, nets, wire, arrived, codes)
             tally.add(ON_CLIENT, wanted, found)
-            tally.add("tail", client.combine(torch.from_numpy(found[:, selected])).numpy(), logits)
+            expected = client.combine(torch.from_numpy(found[:, selected])).numpy()
+            tally.add("tail", expected, logits)
+            inputs = _head_inputs(client_manifest, x, draw)
+            for device in runtimes:
+                device.add(tally, sent.numpy(), inputs, expected, answers)
         plain = torch.stack([body(in_float) for body in chosen], dim=1)
         through = torch.stack([body(sent) for body in chosen], dim=1)
         tally.count(
@@ -256,13 +340,18 @@ def measure(
             y,
         )
     one = _head_inputs(client_manifest, images[:1], client.draw(1))
-    sizes = {name: client_manifest.files[name].size_bytes for name in (client_manifest.head, client_manifest.tail)}
+    default = client_manifest.models[0]
+    sizes = {name: entry.size_bytes for name, entry in client_manifest.files.items()}
     return ParityReport(
         stages=(
-            tally.stage("head", sizes[client_manifest.head], _median_ms(head, one)),
+            tally.stage("head", sizes[default.head], median_ms(head, one)),
             *server_stages,
             tally.stage(ON_CLIENT, server_stages[-1].size_bytes, None),
-            tally.stage("tail", sizes[client_manifest.tail], _median_ms(tail, {"answers": answers[:1]})),
+            tally.stage("tail", sizes[default.tail], median_ms(tail, {"answers": answers[:1]})),
+        ),
+        runtimes=tuple(
+            device.parity(tally, runtimes, sizes, one, answers[:1], (float32_ms or {}).get(device.pair.format))
+            for device in runtimes
         ),
         images=len(images),
         accuracy_float=tally.percent("float"),
@@ -271,6 +360,64 @@ def measure(
         top1_agreement=tally.percent("agree"),
         gates=gates,
     )
+
+
+class _Device:
+    """Head and tail in one runtime, and what they gave."""
+
+    def __init__(self, pair: ModelPair, backend: str, model: Callable[[str], Path | bytes], wire: WireSpec) -> None:
+        self.pair = pair
+        self.backend = backend
+        self.codec = wire.feature_codec
+        self.head = open_head(model(pair.head), wire.feature_codec, name=pair.head, backend=backend)
+        self.tail = open_session(model(pair.tail), name=pair.tail, backend=backend)
+        self.codes: list[Codes] = []
+        self.logits: list[Floats] = []
+
+    def add(
+        self,
+        tally: _Tally,
+        sent: Floats,
+        inputs: Mapping[str, npt.NDArray[Any]],
+        expected: Floats,
+        answers: Codes,
+    ) -> None:
+        """Runs both on a batch; ``sent`` and ``expected`` are what torch says."""
+        self.codes.append(self.head.run(inputs))
+        self.logits.append(self.tail.run({"answers": answers}))
+        tally.add(f"head in {self.backend}", sent, self.codec.decode(self.codes[-1]))
+        tally.add(f"tail in {self.backend}", expected, self.logits[-1])
+
+    def parity(
+        self,
+        tally: _Tally,
+        runtimes: Sequence[_Device],
+        sizes: Mapping[str, int],
+        one: Mapping[str, npt.NDArray[Any]],
+        answers: Codes,
+        float32_ms: float | None,
+    ) -> RuntimeParity:
+        """Returns the row; ``runtimes`` are all, ``one`` and ``answers`` what one image is timed with."""
+        first = next(device for device in runtimes if device.pair == self.pair)
+        return RuntimeParity(
+            runtime=self.backend,
+            version=metadata.version(self.backend),
+            format=self.pair.format,
+            default=self is runtimes[0],
+            head_sqnr_db=tally.sqnr(f"head in {self.backend}"),
+            tail_sqnr_db=tally.sqnr(f"tail in {self.backend}"),
+            max_lsb=None if self is first else self._steps_from(first),
+            size_bytes=sizes[self.pair.head] + sizes[self.pair.tail],
+            batch1_ms=median_ms(self.head, one) + median_ms(self.tail, {"answers": answers}),
+            float32_ms=float32_ms if self is first else None,
+        )
+
+    def _steps_from(self, other: _Device) -> int:
+        codes, logits = np.concatenate(self.codes), np.concatenate(self.logits)
+        of_codes = np.abs(codes.astype(np.int16) - np.concatenate(other.codes)).max()
+        values = np.unique(logits)  # of an integer model: whole steps
+        step = np.diff(values).min() if len(values) > 1 else 1.0
+        return max(int(of_codes), round(float(np.abs(logits - np.concatenate(other.logits)).max() / step)))
 
 
 def _joined(servers: Sequence[tuple[Path, ServerManifest]]) -> WireSpec:
@@ -365,12 +512,3 @@ def _head_inputs(manifest: ClientManifest, images: Codes, draw: Draw) -> dict[st
     if draw.keep is not None:
         inputs["keep"] = draw.keep.numpy()
     return inputs
-
-
-def _median_ms(session: Session, inputs: Mapping[str, npt.NDArray[Any]]) -> float:
-    times = []
-    for _ in range(TIMED_RUNS):
-        start = time.perf_counter()
-        session.run(inputs)
-        times.append(1000 * (time.perf_counter() - start))
-    return float(np.median(times))

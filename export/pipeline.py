@@ -24,14 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from ensembler.edge_runtime.sealing import SUFFIX, BundleSecret, Sealer, checked_for_sealing, new_seal
-from ensembler.export import graphs, parity
-from ensembler.protocol.codec import AffineCodec
+from ensembler.export import client_models, graphs, parity
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError, ExportError
 from ensembler.protocol.manifest import (
     MANIFEST_NAME,
     ClientManifest,
     ImageSpec,
-    NoiseMode,
+    ModelFormat,
+    ModelPair,
     PartySpec,
     Precision,
     ServerManifest,
@@ -42,8 +42,7 @@ from ensembler.protocol.manifest import (
 )
 from ensembler.training import data as data_sets
 from ensembler.training.data import Dataset
-from ensembler.training.models import PIXEL_SCALE, PIXEL_ZERO_POINT, normalise
-from ensembler.training.perturbation import Draw
+from ensembler.training.models import normalise
 from ensembler.training.runs import RunFolder, bodies_digest
 from ensembler.training.stage1 import Stage1Net, load_stage1
 from ensembler.training.stages import Client, load_client, mixed_features
@@ -51,7 +50,6 @@ from ensembler.training.wire import fake_quantise, fake_quantise_answers
 
 CALIBRATION_IMAGES = 512
 BODY_CALIBRATION_IMAGES = 1024
-PIXEL_CODEC = AffineCodec(scale=PIXEL_SCALE, zero_point=PIXEL_ZERO_POINT)
 REPORT_NAME = "parity.json"
 PARTIAL_PREFIX = ".partial-"
 CLIENT_NAME = "client"
@@ -65,6 +63,7 @@ class ExportOptions:
 
     Attributes:
         client_precision: of head and tail.
+        formats: of head and tail; of several the one that is fastest here becomes the bundle's default.
         server_precision: of the bodies; ``auto`` is int8 where that reaches the gate, else float32. Not used when
             ``server_bundles`` are given.
         parties: among how many operators the N bodies are divided, each with a server bundle of its own.
@@ -79,6 +78,7 @@ class ExportOptions:
     """
 
     client_precision: Precision = "int8"
+    formats: tuple[ModelFormat, ...] = ("onnx",)
     server_precision: Literal["auto", "int8", "float32"] = "auto"
     parties: int = 1
     server_bundles: tuple[Path, ...] = ()
@@ -109,13 +109,15 @@ def export(
             What it raises ends the export.
 
     Raises:
-        ConfigError: ``out`` already holds a bundle, or cannot be written; or the passphrase is too short.
+        ConfigError: ``out`` already holds a bundle, or cannot be written; the passphrase is too short; or the formats
+            do not go with the precision.
         DataError: the run or its data cannot be read.
         BundleMismatchError: ``options.server_bundles`` belong to other nets.
         GateFailedError: the parity report is worse than the gates; the message has the table.
         ExportError: a graph cannot be made.
-        MissingExtraError: the bundle is to be encrypted and the package for that is not installed.
+        MissingExtraError: the package that encrypts a bundle, or that makes TFLite models, is not installed.
     """
+    client_models.check(options.formats, options.client_precision)
     if options.secret is not None:
         checked_for_sealing(options.secret)
     job = _checked(run_path, out, options)
@@ -280,7 +282,7 @@ def _build(job: _Job, partial: Path, options: ExportOptions, progress: Callable[
         servers, server_stages = _make_servers(folders, job.bodies, job.wires, samples, features, options, progress)
     progress("client: head and tail")
     folder = partial / CLIENT_NAME
-    manifest = _write_client(folder, client, job, data.train_x[:CALIBRATION_IMAGES], options)
+    manifest, float32_ms = _write_client(folder, client, job, data.train_x[:CALIBRATION_IMAGES], options)
     progress("parity report")
     count = options.parity_images
     return parity.measure(
@@ -293,6 +295,7 @@ def _build(job: _Job, partial: Path, options: ExportOptions, progress: Callable[
         options.gates,
         server_stages,
         options.secret,
+        float32_ms,
     )
 
 
@@ -407,35 +410,6 @@ def _write_server(
 # --- the client bundle ---
 
 
-class _Head(nn.Module):
-    """Head and noise as one graph; what is drawn for each image is a second input."""
-
-    def __init__(self, client: Client, mode: NoiseMode) -> None:
-        super().__init__()
-        self.head = client.head
-        self.mode = mode
-        self.constant: Tensor
-        self.register_buffer("constant", client.noise)
-
-    def forward(self, x: Tensor, drawn: Tensor | None = None) -> Tensor:
-        features: Tensor = self.head(x)
-        if drawn is not None:
-            return features + (drawn if self.mode == "fresh" else self.constant.index_select(0, drawn))
-        return features + self.constant if self.mode == "fixed" else features
-
-
-class _Tail(nn.Module):
-    """The tail behind the selector: ``(B, P, F)``, already weighted with 1/P, to logits."""
-
-    def __init__(self, client: Client) -> None:
-        super().__init__()
-        self.tail = client.tail
-
-    def forward(self, selected: Tensor) -> Tensor:
-        logits: Tensor = self.tail(selected.flatten(1))
-        return logits
-
-
 @torch.inference_mode()
 def _write_client(
     folder: Path,
@@ -443,7 +417,8 @@ def _write_client(
     job: _Job,
     images: Pixels,
     options: ExportOptions,
-) -> ClientManifest:
+) -> tuple[ClientManifest, dict[ModelFormat, float]]:
+    """Returns the manifest, and what each format's models would take in float32."""
     folder.mkdir(mode=0o700)
     precision, secret = options.client_precision, options.secret
     wire, perturbation = client.wire, client.perturbation
@@ -451,24 +426,22 @@ def _write_client(
     features = client.head(x)
     draw = client.draw(len(x), torch.Generator().manual_seed(0))
     sent = fake_quantise(draw.applied(features), wire.feature_codec)
-    chosen = torch.stack([job.bodies[i](sent) for i in client.selector], dim=1)
-    codecs = tuple(wire.answer_codecs[i] for i in client.selector)
-    weighted = fake_quantise_answers(chosen, codecs) / len(client.selector)
+    answers = fake_quantise_answers(torch.stack([body(sent) for body in job.bodies], dim=1), wire.answer_codecs)
+    samples = client_models.Samples(x=x, draw=draw, answers=answers)
+    made = client_models.make(client, samples, options.formats, precision)
     suffix = "" if secret is None else SUFFIX
-    head, tail = f"head.onnx{suffix}", f"tail.onnx{suffix}"
-    models = {
-        head: _head_graph(client, x, draw, precision),
-        tail: _tail_graph(client, weighted, precision),
+    pairs = [ModelPair(head=f"head.{each}{suffix}", tail=f"tail.{each}{suffix}") for each in made]
+    models = {pair.head: made[pair.format].head for pair in pairs} | {
+        pair.tail: made[pair.format].tail for pair in pairs
     }
     manifest = ClientManifest(
         wire=wire,
         image=ImageSpec(height=job.dataset.image_size[0], width=job.dataset.image_size[1]),
         labels=job.run.labels,
-        noise_mode=_noise_mode(client),
+        noise_mode=client_models.noise_mode(client),
         noise_std=_noise_std(client),
         precision=precision,
-        head=head,
-        tail=tail,
+        models=tuple(pairs),
         parties=job.parties,
         files={},
         encryption=None if secret is None else new_seal(secret),
@@ -485,46 +458,10 @@ def _write_client(
     manifest = replace(manifest, files={name: describe_file(folder / name) for name in models})
     (folder / MANIFEST_NAME).touch(mode=0o600)
     (folder / MANIFEST_NAME).write_bytes(to_json(manifest))
-    return manifest
-
-
-def _noise_mode(client: Client) -> NoiseMode:
-    perturbation = client.perturbation
-    if perturbation.std == 0:
-        return "none"
-    if perturbation.tensors:
-        return "drawn"
-    return "fresh" if perturbation.fresh else "fixed"
+    return manifest, {each: found.float32_ms for each, found in made.items()}
 
 
 def _noise_std(client: Client) -> float:
     """Returns the standard deviation of the noise: the asked one, or what learned noise has come to."""
     perturbation = client.perturbation
     return float(client.noise.std()) if perturbation.noise == "learned" else float(perturbation.std)
-
-
-def _head_graph(client: Client, x: Tensor, draw: Draw, precision: Precision) -> bytes:
-    codec, mode = client.wire.feature_codec, _noise_mode(client)
-    given = {graphs.INPUT: x}
-    if mode == "fresh":
-        given[graphs.NOISE] = draw.noise
-    elif draw.which is not None:
-        given[graphs.WHICH] = draw.which
-    examples = [value[:2] for value in given.values()]
-    graph = graphs.optimised(graphs.from_torch(_Head(client, mode).eval(), examples, inputs=list(given)))
-    if precision == "int8":
-        samples = {name: value.numpy() for name, value in given.items()}
-        graph = graphs.quantised(graph, samples, input_codec=PIXEL_CODEC, output_codec=codec)
-    graph = graphs.attach_codes(graph, "image", PIXEL_CODEC, output="features", out_codec=codec)
-    if draw.keep is not None:
-        graph = graphs.dropped(graph, "features", codec)
-    return graphs.scrubbed(graphs.channels_last(graph, "image"))
-
-
-def _tail_graph(client: Client, weighted: Tensor, precision: Precision) -> bytes:
-    graph = graphs.optimised(graphs.from_torch(_Tail(client).eval(), [weighted[:2]]))
-    if precision == "int8":
-        graph = graphs.quantised(graph, {graphs.INPUT: weighted.numpy()})
-    wire = client.wire
-    graph = graphs.select_answers(graph, "answers", wire.answer_codecs, client.selector, wire.answer_width)
-    return graphs.scrubbed(graph)

@@ -49,8 +49,10 @@ _Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?
 
 # Fields of a client manifest that an earlier one has not, and what they then are.
 _OPTIONAL: dict[str, Any] = {"noise_law": "gaussian", "noise_tensors": 0, "dropout": 0.0}
+_ALSO = "also"  # the models in the other format; absent where there is none
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
+ModelFormat = Literal["onnx", "tflite"]
 NoiseMode = Literal["none", "fixed", "fresh", "drawn"]
 NoiseLaw = Literal["gaussian", "uniform"]
 Precision = Literal["int8", "float32"]
@@ -158,6 +160,19 @@ class SealSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ModelPair:
+    """The names of head and tail in one format: uint8 image to wire codes, and the N answers' codes to logits."""
+
+    head: str
+    tail: str
+
+    @property
+    def format(self) -> ModelFormat:
+        """What the names say: ``tflite`` or ``onnx``."""
+        return "tflite" if ".tflite" in self.head else "onnx"
+
+
+@dataclass(frozen=True, kw_only=True)
 class ClientManifest:
     """The manifest of a client bundle.
 
@@ -168,8 +183,7 @@ class ClientManifest:
         noise_mode: ``fixed`` (a constant of the head graph), ``fresh`` (drawn for each image), ``drawn`` (one of
             several constants for each image) or ``none``.
         noise_std: the standard deviation of the noise, in units of the head's features.
-        head: the name of the head's graph, uint8 image in, wire codes out.
-        tail: the name of the selector + tail graph, the N answers' codes in, logits out.
+        models: head and selector + tail, in one format or in both; the first is the bundle's default.
         parties: the operators, one or several.
         encryption: how head and tail are encrypted at rest; None: they are not.
         noise_law: of ``fresh`` noise.
@@ -183,8 +197,7 @@ class ClientManifest:
     noise_mode: NoiseMode
     noise_std: float
     precision: Precision
-    head: str
-    tail: str
+    models: tuple[ModelPair, ...]
     parties: tuple[PartySpec, ...]
     files: Mapping[str, FileEntry]
     encryption: SealSpec | None = None
@@ -220,8 +233,8 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
             "labels": list(manifest.labels),
             "noise_mode": manifest.noise_mode,
             "noise_std": manifest.noise_std,
-            "head": manifest.head,
-            "tail": manifest.tail,
+            "head": manifest.models[0].head,
+            "tail": manifest.models[0].tail,
             "parties": [
                 {
                     "bodies_id": party.bodies_id,
@@ -236,6 +249,8 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
         for name, usual in _OPTIONAL.items():
             if getattr(manifest, name) != usual:
                 document[name] = getattr(manifest, name)
+        if len(manifest.models) > 1:
+            document[_ALSO] = {"head": manifest.models[1].head, "tail": manifest.models[1].tail}
     return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
@@ -275,8 +290,7 @@ def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
         noise_mode=mode,
         noise_std=float(std),
         precision=reader.choice("precision", ("int8", "float32")),
-        head=reader.file_name("head", files),
-        tail=reader.file_name("tail", files),
+        models=reader.models(files),
         parties=reader.parties(wire),
         files=files,
         encryption=reader.encryption(),
@@ -428,6 +442,13 @@ class _Reader:
 
     def file_name(self, name: str, files: Mapping[str, FileEntry]) -> str:
         return str(self.get(name, lambda v: isinstance(v, str) and v in files))
+
+    def models(self, files: Mapping[str, FileEntry]) -> tuple[ModelPair, ...]:
+        readers = [self, self.child(_ALSO)] if _ALSO in self.document else [self]
+        pairs = tuple(ModelPair(head=r.file_name("head", files), tail=r.file_name("tail", files)) for r in readers)
+        if len({pair.format for pair in pairs}) != len(pairs):
+            raise self.error(_ALSO, "has models of the same format as head and tail")
+        return pairs
 
     def files(self) -> dict[str, FileEntry]:
         entries = self.child("files")

@@ -62,7 +62,8 @@ class EdgeClient:
         plaintext: connect without encryption and authentication. Never the default, also when the bundle pins no key.
         timeout_ms: the deadline of a call that gives none itself.
         threads: of one run of head or tail.
-        backend: a name of ``ensembler.edge_runtime.backends.BACKENDS``.
+        backend: ``onnxruntime``, ``ai-edge-litert`` or ``tflite-runtime``; ``auto`` takes one that is installed and
+            reads the bundle's models, its default format first.
         top_k: how many classes ``Prediction.top_k`` holds.
         fallback: called with ``(image, error)`` when the cloud is away (``fallback.cloud_is_away``: no connection, no
             answer before the deadline, a full or a stopping server); its ``Prediction`` is the answer. See
@@ -73,7 +74,7 @@ class EdgeClient:
         BundleError: the bundle is missing, damaged or of another version.
         KeyFileError: no device key was found, or it is not one; or the bundle is encrypted and does not open.
         ConfigError: an impossible option.
-        MissingExtraError: no inference runtime is installed, or what decrypts the bundle is not.
+        MissingExtraError: no inference runtime for the bundle is installed, or what decrypts the bundle is not.
     """
 
     def __init__(
@@ -87,7 +88,7 @@ class EdgeClient:
         plaintext: bool = False,
         timeout_ms: float = 5000.0,
         threads: int = 1,
-        backend: str = "onnxruntime",
+        backend: str = "auto",
         top_k: int = 5,
         fallback: Fallback | None = None,
         transport: Transport | Sequence[Transport] | None = None,
@@ -111,7 +112,7 @@ class EdgeClient:
             describe,
             folder,
             self._manifest,
-            backend=backend,
+            backend=self._runtime.backend,
             servers=servers,
             encrypted=transport is None and not plaintext,
         )

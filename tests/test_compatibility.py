@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from ensembler.client import EdgeClient
+from ensembler.edge_runtime.backends import BACKENDS
 from ensembler.protocol.errors import BundleVersionError
 from ensembler.protocol.manifest import load_client, load_server
 
@@ -29,10 +30,13 @@ def predicted():
 
 
 @golden_table
-def test_a_golden_bundle_is_read_and_answers_as_it_did(golden, predicted):
+@pytest.mark.parametrize("backend", ["onnxruntime", "ai-edge-litert"])
+def test_a_golden_bundle_is_read_and_answers_as_it_did(golden, backend, predicted):
+    if BACKENDS[backend].format not in {pair.format for pair in load_client(golden / "client").models}:
+        pytest.skip("not among this bundle's formats")
     with np.load(golden / "expected.npz") as stored:
         images, logits = stored["images"], stored["logits"]
-    found = predicted(golden, images)
+    found = predicted(golden, images, backend)
     # Other processors and runtimes may round differently; a wrong codec, order or selector would be far off.
     np.testing.assert_allclose(found, logits, atol=0.05 * np.abs(logits).max())
     assert (found.argmax(1) == logits.argmax(1)).all()

@@ -19,7 +19,7 @@ import pytest
 from onnx import TensorProto, helper
 from PIL import Image
 
-from ensembler.edge_runtime.backends import BACKENDS, as_codes, open_session
+from ensembler.edge_runtime.backends import as_codes, open_session
 from ensembler.edge_runtime.images import to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, fresh_noise, secret_inputs, softmax, uniform_noise
 from ensembler.protocol.errors import BundleError, BundleTamperedError, ConfigError, ImageError
@@ -33,9 +33,7 @@ def random_pixels(*shape, seed=0):
     return np.random.Generator(np.random.PCG64(seed)).integers(0, 256, shape, dtype=np.uint8)
 
 
-# --- the contract of every runtime ---
-
-every_backend = pytest.mark.parametrize("backend", BACKENDS)
+# --- onnxruntime ---
 
 
 def write_model(path):
@@ -46,83 +44,11 @@ def write_model(path):
     return path
 
 
-@every_backend
-def test_inputs_are_given_by_name_in_any_order(backend, tmp_path):
-    session = open_session(write_model(tmp_path / "model.onnx"), backend=backend)
+def test_onnx_inputs_are_given_by_name_in_any_order(tmp_path):
+    session = open_session(write_model(tmp_path / "model.onnx"))
     a, b = np.full((1, 3), 5, np.float32), np.full((1, 3), 2, np.float32)
     np.testing.assert_array_equal(session.run({"a": a, "b": b}), np.full((1, 3), 3, np.float32))
     np.testing.assert_array_equal(session.run({"b": b, "a": a}), np.full((1, 3), 3, np.float32))
-
-
-@every_backend
-@pytest.mark.parametrize("batch", [1, 2, 7])
-@pytest.mark.parametrize("threads", [1, 2])
-def test_shape_dtype_and_codes_are_the_same_for_any_batch_and_threads(backend, batch, threads, tiny, tiny_images):
-    manifest = load_client(tiny.client)
-    session = open_session(tiny.client / manifest.head, threads=threads, backend=backend)
-    codes = session.run({"image": tiny_images[:batch]})
-    assert codes.dtype == np.uint8
-    assert codes.shape == (batch, *manifest.wire.feature_shape)
-    one_by_one = [session.run({"image": tiny_images[i : i + 1]}) for i in range(batch)]
-    np.testing.assert_array_equal(codes, np.concatenate(one_by_one))
-
-
-@every_backend
-def test_a_session_may_be_used_by_several_threads(backend, tiny, tiny_images):
-    session = open_session(tiny.client / "head.onnx", backend=backend)
-    wanted = session.run({"image": tiny_images})
-    found = [None] * 4
-
-    def work(index):
-        found[index] = session.run({"image": tiny_images})
-
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(len(found))]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for codes in found:
-        np.testing.assert_array_equal(codes, wanted)
-
-
-@every_backend
-@pytest.mark.parametrize("threads", [0, -1])
-def test_less_than_one_thread_is_refused(backend, threads, tiny):
-    with pytest.raises(ConfigError, match=f"threads = {threads}: give a whole number, at least 1"):
-        open_session(tiny.client / "head.onnx", threads=threads, backend=backend)
-
-
-@every_backend
-@pytest.mark.parametrize("content", [b"", b"not a model", None], ids=["empty", "text", "half"])
-def test_a_damaged_file_is_refused(backend, content, tiny, tmp_path):
-    whole = (tiny.client / "head.onnx").read_bytes()
-    path = tmp_path / "head.onnx"
-    path.write_bytes(whole[: len(whole) // 2] if content is None else content)
-    with pytest.raises(BundleError, match=r"head\.onnx cannot be loaded .* export it again"):
-        open_session(path, backend=backend)
-
-
-@every_backend
-def test_a_missing_file_is_refused(backend, tmp_path):
-    with pytest.raises(BundleError, match="nowhere"):
-        open_session(tmp_path / "nowhere.onnx", backend=backend)
-
-
-@every_backend
-@pytest.mark.parametrize(
-    "inputs",
-    [
-        {"image": np.zeros((1, 8, 8, 3), np.uint8)},
-        {"image": np.zeros((1, 16, 16, 3), np.float32)},
-        {"picture": np.zeros((1, 16, 16, 3), np.uint8)},
-        {},
-    ],
-    ids=["shape", "dtype", "name", "nothing"],
-)
-def test_inputs_that_the_model_does_not_take_are_one_typed_error(backend, inputs, tiny):
-    session = open_session(tiny.client / "head.onnx", backend=backend)
-    with pytest.raises(BundleError, match=r"head\.onnx cannot run on"):
-        session.run(inputs)
 
 
 def test_onnxruntime_is_told_to_report_nothing_to_its_maker(tiny, monkeypatch):
@@ -137,8 +63,16 @@ def test_an_unknown_backend_is_refused_with_the_known_ones(tiny):
         open_session(tiny.client / "head.onnx", backend="abacus")
 
 
+def test_a_bundle_for_another_runtime_than_the_one_asked_for_is_refused(tiny):
+    with pytest.raises(ConfigError, match=r"ai-edge-litert reads tflite models and the bundle has onnx: use onnxrun"):
+        EdgeRuntime(tiny.client, backend="ai-edge-litert")
+
+
+# --- what is missing ---
+
 WITHOUT = """
 import sys
+import threading
 sys.modules[sys.argv[1]] = None
 from pathlib import Path
 from ensembler.edge_runtime.runtime import EdgeRuntime
@@ -156,7 +90,7 @@ except MissingExtraError as error:
 @pytest.mark.parametrize(
     ("package", "message"),
     [
-        ("onnxruntime", "running head.onnx needs onnxruntime: pip install 'ensembler-edge[onnx]'"),
+        ("onnxruntime", "running the bundle's models needs onnxruntime: pip install 'ensembler-edge[onnx]'"),
         ("PIL", "decoding an image needs pillow: pip install 'ensembler-edge[image]'"),
     ],
 )

@@ -406,7 +406,8 @@ def test_no_artifact_names_the_machine_or_the_training_code(kind, every_bundle, 
             text = "\n".join(text for _, text in texts(onnx.load_from_string(content)))
         else:
             text = content.decode("utf-8")
-        words = ["torch", ".py", "conv1", "bn1", "weight", "onnxruntime", str(Path(sys.executable).parent)]
+        words = ["torch", ".py", "conv1", "bn1", "weight", str(Path(sys.executable).parent)]
+        words += [] if name == "parity.json" else ["onnxruntime"]  # that report tells of runtimes, and ships with none
         words += [account.pw_name] if len(account.pw_name) > 3 else []
         assert [word for word in words if word in text] == [], name
 

@@ -19,6 +19,7 @@ from ensembler.protocol.manifest import (
     ClientManifest,
     FileEntry,
     ImageSpec,
+    ModelPair,
     PartySpec,
     SealSpec,
     ServerManifest,
@@ -57,13 +58,20 @@ CLIENT = ClientManifest(
     noise_mode="fixed",
     noise_std=0.1,
     precision="int8",
-    head="head.onnx",
-    tail="tail.onnx",
+    models=(
+        ModelPair(head="head.tflite.sealed", tail="tail.tflite.sealed"),
+        ModelPair(head="head.onnx", tail="tail.onnx"),
+    ),
     parties=(
         PartySpec(bodies_id="cd" * 32, num_nets=1, server_public_key="rq:rM>}U?@Lns47E1%kR.o@n%FcmmsL/@{H8]yf7"),
         PartySpec(bodies_id="ef" * 32, num_nets=2, server_public_key="A" * 40),
     ),
-    files={"head.onnx": entry(b"h"), "tail.onnx": entry(b"t")},
+    files={
+        "head.onnx": entry(b"h"),
+        "tail.onnx": entry(b"t"),
+        "head.tflite.sealed": entry(b"H"),
+        "tail.tflite.sealed": entry(b"T"),
+    },
     encryption=SealSpec(kdf="scrypt", salt="5a" * 32, log2_n=15, p=3),
 )
 KINDS = {"client": (CLIENT, parse_client, load_client), "server": (SERVER, parse_server, load_server)}
@@ -105,6 +113,20 @@ def field_name(path):
 
 
 # --- round trip ---
+
+
+def test_one_format_alone_is_written_as_it_always_was():
+    alone = dataclasses.replace(CLIENT, models=CLIENT.models[1:])
+    written = json.loads(to_json(alone))
+    assert (written["head"], written["tail"], "also" in written) == ("head.onnx", "tail.onnx", False)
+    assert parse_client(to_json(alone)).models == alone.models
+
+
+def test_two_pairs_of_one_format_are_refused():
+    changed = document("client")
+    changed["also"] = {"head": "head.tflite.sealed", "tail": "tail.tflite.sealed"}
+    with pytest.raises(BundleError, match="also has models of the same format as head and tail"):
+        parse("client", changed)
 
 
 @both
@@ -263,7 +285,8 @@ FIELD_IDS = [f"{kind}-{'.'.join(map(str, path))}" for kind, path in FIELDS]
 
 
 @pytest.mark.parametrize(
-    ("kind", "path"), [(kind, path) for kind, path in FIELDS if isinstance(path[-1], str) and path[0] != "files"]
+    ("kind", "path"),
+    [(kind, path) for kind, path in FIELDS if isinstance(path[-1], str) and path[0] != "files" and path != ("also",)],
 )
 def test_a_missing_field_is_refused_by_name(kind, path):
     changed = document(kind)

@@ -29,6 +29,7 @@ from ensembler.protocol.errors import (
 )
 from ensembler.protocol.manifest import (
     MANIFEST_NAME,
+    ModelPair,
     SealSpec,
     describe_file,
     load_client,
@@ -44,13 +45,17 @@ BY_KEY = SealSpec(kdf="hkdf-sha256", salt=SALT)
 BY_PASSPHRASE = SealSpec(kdf="scrypt", salt=SALT, log2_n=14, p=1)  # as cheap as a manifest may say
 
 
+def names_of(manifest):
+    """The names of the models, in the order of their pairs."""
+    return [name for pair in manifest.models for name in (pair.head, pair.tail)]
+
+
 def sealed(plain, out, secret, seal):
     """Makes an encrypted copy of a plain client bundle, without exporting again."""
     manifest = load_client(plain)
-    names = {name: f"{name}{sealing.SUFFIX}" for name in (manifest.head, manifest.tail)}
-    changed = dataclasses.replace(
-        manifest, head=names[manifest.head], tail=names[manifest.tail], files={}, encryption=seal
-    )
+    names = {name: f"{name}{sealing.SUFFIX}" for name in names_of(manifest)}
+    pairs = tuple(ModelPair(head=names[pair.head], tail=names[pair.tail]) for pair in manifest.models)
+    changed = dataclasses.replace(manifest, models=pairs, files={}, encryption=seal)
     sealer = sealing.Sealer(secret, changed)
     out.mkdir(parents=True)
     for plain_name, name in names.items():
@@ -61,7 +66,7 @@ def sealed(plain, out, secret, seal):
 
 def written(folder, manifest):
     """Writes ``manifest`` with the digests of the files that are there, as whoever can write the folder could."""
-    entries = {name: describe_file(folder / name) for name in (manifest.head, manifest.tail)}
+    entries = {name: describe_file(folder / name) for name in names_of(manifest)}
     (folder / MANIFEST_NAME).write_bytes(to_json(dataclasses.replace(manifest, files=entries)))
 
 
@@ -171,7 +176,7 @@ def test_a_sealed_file_is_nonce_ciphertext_and_tag_under_a_key_of_its_bundle(by_
     context = b"ensembler bundle v1\n"
     pseudorandom = hmac.digest(bytes.fromhex(SALT), KEY, "sha256")  # HKDF, RFC 5869
     key = hmac.digest(pseudorandom, context + b"\x01", "sha256")
-    for name, plain in ((manifest.head, "head.onnx"), (manifest.tail, "tail.onnx")):
+    for name, plain in zip(names_of(manifest), ("head.onnx", "tail.onnx"), strict=True):
         data = (by_key / name).read_bytes()
         bound = context + to_json(dataclasses.replace(manifest, files={})) + name.encode()
         expected = (tiny.client / plain).read_bytes()
@@ -182,8 +187,10 @@ def test_a_sealed_file_is_nonce_ciphertext_and_tag_under_a_key_of_its_bundle(by_
 def test_a_passphrase_is_stretched_with_scrypt(by_passphrase, tiny):
     manifest = load_client(by_passphrase)
     key = hashlib.scrypt(PASSPHRASE.encode(), salt=bytes.fromhex(SALT), n=1 << 14, r=8, p=1, dklen=32)
-    data = (by_passphrase / manifest.tail).read_bytes()
-    bound = b"ensembler bundle v1\n" + to_json(dataclasses.replace(manifest, files={})) + manifest.tail.encode()
+    data = (by_passphrase / manifest.models[0].tail).read_bytes()
+    bound = (
+        b"ensembler bundle v1\n" + to_json(dataclasses.replace(manifest, files={})) + manifest.models[0].tail.encode()
+    )
     assert ChaCha20Poly1305(key).decrypt(data[:12], data[12:], bound) == (tiny.client / "tail.onnx").read_bytes()
 
 

@@ -143,8 +143,8 @@ def test_an_encrypted_bundle_shows_nothing_of_its_models(tiny, tmp_path, secrets
     assert b"QuantizeLinear" not in stored
     # The control: the same search finds them once the files are open.
     model = sealing.opener(tmp_path / "client", manifest, lambda _: secret)
-    assert b"QuantizeLinear" in model(manifest.head)
-    assert Haystack(model(manifest.head)).holds(load_trained(RunFolder.open(tiny.run)).noise.numpy())
+    assert b"QuantizeLinear" in model(manifest.models[0].head)
+    assert Haystack(model(manifest.models[0].head)).holds(load_trained(RunFolder.open(tiny.run)).noise.numpy())
 
 
 # --- objects ---

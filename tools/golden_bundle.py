@@ -1,6 +1,7 @@
-"""Makes the golden bundle that later versions must go on reading: tests/golden/v1.
+"""Makes the golden bundles that later versions must go on reading: tests/golden/v1, and v1_tflite with both formats.
 
     python tools/golden_bundle.py tests/golden/v1
+    python tools/golden_bundle.py tests/golden/v1_tflite onnx tflite
 
 The smallest net that has everything (a cut behind a shortcut, a bottleneck, 4-bit answers, two operators), trained for
 a moment on noise of three colours. It is made once for each version of the bundle format and then never again: a
@@ -13,6 +14,7 @@ import shutil
 import sys
 import tempfile
 from pathlib import Path
+from typing import cast
 
 import numpy as np
 
@@ -20,6 +22,7 @@ from ensembler.client import EdgeClient
 from ensembler.cloud_runtime.engine import OnnxEngine
 from ensembler.export.parity import Gates
 from ensembler.export.pipeline import ExportOptions, export
+from ensembler.protocol.manifest import ModelFormat
 from ensembler.protocol.messages import RESULT, Message, decode, encode
 from ensembler.training.config import TrainConfig
 from ensembler.training.stages import train
@@ -31,7 +34,7 @@ PARTIES = 2
 
 def main() -> None:
     """Makes the folder; refuses one that exists."""
-    target = Path(sys.argv[1])
+    target, formats = Path(sys.argv[1]), cast("tuple[ModelFormat, ...]", tuple(sys.argv[2:] or ["onnx"]))
     if target.exists():
         raise SystemExit(f"{target} exists: a golden bundle is not made anew")
     sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))  # own_nets, and images of noise
@@ -57,7 +60,8 @@ def main() -> None:
             learning_rate=0.05,
         )
         train(config, folder / "run")
-        options = ExportOptions(parties=PARTIES, gates=Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0))
+        gates = Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)
+        options = ExportOptions(parties=PARTIES, formats=formats, gates=gates)
         export(folder / "run", folder / "out", options)
         target.mkdir(parents=True)
         for name in ("client", *(f"server_{index}" for index in range(PARTIES))):
@@ -66,7 +70,7 @@ def main() -> None:
     np.savez(target / "expected.npz", images=pixels, logits=predicted(target, pixels))
 
 
-def predicted(folder: Path, pixels: np.ndarray) -> np.ndarray:
+def predicted(folder: Path, pixels: np.ndarray, backend: str = "onnxruntime") -> np.ndarray:
     """Returns the logits of the golden client with its servers, without a network."""
     engines = [OnnxEngine(folder / f"server_{index}", threads=1) for index in range(PARTIES)]
 
@@ -89,7 +93,7 @@ def predicted(folder: Path, pixels: np.ndarray) -> np.ndarray:
 
     transports = [InProcessTransport(handler(engine)) for engine in engines]
     addresses = [f"party {index}" for index in range(PARTIES)]
-    with EdgeClient(folder / "client", addresses, transport=transports) as client:
+    with EdgeClient(folder / "client", addresses, backend=backend, transport=transports) as client:
         logits = np.stack([prediction.logits for prediction in client.predict_batch(list(pixels))])
     for engine in engines:
         engine.close()

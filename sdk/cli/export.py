@@ -31,7 +31,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("run", type=Path, help="the run folder of ensembler train")
     parser.add_argument("--out", type=Path, required=True, help="gets client/, server/, keys/ and parity.json")
-    parser.add_argument("--format", choices=["onnx"], default="onnx", help="of the client's models (default: onnx)")
+    parser.add_argument(
+        "--format",
+        choices=["onnx", "tflite"],
+        action="append",
+        help="of head and tail; may be repeated, then the faster one here is the bundle's default (default: onnx)",
+    )
     parser.add_argument("--quantize", choices=["int8", "none"], default="int8", help="head and tail (default: int8)")
     parser.add_argument(
         "--server-precision",
@@ -109,6 +114,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             options.out,
             ExportOptions(
                 client_precision=precision,
+                formats=tuple(options.format or ("onnx",)),
                 server_precision=options.server_precision,
                 parties=options.parties,
                 server_bundles=tuple(options.server_bundle),

@@ -10,6 +10,7 @@ from typing import Any
 from ensembler.cli.console import Console
 from ensembler.client import BUNDLE_KEY_VARIABLE, EdgeClient
 from ensembler.edge_runtime import sealing
+from ensembler.edge_runtime.backends import BACKENDS
 
 NAME = "predict"
 HELP = "classify images with a client bundle and a server"
@@ -29,6 +30,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     add_bundle_secret(parser)
     parser.add_argument("--plaintext", action="store_true", help="connect without encryption")
     parser.add_argument("--timeout-ms", type=float, default=5000.0, help="deadline of each image (default: 5000)")
+    parser.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)}, or auto (default: auto)")
     parser.add_argument("--top-k", type=int, default=3, help="classes to show (default: 3)")
 
 
@@ -61,6 +63,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         **bundle_secret(options),
         plaintext=options.plaintext,
         timeout_ms=options.timeout_ms,
+        backend=options.backend,
         top_k=options.top_k,
     ) as client:
         for image in options.images:
