@@ -186,7 +186,7 @@ class Reader:
         subprocess.run(command, check=True, capture_output=True, timeout=120)
 
     def make(self, arguments: list[str]) -> None:
-        targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
+        targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.MULTILINE)
         assert arguments[0] in targets
 
     def pip(self, arguments: list[str]) -> None:

@@ -245,12 +245,15 @@ def test_the_console_scripts_are_functions():
     assert all(callable(point.load()) for point in ours.values())
 
 
+DATA = {"py.typed", "probe.onnx", "probe.tflite"}
+
+
 def files_of_packages():
     """Returns {path below ensembler/: content} of what the packages hold."""
     found = {}
     for name, folder in FOLDERS.items():
         for path in (ROOT / folder).iterdir():
-            if path.is_file() and (path.suffix == ".py" or path.name == "py.typed"):
+            if path.is_file() and (path.suffix == ".py" or path.name in DATA):
                 found[f"{name.replace('.', '/')}/{path.name}"] = path.read_bytes()
     return found
 

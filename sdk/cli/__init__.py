@@ -18,11 +18,12 @@ __all__ = ["export_main", "main"]
 def main(arguments: list[str] | None = None) -> int:
     """Runs ``ensembler VERB ...``; returns the exit status."""
     try:
-        from ensembler.cli import audit, boundary, card, cuts, demo, export, keys, predict, serve, train
+        from ensembler.cli import audit, boundary, card, cuts, demo, doctor, export, keys, predict, serve, train
     except KeyboardInterrupt:
         Console(as_json="--json" in (arguments or sys.argv)).error("KeyboardInterrupt", "interrupted")
         return EXIT_INTERRUPTED
-    return run_command("ensembler", (demo, cuts, train, audit, boundary, card, export, serve, predict, keys), arguments)
+    verbs = (demo, cuts, train, audit, boundary, card, export, serve, predict, keys, doctor)
+    return run_command("ensembler", verbs, arguments)
 
 
 def export_main() -> int:
