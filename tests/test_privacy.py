@@ -662,6 +662,16 @@ def failed(about):
     return {"about": about, "name": "x", "passed": False, "words": "y"}
 
 
+@pytest.mark.parametrize(("value", "doubted"), [(-0.4, True), (-0.02, False)])
+def test_reconstructions_that_are_negatives_put_their_low_figure_in_doubt(value, doubted, scene):
+    score = audits._score(ATTACKS[FLOOR], scene, audits.Judge(scene), TINY, 0, audits.Silent())
+    score = replace(score, name="distribution-matching", ssim=np.full_like(score.ssim, value))
+    rows = [row(FLOOR, 0.1, 0), row(ORACLE, 0.9, Access.DEVICE), row(score.name, value)]
+    gates = audits._gates(rows, [score])
+    assert any("no negatives" in gate["name"] and not gate["passed"] for gate in gates) == doubted
+    assert ("is inconclusive" in audits._verdict(rows, gates)["sentence"]) == doubted
+
+
 def test_an_attack_that_went_wrong_puts_what_a_server_reaches_in_doubt_and_not_the_oracle():
     rows = [row(FLOOR, 0.1, 0), row(ORACLE, 0.25, Access.DEVICE), row("distribution-matching", 0.15)]
     verdict = audits._verdict(rows, [failed("distribution-matching")])
