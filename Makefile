@@ -62,15 +62,21 @@ cifar: $(INSTALLED)
 wire: $(INSTALLED)
 	$(BIN)/python benchmarks/wire.py --data "$(CIFAR10)"
 
-# What a server reads of the clients of `make wire` and of a third one for the same server; an hour and more on two cores.
+# What a server reads of the clients of `make wire` and of a third one for the same server; hours on two cores.
 SLIM = runs/wire/bits_8
+AUDITED = $(BIN)/python benchmarks/audit.py $(foreach i,0 1 2,$(SLIM)_$(i)=out/wire/bits_8_$(i)/client)
 privacy: $(INSTALLED)
 	test -f $(SLIM)_2/summary.json || $(BIN)/ensembler train --data "$(CIFAR10)" --arch resnet10_slim -N 4 -P 2 --epochs 4 \
 		--stage1 $(SLIM)_0 --out $(SLIM)_2
 	test -d out/wire/bits_8_2 || $(BIN)/ensembler export $(SLIM)_2 --out out/wire/bits_8_2 --plaintext \
 		--server-bundle out/wire/bits_8_0/server
-	$(BIN)/python benchmarks/audit.py $(foreach i,0 1 2,$(SLIM)_$(i)=out/wire/bits_8_$(i)/client)
-	$(BIN)/python benchmarks/audit.py $(SLIM)_0=out/wire/bits_8_0/client --attack shadow-single --attack shadow-adaptive
+	$(AUDITED)
+	$(AUDITED) --attack shadow-single --attack shadow-calibrated --attack shadow-adaptive
+	$(AUDITED) --attack known-pairs-10 --attack known-pairs-1000 --attack distribution-matching-64
+	$(BIN)/python benchmarks/audit.py $(foreach i,0 2,$(SLIM)_$(i)=out/wire/bits_8_$(i)/client) --attack other-device \
+		--attack mla --attack mla-prior --other-device out/wire/bits_8_1/client
+	$(BIN)/python benchmarks/audit.py $(SLIM)_0=out/wire/bits_8_0/client --attack distribution-matching-critic \
+		--attack generative-prior --attack distribution-matching-blind
 
 # The papers' tables at a small scale, cell by cell into docs/results/tables and docs/reproduction.md; many hours on two
 # cores. What is there is not made again. CIFAR10 as above.

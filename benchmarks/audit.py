@@ -4,8 +4,8 @@
 
 A victim is ``RUN=CLIENT_BUNDLE``. Each is attacked with what the quick budget has, or with the attacks that are asked
 for, the floor and the oracle, all with that budget's effort; its report is kept in ``out/audit/`` and not made again.
-Figures are means over the victims' means, with the lowest and
-the highest in the note; a figure stands only where its attack ran. ``make privacy`` makes the recorded ones.
+Figures are means over the victims' means, with each of them in the note; a figure stands only where its attack ran.
+``make privacy`` makes the recorded ones.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from typing import Any
 import results
 
 from ensembler.cli.console import Console, ProgressReporter
-from ensembler.privacy.audit import audit
+from ensembler.privacy.audit import MISALIGNED, NEGATIVE, audit
+from ensembler.privacy.card import FLOOR
 
 FIGURES = {  # attack, what of it, figure, unit, goal
     "floor_ssim": ("mean-image", "ssim", "ssim", ""),
@@ -86,6 +87,9 @@ def figures_of(documents: list[dict[str, Any]], asked: list[str], prefix: str) -
         note = f"{len(means)} victims, each mean over {documents[0]['images']['evaluated']} images: " + ", ".join(
             f"{mean:.3f}" for mean in means
         )
+        negatives = sum(row["ssim"]["mean"] < NEGATIVE for row in found)
+        if negatives and attack not in (FLOOR, MISALIGNED):
+            note += f"; of {negatives} it shows negatives, so that the low value proves nothing"
         figures.append(results.figure(prefix + name, round(sum(means) / len(means), 4), unit, goal, note))
     if asked:
         return figures
