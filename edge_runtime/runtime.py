@@ -11,7 +11,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.edge_runtime.backends import AUTO, BACKENDS, Session, as_codes, choose, open_session
+from ensembler.edge_runtime import preferences
+from ensembler.edge_runtime.backends import AUTO, BACKENDS, Session, as_codes, choose, installed, open_session
 from ensembler.edge_runtime.sealing import BundleSecret, opener
 from ensembler.protocol.codec import AffineCodec, require_codes
 from ensembler.protocol.errors import BundleError
@@ -26,7 +27,7 @@ class EdgeRuntime:
 
     Args:
         bundle: the folder of a client bundle; every file is verified before it is loaded.
-        threads: of one run of one model.
+        threads: of one run of one model; None takes what the machine prefers (``preferences``), else one.
         backend: a name of ``backends.BACKENDS``, or ``auto``: see ``backends.choose``.
         secret: given the kind, returns what opens an encrypted bundle, or None; not asked for a plain one.
 
@@ -45,13 +46,18 @@ class EdgeRuntime:
         self,
         bundle: Path,
         *,
-        threads: int = 1,
+        threads: int | None = None,
         backend: str = AUTO,
         secret: Callable[[Kdf], BundleSecret | None] = lambda _: None,
     ) -> None:
         self.manifest: ClientManifest = load_client(bundle)
         model = opener(bundle, self.manifest, secret)
-        self.backend = choose(backend, [pair.format for pair in self.manifest.models])
+        prefer, formats = preferences.load(), [pair.format for pair in self.manifest.models]
+        preferred = backend == AUTO and prefer.backend is not None and installed(prefer.backend)
+        if preferred and BACKENDS[str(prefer.backend)].format in formats:
+            backend = str(prefer.backend)
+        self.backend = choose(backend, formats)
+        threads = (prefer.threads or 1) if threads is None else threads
         pair = next(p for p in self.manifest.models if p.format == BACKENDS[self.backend].format)
         codec = self.manifest.wire.feature_codec
         self._head = open_head(model(pair.head), codec, name=pair.head, threads=threads, backend=self.backend)

@@ -61,9 +61,10 @@ class EdgeClient:
         passphrase: opens a bundle that is encrypted with a passphrase.
         plaintext: connect without encryption and authentication. Never the default, also when the bundle pins no key.
         timeout_ms: the deadline of a call that gives none itself.
-        threads: of one run of head or tail.
+        threads: of one run of head or tail; None takes what ``ensembler bench device --write`` found best, else one.
         backend: ``onnxruntime``, ``ai-edge-litert`` or ``tflite-runtime``; ``auto`` takes one that is installed and
-            reads the bundle's models, its default format first.
+            reads the bundle's models: what ``ensembler bench device --write`` found best, else the bundle's default
+            format first.
         top_k: how many classes ``Prediction.top_k`` holds.
         fallback: called with ``(image, error)`` when the cloud is away (``fallback.cloud_is_away``: no connection, no
             answer before the deadline, a full or a stopping server); its ``Prediction`` is the answer. See
@@ -87,7 +88,7 @@ class EdgeClient:
         passphrase: str | None = None,
         plaintext: bool = False,
         timeout_ms: float = 5000.0,
-        threads: int = 1,
+        threads: int | None = None,
         backend: str = "auto",
         top_k: int = 5,
         fallback: Fallback | None = None,
