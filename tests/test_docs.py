@@ -214,10 +214,12 @@ def endpoint(tiny, serve) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_snippet_runs_when_it_is_pasted(
-    path, tiny, endpoint, serve, audit_images, tiny_budget, tmp_path, monkeypatch, capfd
+    path, tiny, endpoint, serve, audit_images, tiny_budget, tmp_path, monkeypatch, capfd, request
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    # What a reader leaves at home is not the next test's.
+    request.addfinalizer(lambda: shutil.rmtree(Path(os.environ["HOME"]) / ".config", ignore_errors=True))
     reader = Reader(tmp_path, tiny, endpoint, serve, audit_images)
     for language, number, text in snippets(path):
         try:
