@@ -18,11 +18,25 @@ __all__ = ["export_main", "main"]
 def main(arguments: list[str] | None = None) -> int:
     """Runs ``ensembler VERB ...``; returns the exit status."""
     try:
-        from ensembler.cli import audit, bench, boundary, card, cuts, demo, doctor, export, keys, predict, serve, train
+        from ensembler.cli import (
+            audit,
+            bench,
+            boundary,
+            card,
+            cuts,
+            demo,
+            doctor,
+            export,
+            install_bundle,
+            keys,
+            predict,
+            serve,
+            train,
+        )
     except KeyboardInterrupt:
         Console(as_json="--json" in (arguments or sys.argv)).error("KeyboardInterrupt", "interrupted")
         return EXIT_INTERRUPTED
-    verbs = (demo, cuts, train, audit, boundary, card, export, serve, predict, keys, doctor, bench)
+    verbs = (demo, cuts, train, audit, boundary, card, export, serve, predict, keys, install_bundle, doctor, bench)
     return run_command("ensembler", verbs, arguments)
 
 
