@@ -181,16 +181,24 @@ def test_a_digest_is_known_for_every_runtime():
 # --- bundle, key, server ---
 
 
-def test_a_whole_bundle_is_said_to_be_so_with_the_runtime_that_it_gets():
-    finding = only(diagnosis.bundle(GOLDEN))
+@pytest.fixture
+def private(tmp_path):
+    """A bundle with the modes of an export; git keeps none."""
+    folder = shutil.copytree(GOLDEN, tmp_path / "client")
+    for path in folder.iterdir():
+        path.chmod(0o600)
+    return folder
+
+
+def test_a_whole_bundle_is_said_to_be_so_with_the_runtime_that_it_gets(private):
+    finding = only(diagnosis.bundle(private))
     assert finding.words.startswith("whole: ")
     assert "runs in " in finding.words
 
 
-def test_a_bundle_that_others_can_read_is_a_warning(tmp_path):
-    folder = shutil.copytree(GOLDEN, tmp_path / "client")
-    (folder / "head.onnx").chmod(0o644)
-    finding = only(diagnosis.bundle(folder))
+def test_a_bundle_that_others_can_read_is_a_warning(private):
+    (private / "head.onnx").chmod(0o644)
+    finding = only(diagnosis.bundle(private))
     assert (finding.level, "others can read head.onnx" in finding.words) == ("warning", True)
 
 
