@@ -109,8 +109,8 @@ def runtimes(look: Callable[[str], probe.Probe] = probe.run) -> list[Finding]:
         cure = "pip install 'ensembler-edge[onnx]', or 'ensembler-edge[litert]' for TFLite bundles"
         return [Finding(check="runtimes", level="error", words="no inference runtime is installed", cure=cure)]
     found = []
-    for backend in there:
-        seen = look(backend)
+    probes = {backend: look(backend) for backend in there}
+    for backend, seen in probes.items():
         if seen.failure:
             # Another runtime may do; whether it does for a bundle says the bundle's own check.
             found.append(Finding(check=backend, level="warning", words=seen.failure, cure=INSTEAD[backend]))
@@ -121,7 +121,7 @@ def runtimes(look: Callable[[str], probe.Probe] = probe.run) -> list[Finding]:
         else:
             cure = "compare parity with the version that exported the bundle; a step of difference does no harm"
             found.append(Finding(check=backend, level="warning", words=f"{words}, int8 differs from x86-64", cure=cure))
-    if all(finding.level == "warning" and "differs" not in finding.words for finding in found):
+    if all(seen.failure for seen in probes.values()):
         found.append(
             Finding(check="runtimes", level="error", words="no inference runtime works", cure=INSTEAD[there[0]])
         )

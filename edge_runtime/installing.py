@@ -14,7 +14,7 @@ from pathlib import Path
 from ensembler.edge_runtime.backends import BACKENDS, choose, open_session
 from ensembler.edge_runtime.card import PRIVACY_NAME
 from ensembler.protocol.errors import BundleError, ConfigError
-from ensembler.protocol.manifest import MANIFEST_NAME, describe_file, load_client
+from ensembler.protocol.manifest import MANIFEST_NAME, ClientManifest, describe_file, load_client
 
 CURRENT, BEFORE, STORE = "client", "client.before", "bundles"
 PARTIAL_PREFIX = ".partial-"
@@ -47,7 +47,7 @@ def install(bundle: Path, place: Path, owner: tuple[int, int] | None = None) -> 
         ConfigError: the place cannot be written.
         MissingExtraError: no runtime is installed that reads its models.
     """
-    load_client(bundle)
+    manifest = load_client(bundle)
     if (place / CURRENT).is_dir() and not (place / CURRENT).is_symlink():
         raise ConfigError(
             f"{place / CURRENT} is a folder and no link of an install; move it away, or choose another --to"
@@ -59,7 +59,7 @@ def install(bundle: Path, place: Path, owner: tuple[int, int] | None = None) -> 
             shutil.rmtree(left, ignore_errors=True)
         partial = Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=store))  # 0700
         try:
-            _copy(bundle, partial)
+            _copy(bundle, manifest, partial)
             _try(partial)
             target = store / describe_file(partial / MANIFEST_NAME).sha256[:16]
             if owner is not None:
@@ -105,8 +105,7 @@ def roll_back(place: Path) -> Path:
     return place / CURRENT
 
 
-def _copy(bundle: Path, partial: Path) -> None:
-    manifest = load_client(bundle)
+def _copy(bundle: Path, manifest: ClientManifest, partial: Path) -> None:
     names = [MANIFEST_NAME, *manifest.files, *([PRIVACY_NAME] if (bundle / PRIVACY_NAME).is_file() else [])]
     for name in names:
         descriptor = os.open(partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)

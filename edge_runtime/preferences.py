@@ -8,11 +8,13 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from ensembler.edge_runtime.backends import BACKENDS, MAX_THREADS
+from ensembler.edge_runtime.backends import AUTO, BACKENDS, MAX_THREADS, installed
 from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.manifest import ModelFormat
 
 NAME = "device.json"
 MAX_BYTES = 4096
@@ -36,6 +38,25 @@ def places() -> list[Path]:
     config = os.environ.get("XDG_CONFIG_HOME")
     home = Path(config) if config else Path(os.environ.get("HOME", "/nonexistent")) / ".config"
     return [home / "ensembler" / NAME, Path("/etc/ensembler") / NAME]
+
+
+def completed(backend: str, threads: int | None, formats: Sequence[ModelFormat]) -> tuple[str, int]:
+    """Returns runtime and threads with what this machine prefers where a program leaves them open.
+
+    Args:
+        backend: a name, or ``auto``, which leaves it open.
+        threads: None leaves them open; without a preference it is one.
+        formats: of the bundle; a preferred runtime that is not installed or reads none of them is passed over.
+
+    Raises:
+        ConfigError: see ``load``; the file is read only if something is left open.
+    """
+    if backend != AUTO and threads is not None:
+        return backend, threads
+    prefer = load()
+    if backend == AUTO and prefer.backend and installed(prefer.backend) and BACKENDS[prefer.backend].format in formats:
+        backend = prefer.backend
+    return backend, (prefer.threads or 1) if threads is None else threads
 
 
 def load() -> Preferences:

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensembler.edge_runtime import preferences
-from ensembler.edge_runtime.backends import AUTO, BACKENDS, Session, as_codes, choose, installed, open_session
+from ensembler.edge_runtime.backends import AUTO, BACKENDS, Session, as_codes, choose, open_session
 from ensembler.edge_runtime.sealing import BundleSecret, opener
 from ensembler.protocol.codec import AffineCodec, require_codes
 from ensembler.protocol.errors import BundleError
@@ -52,12 +52,9 @@ class EdgeRuntime:
     ) -> None:
         self.manifest: ClientManifest = load_client(bundle)
         model = opener(bundle, self.manifest, secret)
-        prefer, formats = preferences.load(), [pair.format for pair in self.manifest.models]
-        preferred = backend == AUTO and prefer.backend is not None and installed(prefer.backend)
-        if preferred and BACKENDS[str(prefer.backend)].format in formats:
-            backend = str(prefer.backend)
+        formats = [pair.format for pair in self.manifest.models]
+        backend, threads = preferences.completed(backend, threads, formats)
         self.backend = choose(backend, formats)
-        threads = (prefer.threads or 1) if threads is None else threads
         pair = next(p for p in self.manifest.models if p.format == BACKENDS[self.backend].format)
         codec = self.manifest.wire.feature_codec
         self._head = open_head(model(pair.head), codec, name=pair.head, threads=threads, backend=self.backend)
