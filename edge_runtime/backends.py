@@ -238,12 +238,17 @@ def open_session(
 
 def median_ms(session: Session, inputs: Mapping[str, Array], runs: int = 30) -> float:
     """Returns the median time of a run."""
+    return float(np.median(times_ms(session, inputs, runs)))
+
+
+def times_ms(session: Session, inputs: Mapping[str, Array], runs: int) -> list[float]:
+    """Returns the time of each run."""
     times = []
     for _ in range(runs):
         start = time.perf_counter()
         session.run(inputs)
         times.append(1000 * (time.perf_counter() - start))
-    return float(np.median(times))
+    return times
 
 
 def _shown(inputs: Mapping[str, Array]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.edge_runtime.backends import BACKENDS, Session, choose, installed, open_session
+from ensembler.edge_runtime.backends import BACKENDS, Session, choose, installed, open_session, times_ms
 from ensembler.edge_runtime.runtime import open_head, secret_inputs
 from ensembler.edge_runtime.sealing import BundleSecret, opener
 from ensembler.protocol.manifest import ClientManifest, Kdf, ModelPair, load_client
@@ -105,10 +104,6 @@ def _timed(
 
 
 def _percentiles(session: Session, inputs: Mapping[str, npt.NDArray[Any]], runs: int) -> tuple[float, float]:
-    times = []
-    for _ in range(WARM_UP_RUNS + runs):
-        start = time.perf_counter()
-        session.run(inputs)
-        times.append(1000 * (time.perf_counter() - start))
+    times = times_ms(session, inputs, WARM_UP_RUNS + runs)
     middle, late = np.percentile(times[WARM_UP_RUNS:], (50, 95))
     return round(float(middle), 4), round(float(late), 4)

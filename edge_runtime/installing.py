@@ -15,6 +15,7 @@ from ensembler.edge_runtime.backends import BACKENDS, choose, open_session
 from ensembler.edge_runtime.card import PRIVACY_NAME
 from ensembler.protocol.errors import BundleError, ConfigError
 from ensembler.protocol.manifest import MANIFEST_NAME, ClientManifest, describe_file, load_client
+from ensembler.protocol.options import config_folders
 
 CURRENT, BEFORE, STORE = "client", "client.before", "bundles"
 PARTIAL_PREFIX = ".partial-"
@@ -22,10 +23,8 @@ PARTIAL_PREFIX = ".partial-"
 
 def standard_place() -> Path:
     """Returns where bundles are installed: for the whole machine by root, else for this user."""
-    if os.geteuid() == 0:
-        return Path("/etc/ensembler")
-    config = os.environ.get("XDG_CONFIG_HOME")
-    return (Path(config) if config else Path("~/.config").expanduser()) / "ensembler"
+    users, machines = config_folders()
+    return machines if os.geteuid() == 0 else users
 
 
 def install(bundle: Path, place: Path, owner: tuple[int, int] | None = None) -> Path:

@@ -7,7 +7,6 @@ holds no secret. Whoever names a runtime or a number of threads is not overruled
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 from ensembler.edge_runtime.backends import AUTO, BACKENDS, MAX_THREADS, installed
 from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import ModelFormat
+from ensembler.protocol.options import config_folders
 
 NAME = "device.json"
 MAX_BYTES = 4096
@@ -35,9 +35,7 @@ class Preferences:
 
 def places() -> list[Path]:
     """Returns where the file is looked for; it is written to the first."""
-    config = os.environ.get("XDG_CONFIG_HOME")
-    home = Path(config) if config else Path(os.environ.get("HOME", "/nonexistent")) / ".config"
-    return [home / "ensembler" / NAME, Path("/etc/ensembler") / NAME]
+    return [folder / NAME for folder in config_folders()]
 
 
 def completed(backend: str, threads: int | None, formats: Sequence[ModelFormat]) -> tuple[str, int]:

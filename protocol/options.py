@@ -23,6 +23,16 @@ def expanded(name: str, path: str | os.PathLike[str]) -> Path:
         raise ConfigError(f"{name} = {str(path)!r}: this machine knows no such home; give the whole path") from None
 
 
+def config_folders() -> list[Path]:
+    """Returns where configuration and keys are looked for: this user's folder, then the machine's."""
+    config = os.environ.get("XDG_CONFIG_HOME")
+    try:
+        home = Path(config) if config else Path("~/.config").expanduser()
+    except RuntimeError:  # a service whose user has no home
+        home = Path("/nonexistent")
+    return [home / "ensembler", Path("/etc/ensembler")]
+
+
 def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     """Returns a whole number from ``low`` to ``high``, both included.
 

@@ -18,7 +18,7 @@ import zmq.auth
 
 from ensembler.protocol.errors import ConfigError, KeyFileError
 from ensembler.protocol.manifest import is_curve_key
-from ensembler.protocol.options import expanded
+from ensembler.protocol.options import config_folders, expanded
 
 PUBLIC_SUFFIX = ".key"
 SECRET_SUFFIX = ".key_secret"  # noqa: S105 (a file name)
@@ -123,9 +123,7 @@ def find(argument: str | os.PathLike[str] | None, variable: str, candidates: Ite
 
 def standard_places(name: str) -> list[Path]:
     """Returns where a key file of that name is looked for on every machine."""
-    config = os.environ.get("XDG_CONFIG_HOME")
-    home = Path(config) if config else Path("~/.config").expanduser()
-    return [home / "ensembler" / name, Path("/etc/ensembler") / name]
+    return [folder / name for folder in config_folders()]
 
 
 def _load(path: Path) -> tuple[str, str | None]:

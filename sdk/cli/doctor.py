@@ -8,8 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ensembler.cli.console import Console
-from ensembler.cli.predict import add_bundle_secret, bundle_secret
-from ensembler.client import EdgeClient
+from ensembler.cli.predict import add_bundle_secret, client_of
 from ensembler.edge_runtime import diagnosis
 from ensembler.edge_runtime.diagnosis import Finding
 from ensembler.protocol.errors import ConfigError, EnsemblerError, KeyFileError
@@ -17,6 +16,7 @@ from ensembler.protocol.errors import ConfigError, EnsemblerError, KeyFileError
 NAME = "doctor"
 HELP = "look at this device: board, runtimes, clock, key, bundle and server"
 
+# In the order of severity.
 EXITS = {"ok": 0, "warning": 3, "error": 1}
 SIGNS = {"ok": "ok", "warning": "WARNING", "error": "ERROR"}
 
@@ -65,14 +65,7 @@ def _findings(options: argparse.Namespace) -> Iterator[Finding]:
 def _server(options: argparse.Namespace) -> Iterator[Finding]:
     """Whether the key is there and private, and the server answers with the bundle's nets."""
     try:
-        with EdgeClient(
-            options.bundle,
-            options.server,
-            key=options.key,
-            **bundle_secret(options),
-            plaintext=options.plaintext,
-            timeout_ms=options.timeout_ms,
-        ) as client:
+        with client_of(options) as client:
             if not options.plaintext:
                 yield Finding(check="key", level="ok", words="there, and readable by its owner alone")
             status = client.status()

@@ -53,19 +53,23 @@ def bundle_secret(options: argparse.Namespace) -> dict[str, Any]:
     return {"passphrase": sealing.passphrase_of(options.passphrase_file)}
 
 
-def run(options: argparse.Namespace, console: Console) -> int:
-    """Predicts one image after the other."""
-    documents, lines = [], []
-    with EdgeClient(
+def client_of(options: argparse.Namespace, **more: Any) -> EdgeClient:
+    """Returns a client as the options of a verb say that has the connection's; ``more`` are arguments beside those."""
+    return EdgeClient(
         options.bundle,
         options.server,
         key=options.key,
         **bundle_secret(options),
         plaintext=options.plaintext,
         timeout_ms=options.timeout_ms,
-        backend=options.backend,
-        top_k=options.top_k,
-    ) as client:
+        **more,
+    )
+
+
+def run(options: argparse.Namespace, console: Console) -> int:
+    """Predicts one image after the other."""
+    documents, lines = [], []
+    with client_of(options, backend=options.backend, top_k=options.top_k) as client:
         for image in options.images:
             result = client.predict(image)
             best = ", ".join(f"{name} {100 * score:.1f}%" for name, score in result.top_k)
