@@ -189,11 +189,7 @@ def choose(backend: str, formats: Sequence[ModelFormat]) -> str:
         MissingExtraError: none is installed that does.
     """
     if backend == AUTO:
-        able = [name for wanted in formats for name, each in BACKENDS.items() if each.format == wanted]
-        found = next((name for name in able if installed(name)), None)
-        if found is None:
-            raise MissingExtraError(able[0], BACKENDS[able[0]].extra, "running the bundle's models")
-        return found
+        return readers(formats)[0]
     known = _known(backend)
     if known.format not in formats:
         others = ", ".join(name for name, each in BACKENDS.items() if each.format in formats)
@@ -202,6 +198,19 @@ def choose(backend: str, formats: Sequence[ModelFormat]) -> str:
             f"with --format {known.format}"
         )
     return backend
+
+
+def readers(formats: Sequence[ModelFormat]) -> list[str]:
+    """Returns the installed runtimes that read one of the formats, those of the first format first.
+
+    Raises:
+        MissingExtraError: there is none.
+    """
+    able = [name for wanted in formats for name, each in BACKENDS.items() if each.format == wanted]
+    found = [name for name in able if installed(name)]
+    if not found:
+        raise MissingExtraError(able[0], BACKENDS[able[0]].extra, "running the bundle's models")
+    return found
 
 
 def installed(backend: str) -> bool:

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.edge_runtime.backends import BACKENDS, Session, choose, installed, open_session, times_ms
+from ensembler.edge_runtime.backends import BACKENDS, Session, open_session, readers, times_ms
 from ensembler.edge_runtime.runtime import open_head, secret_inputs
 from ensembler.edge_runtime.sealing import BundleSecret, opener
 from ensembler.protocol.manifest import ClientManifest, Kdf, ModelPair, load_client
@@ -66,12 +66,9 @@ def bench(
     """
     manifest = load_client(bundle)
     model = opener(bundle, manifest, secret)
-    choose("auto", [pair.format for pair in manifest.models])  # says what to install where nothing is
-    pairs = {pair.format: pair for pair in manifest.models}
     found = [
-        _timed(manifest, pairs[known.format], model, backend, count, runs)
-        for backend, known in BACKENDS.items()
-        if known.format in pairs and installed(backend)
+        _timed(manifest, manifest.pair(BACKENDS[backend].format), model, backend, count, runs)
+        for backend in readers([pair.format for pair in manifest.models])
         for count in threads
     ]
     return sorted(found, key=lambda timing: timing.total_ms)

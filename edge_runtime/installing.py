@@ -119,7 +119,7 @@ def _try(folder: Path) -> None:
     manifest = load_client(folder)
     backend = choose("auto", [pair.format for pair in manifest.models])
     if manifest.encryption is None:
-        pair = next(pair for pair in manifest.models if pair.format == BACKENDS[backend].format)
+        pair = manifest.pair(BACKENDS[backend].format)
         for name in (pair.head, pair.tail):
             open_session(folder / name, backend=backend)
 

@@ -55,7 +55,7 @@ class EdgeRuntime:
         formats = [pair.format for pair in self.manifest.models]
         backend, threads = preferences.completed(backend, threads, formats)
         self.backend = choose(backend, formats)
-        pair = next(p for p in self.manifest.models if p.format == BACKENDS[self.backend].format)
+        pair = self.manifest.pair(BACKENDS[self.backend].format)
         codec = self.manifest.wire.feature_codec
         self._head = open_head(model(pair.head), codec, name=pair.head, threads=threads, backend=self.backend)
         self._tail = open_session(model(pair.tail), name=pair.tail, threads=threads, backend=self.backend)

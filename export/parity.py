@@ -22,7 +22,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ensembler.edge_runtime.backends import BACKENDS, Session, choose, installed, median_ms, open_session
+from ensembler.edge_runtime.backends import BACKENDS, Session, median_ms, open_session, readers
 from ensembler.edge_runtime.runtime import open_head
 from ensembler.edge_runtime.sealing import BundleSecret, opener
 from ensembler.protocol.errors import GateFailedError
@@ -298,13 +298,9 @@ def measure(
     wire = client_manifest.wire
     model = opener(folder, client_manifest, lambda _: secret)
     runtimes = [
-        _Device(pair, backend, model, wire)
-        for pair in client_manifest.models
-        for backend, known in BACKENDS.items()
-        if known.format == pair.format and installed(backend)
+        _Device(client_manifest.pair(BACKENDS[backend].format), backend, model, wire)
+        for backend in readers([pair.format for pair in client_manifest.models])
     ]
-    if not runtimes:
-        choose("auto", [pair.format for pair in client_manifest.models])  # says what to install
     head, tail = runtimes[0].head, runtimes[0].tail
     nets = [open_session(place / name) for place, manifest in servers for name in manifest.bodies]
     selected = list(client.selector)

@@ -205,6 +205,10 @@ class ClientManifest:
     noise_tensors: int = 0
     dropout: float = 0.0
 
+    def pair(self, wanted: ModelFormat) -> ModelPair:
+        """Returns the models in a format that the bundle has."""
+        return next(pair for pair in self.models if pair.format == wanted)
+
 
 def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
     """Returns the canonical bytes of a manifest: sorted keys, no timestamp, so equal manifests are equal files."""
