@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -58,8 +59,12 @@ class Probe:
 def run(backend: str) -> Probe:
     """Probes a runtime from outside: whatever happens to it happens to a child."""
     command = [sys.executable, "-m", __name__, backend]
+    # A board's package has its modules on a path of its own, and isolates itself from the environment's.
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False)  # noqa: S603
+        done = subprocess.run(  # noqa: S603
+            command, capture_output=True, text=True, timeout=TIMEOUT_S, check=False, env=environment
+        )
     except subprocess.TimeoutExpired:
         return Probe(backend=backend, failure=f"no answer within {TIMEOUT_S} s")
     if done.returncode < 0:

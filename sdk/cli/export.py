@@ -9,17 +9,22 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext, suppress
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from ensembler.cli.card import add_signing, signer_of
-from ensembler.cli.console import Console, ProgressReporter, need_export
+from ensembler.cli.console import Console, ProgressReporter, need, need_export
+from ensembler.cli.package import add_packaging, is_bundle, package, target_of
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.sealing import BundleSecret
 from ensembler.protocol.errors import ConfigError
-from ensembler.protocol.manifest import Precision
+from ensembler.protocol.manifest import ModelFormat, Precision
 from ensembler.transport import keys
 
+if TYPE_CHECKING:
+    from ensembler.export.targets import Target
+
 NAME = "export"
-HELP = "turn a run into a quantised client bundle and a server bundle"
+HELP = "turn a run into a quantised client bundle and a server bundle, and a board's package"
 
 KEYS_FOLDER = "keys"
 AUTHORIZED_FOLDER = "authorized"
@@ -29,13 +34,16 @@ UNFINISHED = ".unfinished"  # in keys/ until the bundles are there
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("run", type=Path, help="the run folder of ensembler train")
-    parser.add_argument("--out", type=Path, required=True, help="gets client/, server/, keys/ and parity.json")
+    parser.add_argument("run", type=Path, help="the run folder of ensembler train; with --target also a client bundle")
+    parser.add_argument(
+        "--out", type=Path, required=True, help="gets client/, server/, keys/ and parity.json, and the package"
+    )
     parser.add_argument(
         "--format",
         choices=["onnx", "tflite"],
         action="append",
-        help="of head and tail; may be repeated, then the faster one here is the bundle's default (default: onnx)",
+        help="of head and tail; may be repeated, then the faster one here is the bundle's default (default: onnx, or "
+        "what --target runs)",
     )
     parser.add_argument("--quantize", choices=["int8", "none"], default="int8", help="head and tail (default: int8)")
     parser.add_argument(
@@ -87,13 +95,29 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="of that audit, as in ensembler audit (default: quick)",
     )
     add_signing(parser)
+    add_packaging(parser)
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
-    """Exports."""
+    """Exports, packs, or both."""
+    need(["ensembler.export"], "export", "exporting")
+    target = target_of(options)
+    if is_bundle(options.run):
+        if target is None:
+            raise ConfigError(f"{options.run} is a bundle and no run; --target makes a board's package of it")
+        document, lines = package(options, target, options.run, console)
+    else:
+        document, lines = _export(options, target, console)
+    console.result(document, "\n".join(lines))
+    return 0
+
+
+def _export(options: argparse.Namespace, target: Target | None, console: Console) -> tuple[dict[str, Any], list[str]]:
+    """Makes bundles of a run, and the package; returns what is said of them, for scripts and for people."""
     need_export()
     from ensembler.export.parity import Gates
     from ensembler.export.pipeline import ExportOptions, export, server_names
+    from ensembler.export.targets import formats_for, runtime_for
 
     if options.parity_images < 1:
         raise ConfigError(f"--parity-images {options.parity_images}: at least one")
@@ -101,11 +125,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
         raise ConfigError("--server-bundle needs --server-key: the public key of the server that serves it")
     if options.server_bundle and options.parties not in (1, len(options.server_bundle)):
         raise ConfigError(f"--parties {options.parties}: {len(options.server_bundle)} server bundles were given")
-    secret = None
-    if options.encrypt_key is not None:
-        secret = sealing.key(options.encrypt_key)
-    elif options.passphrase_file is not None:
-        secret = sealing.passphrase_file(options.passphrase_file)
+    formats: tuple[ModelFormat, ...] = tuple(options.format or formats_for(target)[:1] if target else ("onnx",))
+    if target is not None:
+        runtime_for(target, formats, options.runtime)  # not after the minutes of an export
+    secret = _secret(options)
     approve = _privacy_gate(options, secret, console)
     precision: Precision = "int8" if options.quantize == "int8" else "float32"
     with _keys_to_pin(options) as server_keys:
@@ -114,7 +137,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             options.out,
             ExportOptions(
                 client_precision=precision,
-                formats=tuple(options.format or ("onnx",)),
+                formats=formats,
                 server_precision=options.server_precision,
                 parties=options.parties,
                 server_bundles=tuple(options.server_bundle),
@@ -127,7 +150,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             progress=console.say,
             approve=approve,
         )
-    document = {"client": str(options.out / "client"), "parity": str(options.out / "parity.json")}
+    document: dict[str, Any] = {"client": str(options.out / "client"), "parity": str(options.out / "parity.json")}
     lines = [report.table(), "", f"{options.out / 'client'}: the client bundle, secret: for the device only"]
     if approve is not None:
         document["audit"] = str(options.out / AUDIT_NAME)
@@ -147,9 +170,21 @@ def run(options: argparse.Namespace, console: Console) -> int:
             f"{made_keys}: new keys; a server needs its own server*.key_secret and authorized/, the device "
             "device.key_secret"
         )
+    if target is not None:
+        described, said = package(options, target, options.out / "client", console)
+        document |= described
+        lines += ["", *said]
     lines.append(f"next: ensembler serve {servers[0]} --bind tcp://0.0.0.0:5555")
-    console.result(document, "\n".join(lines))
-    return 0
+    return document, lines
+
+
+def _secret(options: argparse.Namespace) -> BundleSecret | None:
+    """Returns what head and tail are encrypted with; None leaves them readable."""
+    if options.encrypt_key is not None:
+        return sealing.key(options.encrypt_key)
+    if options.passphrase_file is not None:
+        return sealing.passphrase_file(options.passphrase_file)
+    return None
 
 
 def _privacy_gate(

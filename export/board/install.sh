@@ -1,0 +1,65 @@
+#!/bin/sh
+# Installs what lies beside this script, offline: sh install.sh [FOLDER]
+# FOLDER is /opt/ensembler-edge for root, else ~/.local/share/ensembler-edge. It is replaced whole, or left as it was.
+set -eu
+umask 022
+
+fail() {
+    echo "install.sh: $1" >&2
+    exit 1
+}
+
+here=$(cd "$(dirname "$0")" && pwd)
+if [ "$(id -u)" = 0 ]; then
+    folder=${1:-/opt/ensembler-edge}
+    commands=/usr/local/bin
+else
+    folder=${1:-$HOME/.local/share/ensembler-edge}
+    commands=$HOME/.local/bin
+fi
+
+found=$(dpkg --print-architecture 2> /dev/null || uname -m)
+[ "$found" = "@ARCHITECTURE@" ] ||
+    fail "this is for @ARCHITECTURE@, and this system is $found; export it again with another --target"
+command -v python3 > /dev/null || fail "there is no python3; sudo apt install python3-venv"
+found=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
+[ "$found" = "@PYTHON@" ] ||
+    fail "this is for Python @PYTHON@ (@RELEASE@), and this system has $found; export it again with another --target"
+python3 -c 'import ensurepip, venv' 2> /dev/null || fail "Python has no venv; sudo apt install python3-venv"
+for module in @MODULES@; do
+    python3 -c "import $module" 2> /dev/null || fail "Python has no $module; sudo apt install @DEPENDS@"
+done
+(cd "$here" && sha256sum --check --quiet SHA256SUMS) ||
+    fail "a file is damaged; copy the archive again, and unpack it on a disk with space"
+[ ! -e "$folder" ] || [ -f "$folder/pyvenv.cfg" ] ||
+    fail "$folder is something else; move it away, or name another folder: sh install.sh FOLDER"
+mkdir -p "$(dirname "$folder")" "$commands"
+space=$(df -Pk "$(dirname "$folder")" | awk 'NR == 2 { print $4 }')
+[ "$space" -ge @KILOBYTES@ ] ||
+    fail "$(dirname "$folder") has $((space / 1024)) MB left and @KILOBYTES@ kB are needed; make space, or name another folder"
+
+# A venv knows its own place, so it is made there; what was there waits beside it until the new one works.
+before=$folder.before
+if [ -e "$folder" ]; then
+    rm -rf "$before"
+    mv "$folder" "$before"
+fi
+undo() {
+    rm -rf "$folder"
+    if [ -e "$before" ]; then
+        mv "$before" "$folder"
+        echo "install.sh: nothing was changed" >&2
+    fi
+}
+trap undo EXIT
+trap 'exit 130' INT TERM
+# The system's packages stay in sight: picamera2 is one of them.
+python3 -m venv --system-site-packages "$folder"
+"$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --require-hashes \
+    --find-links "$here/wheels" --requirement "$here/requirements.txt"
+"$folder/bin/ensembler" --version > /dev/null
+trap - EXIT
+rm -rf "$before"
+ln -sf "$folder/bin/ensembler" "$commands/ensembler"
+ln -sf "$folder/bin/python" "$commands/ensembler-python"
+echo "installed in $folder; next: $commands/ensembler doctor"
