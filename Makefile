@@ -16,7 +16,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-tflite test-legacy lint docs bench results cifar wire privacy tables models clean
+.PHONY: demo test test-tflite test-legacy test-arm lint docs bench results cifar wire privacy tables models clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -34,6 +34,12 @@ test-tflite: $(TFLITE)/.installed
 # The runtime of 32-bit boards goes with NumPy 1 alone.
 test-legacy: $(LEGACY)/.installed
 	$(LEGACY)/bin/python -m pytest tests/test_backends.py
+
+# Packages for three boards, installed and run on emulated ones; as root on Debian or its like, with qemu-user-static and
+# mmdebstrap. Where boards cannot be emulated the tests are skipped and say why.
+test-arm: $(TFLITE)/.installed $(LEGACY)/.installed
+	ENSEMBLER_LEGACY_PYTHON=$(abspath $(LEGACY))/bin/python OMP_NUM_THREADS=1 \
+		$(TFLITE)/bin/python -m pytest -p no:anyio --durations 10 tests/arm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -103,13 +109,13 @@ $(TFLITE)/.installed: setup.cfg pyproject.toml constraints/tflite.txt
 	$(TFLITE)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/tflite.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(TFLITE)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/tflite.txt \
-		--editable '.[tflite,image,encrypt]' pytest pytest-timeout
+		--editable '.[tflite,image,encrypt,package]' pytest pytest-timeout
 	touch $@
 
 $(LEGACY)/.installed: setup.cfg pyproject.toml constraints/legacy.txt
 	test -x $(LEGACY)/bin/python || $(PYTHON) -m venv $(LEGACY)
 	$(LEGACY)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/legacy.txt \
-		--editable '.[tflite-runtime]' pytest pytest-timeout
+		--editable '.[tflite-runtime,image]' pytest pytest-timeout
 	touch $@
 
 clean:

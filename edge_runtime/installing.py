@@ -23,8 +23,8 @@ PARTIAL_PREFIX = ".partial-"
 
 def standard_place() -> Path:
     """Returns where bundles are installed: for the whole machine by root, else for this user."""
-    users, machines = config_folders()
-    return machines if os.geteuid() == 0 else users
+    folders = config_folders()
+    return folders[-1] if os.geteuid() == 0 else folders[0]
 
 
 def install(bundle: Path, place: Path, owner: tuple[int, int] | None = None) -> Path:

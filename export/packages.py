@@ -39,13 +39,7 @@ NFPM_TIMEOUT_S = 900
 COMPRESSION = "zstd:best"
 VENV_KILOBYTES = 40_000  # pip and its venv, beside what the wheels unpack to
 # The import names of the Debian packages that a target depends on, for install.sh.
-MODULES = {
-    "python3-cryptography": "cryptography",
-    "python3-msgpack": "msgpack",
-    "python3-numpy": "numpy",
-    "python3-pil": "PIL",
-    "python3-zmq": "zmq",
-}
+MODULES = {"python3-msgpack": "msgpack", "python3-numpy": "numpy", "python3-zmq": "zmq"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -186,6 +180,7 @@ class _Job:
                 "passwd",
                 *target.depends,
             ],
+            "recommends": list(target.recommends),
             "contents": contents,
             "scripts": {
                 "postinstall": str(self._resource("postinst")),
@@ -213,7 +208,7 @@ class _Job:
             "PYTHON": target.python,
             "RELEASE": target.release,
             "MODULES": " ".join(MODULES[name] for name in target.depends if name in MODULES),
-            "DEPENDS": " ".join(target.depends),
+            "DEPENDS": " ".join([*target.depends, *target.recommends]),
             "KILOBYTES": str(wheels.unpacked_bytes(self._wheels) // 1000 + VENV_KILOBYTES),
         }.items():
             script = script.replace(f"@{word}@", value)

@@ -32,6 +32,7 @@ class Target:
         runtimes: the inference runtimes that there are for it, names of ``backends.BACKENDS``.
         wheels: what a package brings beside the runtime.
         depends: the Debian packages that it needs beside Python.
+        recommends: those without which it does less: photographs are not decoded, encrypted bundles not opened.
     """
 
     name: str
@@ -43,6 +44,7 @@ class Target:
     runtimes: tuple[str, ...]
     wheels: tuple[str, ...]
     depends: tuple[str, ...]
+    recommends: tuple[str, ...] = ()
 
     @property
     def pip_platforms(self) -> list[str]:
@@ -92,14 +94,8 @@ _ALL = (
         glibc_minor=36,
         runtimes=("tflite-runtime",),
         wheels=(),
-        depends=(
-            "libstdc++6",
-            "python3-cryptography",
-            "python3-msgpack",
-            "python3-numpy",
-            "python3-pil",
-            "python3-zmq",
-        ),
+        depends=("libstdc++6", "python3-msgpack", "python3-numpy", "python3-zmq"),
+        recommends=("python3-cryptography", "python3-pil"),
     ),
 )
 TARGETS = {target.name: target for target in _ALL}

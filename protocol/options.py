@@ -24,13 +24,18 @@ def expanded(name: str, path: str | os.PathLike[str]) -> Path:
 
 
 def config_folders() -> list[Path]:
-    """Returns where configuration and keys are looked for: this user's folder, then the machine's."""
+    """Returns where configuration and keys are looked for: this user's folder, then the machine's.
+
+    The machine's alone for a user without a home, as services have it, or with HOME at somebody else's.
+    """
+    machine = Path("/etc/ensembler")
     config = os.environ.get("XDG_CONFIG_HOME")
     try:
-        home = Path(config) if config else Path("~/.config").expanduser()
-    except RuntimeError:  # a service whose user has no home
-        home = Path("/nonexistent")
-    return [home / "ensembler", Path("/etc/ensembler")]
+        users = (Path(config) if config else Path("~/.config").expanduser()) / "ensembler"
+        users.exists()
+    except (RuntimeError, PermissionError):
+        return [machine]
+    return [users, machine]
 
 
 def whole(name: str, value: object, low: int, high: int | None = None) -> int:

@@ -246,6 +246,7 @@ def test_the_console_scripts_are_functions():
 
 
 DATA = {"py.typed", "probe.onnx", "probe.tflite"}
+DATA_FOLDERS = {"ensembler.export": "board"}
 
 
 def files_of_packages():
@@ -255,6 +256,9 @@ def files_of_packages():
         for path in (ROOT / folder).iterdir():
             if path.is_file() and (path.suffix == ".py" or path.name in DATA):
                 found[f"{name.replace('.', '/')}/{path.name}"] = path.read_bytes()
+        if name in DATA_FOLDERS:
+            data = (ROOT / folder / DATA_FOLDERS[name]).rglob("*")
+            found |= {f"ensembler/{path.relative_to(ROOT)}": path.read_bytes() for path in data if path.is_file()}
     return found
 
 

@@ -125,8 +125,9 @@ def _export(options: argparse.Namespace, target: Target | None, console: Console
         raise ConfigError("--server-bundle needs --server-key: the public key of the server that serves it")
     if options.server_bundle and options.parties not in (1, len(options.server_bundle)):
         raise ConfigError(f"--parties {options.parties}: {len(options.server_bundle)} server bundles were given")
-    formats: tuple[ModelFormat, ...] = tuple(options.format or formats_for(target)[:1] if target else ("onnx",))
+    formats: tuple[ModelFormat, ...] = tuple(options.format or ("onnx",))
     if target is not None:
+        formats = tuple(options.format or formats_for(target)[:1])
         runtime_for(target, formats, options.runtime)  # not after the minutes of an export
     secret = _secret(options)
     approve = _privacy_gate(options, secret, console)

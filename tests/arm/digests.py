@@ -1,0 +1,35 @@
+"""What a client computes, as digests: ``python digests.py BUNDLE BACKEND``. The same program runs on board and host."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import sys
+from pathlib import Path
+
+import numpy as np
+
+from ensembler.edge_runtime.runtime import EdgeRuntime
+
+IMAGES = 32
+
+
+def main() -> None:
+    """Prints the digests of head and tail for images and answers that are the same everywhere."""
+    runtime = EdgeRuntime(Path(sys.argv[1]), backend=sys.argv[2])
+    image, wire = runtime.manifest.image, runtime.manifest.wire
+    generator = np.random.Generator(np.random.PCG64(0))
+    images = generator.integers(0, 256, (IMAGES, image.height, image.width, 3), dtype=np.uint8)
+    answers = generator.integers(0, 2**wire.answer_bits, (IMAGES, wire.num_nets, wire.answer_width), dtype=np.uint8)
+    codes, logits = runtime.encode(images), runtime.finish(answers)
+    assert len(np.unique(codes)) > 1
+    assert len(np.unique(logits)) > 1
+    print(json.dumps({"head": _digest(codes), "tail": _digest(logits)}))
+
+
+def _digest(values: np.ndarray) -> str:
+    return hashlib.sha256(np.ascontiguousarray(values).tobytes()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
