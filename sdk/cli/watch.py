@@ -159,7 +159,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     return EXIT_INTERRUPTED if signals[:1] == [signal.SIGINT] else 0
 
 
-def _source(options: argparse.Namespace, stop: threading.Event, seen: Iterable[tuple[str, int]] = ()) -> Iterator[Arrival | Frame]:
+def _source(
+    options: argparse.Namespace, stop: threading.Event, seen: Iterable[tuple[str, int]] = ()
+) -> Iterator[Arrival | Frame]:
     return camera_frames(stop=stop) if options.camera else arrivals(options.folder, seen=seen, stop=stop)
 
 
