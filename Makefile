@@ -26,10 +26,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# What converts to TFLite is 1 GB beside torch and pins other versions, so it has an environment of its own. pytest is
-# told not to load a plugin that comes along and does not know this pytest.
+# What converts to TFLite is 1 GB beside torch and pins other versions, so it has an environment of its own.
 test-tflite: $(TFLITE)/.installed
-	OMP_NUM_THREADS=1 $(TFLITE)/bin/python -m pytest -p no:anyio tests/test_tflite.py tests/test_backends.py
+	OMP_NUM_THREADS=1 $(TFLITE)/bin/python -m pytest tests/test_tflite.py tests/test_backends.py
 
 # The runtime of 32-bit boards goes with NumPy 1 alone.
 test-legacy: $(LEGACY)/.installed

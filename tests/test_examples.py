@@ -1,7 +1,7 @@
 """Every program in ``examples/`` runs, against a real server over CURVE.
 
-``predict.py`` and ``own_net.py`` are run from the documents (test_docs.py). The camera is ``fake_picamera2``: the real one
-needs a Raspberry Pi and was not run here.
+``predict.py`` is run from the documents (test_docs.py). The camera is ``fake_picamera2``: the real
+one needs a Raspberry Pi and was not run here.
 """
 
 from __future__ import annotations
@@ -69,6 +69,14 @@ def test_every_example_is_run_by_a_test_and_is_in_the_table():
     for path in EXAMPLES.glob("*.py"):
         assert f"`{path.name}`" in table
         assert path.name in tests
+
+
+@pytest.mark.parametrize("net", ["sequential", "gated"])
+def test_the_nets_of_own_net_can_be_cut(net):  # own_net.py
+    command = [sys.executable, "-m", "ensembler.cli", "cuts", f"examples.own_net:{net}", "--num-classes", "6", "--json"]
+    done = subprocess.run(command, cwd=EXAMPLES.parent, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["cuts"]
 
 
 # --- a folder ---

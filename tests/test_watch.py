@@ -16,15 +16,26 @@ import threading
 from contextlib import contextmanager
 from datetime import datetime, timedelta
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from PIL import Image
 from test_network import SlowEngine
 
-from ensembler import EdgeClient
+from ensembler import EdgeClient, Prediction
+from ensembler.cli.console import Console
 from ensembler.cli.journal import Journal
+from ensembler.cli.watch import _Service
 from ensembler.cloud_runtime.server import Server
-from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.errors import (
+    AuthenticationError,
+    BusyError,
+    ConfigError,
+    InternalError,
+    ServerUnreachableError,
+    UnknownBodiesError,
+)
+from ensembler.sources import Arrival
 from ensembler.transport import keys
 from ensembler.transport.zmq_server import ServerSocket
 
@@ -201,6 +212,66 @@ def test_a_service_that_waits_for_a_server_ends_at_once_and_leaves_the_image_for
     assert (inbox / "a.png").exists()
 
 
+class Waits(threading.Event):
+    """A stop event whose waits are noted and pass no time."""
+
+    def __init__(self):
+        super().__init__()
+        self.seconds = []
+
+    def wait(self, timeout=None):
+        self.seconds.append(timeout)
+        return self.is_set()
+
+
+class Moody:
+    """A client whose server is away for as many calls as there are errors."""
+
+    def __init__(self, *errors):
+        self.errors, self.sent = list(errors), []
+
+    def info(self):
+        return SimpleNamespace(image_size=(16, 16))
+
+    def predict(self, pixels):
+        self.sent.append(pixels)
+        if self.errors:
+            raise self.errors.pop(0)
+        return Prediction.local("red", 1.0)
+
+
+def test_the_waits_grow_and_are_bounded_and_the_image_is_read_once(inbox, tiny_images, capfd):
+    busy, away = BusyError("full", retry_after_ms=3000.0), ServerUnreachableError("no server")
+    client, stop = Moody(busy, *[away] * 6), Waits()
+    service = _Service(client, Console(as_json=False), stop)
+    path = put(inbox, "a.png", tiny_images[0])
+    outcome = service.answer(Arrival(path=path, mtime_ns=1))
+    assert outcome.result.label == "red"
+    assert stop.seconds == [3.0, 1.0, 2.0, 4.0, 8.0, 15.0, 15.0]
+    assert all(pixels is client.sent[0] for pixels in client.sent)
+    assert capfd.readouterr().err.splitlines() == [
+        "ensembler: full; trying again until there is an answer",
+        "ensembler: the server answers again",
+    ]
+
+
+def test_what_trying_again_does_not_cure_stops_the_service(inbox, tiny_images):
+    for error in (AuthenticationError("refused"), UnknownBodiesError("other nets"), InternalError("broken")):
+        stop = Waits()
+        service = _Service(Moody(error), Console(as_json=False), stop)
+        with pytest.raises(type(error)):
+            service.answer(Arrival(path=put(inbox, "a.png", tiny_images[0]), mtime_ns=1))
+        assert stop.is_set()
+        assert stop.seconds == []
+
+
+def test_a_frame_without_an_answer_gets_its_error_and_is_not_tried_again(tiny_images):
+    client = Moody(ServerUnreachableError("no server"))
+    service = _Service(client, Console(as_json=False), Waits())
+    assert isinstance(service.answer(tiny_images[0]).error, ServerUnreachableError)
+    assert len(client.sent) == 1
+
+
 # --- the end ---
 
 
@@ -266,6 +337,17 @@ def test_a_wrong_bundle_ends_it(tmp_path):
     done = ended(tmp_path, "--server", "tcp://127.0.0.1:9", "--folder", tmp_path)
     assert done.returncode == 1
     assert "manifest.json is missing" in done.stderr
+
+
+def test_a_reader_that_goes_away_ends_it(tiny, running, inbox, tiny_images):
+    put(inbox, "a.png", tiny_images[0])
+    with watching(tiny.client, running, "--folder", inbox, *PATIENT) as process:
+        process.stderr.readline()
+        process.stdout.readline()
+        process.stdout.close()
+        put(inbox, "b.png", tiny_images[1])
+        assert process.wait(60) == 1
+        assert process.stderr.read() == ""
 
 
 def test_a_folder_that_vanishes_ends_it(tiny, running, inbox):
