@@ -16,7 +16,7 @@ import shlex
 import subprocess
 import sys
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stdout
+from contextlib import ExitStack, contextmanager, nullcontext, redirect_stdout
 from pathlib import Path
 
 from ensembler import EdgeClient
@@ -25,13 +25,16 @@ from ensembler.cli import main as ensembler_main
 LOOPBACK = "tcp://127.0.0.1:*"
 
 
-def ensembler(*words: object, status: int = 0) -> str:
-    """Runs a command as the shell would, prints it and what it says, and returns that; ends if the status differs."""
+def ensembler(*words: object, status: int = 0, shown: bool = True) -> str:
+    """Prints a command and runs it as the shell would; ends if its exit status differs.
+
+    Returns what it said, if that is not shown.
+    """
     arguments = [str(word) for word in words]
     print(f"$ ensembler {shlex.join(arguments)}", flush=True)
-    with redirect_stdout(io.StringIO()) as said:
+    said = io.StringIO()
+    with nullcontext() if shown else redirect_stdout(said):
         found = ensembler_main(arguments)
-    print(said.getvalue(), end="", flush=True)
     if found != status:
         sys.exit(f"it ended with {found}, not {status}")
     return said.getvalue()
@@ -55,14 +58,14 @@ def serving(bundle: Path, *options: object) -> Iterator[str]:
 
 def plaintext(run: Path, image: Path, out: Path, export: list[str]) -> None:
     """A: nothing. Features travel in the clear and anybody may answer: for one machine, or a network of your own."""
-    ensembler("export", run, "--out", out / "a", "--plaintext", *export)
+    ensembler("export", run, "--out", out / "a", "--plaintext", *export, shown=False)
     with serving(out / "a" / "server", "--plaintext") as server:
         ensembler("predict", out / "a" / "client", image, "--server", server, "--plaintext")
 
 
 def encrypted(run: Path, image: Path, out: Path, export: list[str]) -> None:
     """B, the default: CURVE. Nobody on the way reads, the bundle pins the server, the server knows its devices."""
-    ensembler("export", run, "--out", out / "b", *export)
+    ensembler("export", run, "--out", out / "b", *export, shown=False)
     ensembler("keys", "new", "--out", out / "stranger")
     with serving(out / "b" / "server") as server:
         ensembler("predict", out / "b" / "client", image, "--server", server)
@@ -75,7 +78,7 @@ def encrypted_at_rest(run: Path, image: Path, out: Path, export: list[str]) -> N
     """C: the bundle is encrypted. Who steals the storage has no head, noise and selector, unless the key is on it."""
     key = out / "bundle.key"
     ensembler("keys", "bundle", key)
-    ensembler("export", run, "--out", out / "c", "--encrypt-key", key, *export)
+    ensembler("export", run, "--out", out / "c", "--encrypt-key", key, *export, shown=False)
     with serving(out / "c" / "server") as server:
         ensembler("predict", out / "c" / "client", image, "--server", server, "--bundle-key", key)
         print("without the key:")
@@ -84,7 +87,7 @@ def encrypted_at_rest(run: Path, image: Path, out: Path, export: list[str]) -> N
 
 def two_operators(run: Path, image: Path, out: Path, export: list[str]) -> None:
     """D: two operators. Neither has all the nets; each gets whole features, so it hides no image (threat-model.md)."""
-    ensembler("export", run, "--out", out / "d", "--parties", 2, *export)
+    ensembler("export", run, "--out", out / "d", "--parties", 2, *export, shown=False)
     with ExitStack() as stack:
         servers = []
         for name in ("server_0", "server_1"):
@@ -96,7 +99,7 @@ def two_operators(run: Path, image: Path, out: Path, export: list[str]) -> None:
 def audited(run: Path, image: Path, out: Path, data: list[str]) -> None:
     """E: no bundle without an audit that somebody we know has signed. It refuses a client; it does not protect one."""
     bundle, key, report = out / "b" / "client", out / "auditor.key", out / "report.html"
-    auditor = json.loads(ensembler("keys", "signing", key, "--json"))["public"]  # what an application pins
+    auditor = json.loads(ensembler("keys", "signing", key, "--json", shown=False))["public"]  # what an application pins
     with serving(out / "b" / "server") as server:
         print(answer_if_audited(bundle, server, image, auditor))
         ensembler("audit", bundle, "--run", run, "--budget", "quick", "--out", report, *data)
