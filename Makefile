@@ -26,10 +26,9 @@ demo: $(INSTALLED)
 test: $(INSTALLED)
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
 
-# What converts to TFLite is 1 GB beside torch and pins other versions, so it has an environment of its own. pytest is
-# told not to load a plugin that comes along and does not know this pytest.
+# What converts to TFLite is 1 GB beside torch and pins other versions, so it has an environment of its own.
 test-tflite: $(TFLITE)/.installed
-	OMP_NUM_THREADS=1 $(TFLITE)/bin/python -m pytest -p no:anyio tests/test_tflite.py tests/test_backends.py
+	OMP_NUM_THREADS=1 $(TFLITE)/bin/python -m pytest tests/test_tflite.py tests/test_backends.py
 
 # The runtime of 32-bit boards goes with NumPy 1 alone.
 test-legacy: $(LEGACY)/.installed
@@ -39,7 +38,7 @@ test-legacy: $(LEGACY)/.installed
 # mmdebstrap. Where boards cannot be emulated the tests are skipped and say why.
 test-arm: $(TFLITE)/.installed $(LEGACY)/.installed
 	ENSEMBLER_LEGACY_PYTHON=$(abspath $(LEGACY))/bin/python OMP_NUM_THREADS=1 \
-		$(TFLITE)/bin/python -m pytest -p no:anyio --durations 10 tests/arm
+		$(TFLITE)/bin/python -m pytest --durations 10 tests/arm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .

@@ -12,10 +12,10 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
-from ensembler.edge_runtime.images import ImageLike
 from ensembler.process import OwnProcess
 from ensembler.protocol.options import whole
 
+Given = TypeVar("Given")  # an image, or what stands for one
 Answer = TypeVar("Answer")
 
 MAX_IN_FLIGHT = 64
@@ -32,7 +32,7 @@ def checked_in_flight(in_flight: int) -> int:
     return whole("in_flight", in_flight, 1, MAX_IN_FLIGHT)
 
 
-class Stream(Generic[Answer]):
+class Stream(Generic[Given, Answer]):
     """Predicts the images of one source; used by one consumer.
 
     Args:
@@ -44,13 +44,13 @@ class Stream(Generic[Answer]):
     """
 
     def __init__(
-        self, predict: Callable[[ImageLike], Answer], images: Iterator[ImageLike], *, in_flight: int, newest: bool
+        self, predict: Callable[[Given], Answer], images: Iterator[Given], *, in_flight: int, newest: bool
     ) -> None:
         self._predict = predict
         self._in_flight = in_flight
         self._newest = newest
         self._changed = threading.Condition()
-        self._waiting: tuple[int, ImageLike] | None = None  # only while all places are taken
+        self._waiting: tuple[int, Given] | None = None  # only while all places are taken
         self._started: deque[tuple[int, Future[Answer]]] = deque()  # and not yet taken, in order
         self._ended = False
         self._failure: BaseException | None = None  # of the source
@@ -105,7 +105,7 @@ class Stream(Generic[Answer]):
         if wait:
             self._reader.join(SOURCE_PATIENCE_S)
 
-    def _read(self, images: Iterator[ImageLike]) -> None:
+    def _read(self, images: Iterator[Given]) -> None:
         failure: BaseException | None = None
         try:
             index = 0
@@ -141,7 +141,7 @@ class Stream(Generic[Answer]):
 
 
 def answers(
-    predict: Callable[[ImageLike], Answer], images: Iterator[ImageLike], *, in_flight: int, newest: bool
+    predict: Callable[[Given], Answer], images: Iterator[Given], *, in_flight: int, newest: bool
 ) -> Generator[tuple[int, Answer], None, None]:
     """Yields what a ``Stream`` gives, and closes it however the loop over it ends; arguments as ``Stream``."""
     stream = Stream(predict, images, in_flight=in_flight, newest=newest)

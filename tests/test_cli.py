@@ -30,11 +30,11 @@ def photo(tiny_images, tmp_path):
 def test_help_lists_the_verbs():
     done = run("--help")
     assert done.returncode == 0
-    for verb in ("demo", "train", "audit", "card", "export", "serve", "predict", "keys"):
+    for verb in ("demo", "train", "audit", "card", "export", "serve", "predict", "watch", "keys"):
         assert verb in done.stdout
 
 
-@pytest.mark.parametrize("verb", ["demo", "train", "audit", "card", "export", "serve", "predict", "keys"])
+@pytest.mark.parametrize("verb", ["demo", "train", "audit", "card", "export", "serve", "predict", "watch", "keys"])
 def test_every_verb_explains_itself_and_takes_json(verb):
     done = run(verb, "--help")
     assert done.returncode == 0

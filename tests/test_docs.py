@@ -12,9 +12,11 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
+import fake_picamera2
 import numpy as np
 import pytest
 from PIL import Image
@@ -35,6 +37,9 @@ DOCUMENTS = [
 BRIEF = ["--epochs", "1", "--batch-size", "16"]
 OPEN_GATES = ["--min-sqnr-db", "0", "--max-accuracy-drop", "100"]
 ADDRESS = re.compile(r"tcp://(?:127\.0\.0\.1|0\.0\.0\.0|cloud|host)[\w.\-]*:\d+")
+
+# They run until somebody ends them, or for minutes; tests/test_examples.py does.
+LONG_EXAMPLES = ("watch_folder.py", "camera.py", "web_app.py", "security_ladder.py")
 
 OWN_NET = """
 from torch import nn
@@ -102,13 +107,18 @@ class Reader:
         """Runs a snippet; names that its text leaves to the reader are given."""
         text = ADDRESS.sub(self.endpoint, text)
         image = np.zeros((32, 32, 3), np.uint8)
+        stop = threading.Event()
+        if '"inbox"' in text:
+            (self.folder / "inbox").mkdir()
+            shutil.copy("photo.jpg", "inbox")
         with contextlib.ExitStack() as stack:
             given = {
                 "bundle": "out/demo/client",
                 "server": self.endpoint,
                 "paths": ["a.jpg", "b.jpg"],
                 "frames": lambda: iter([image, image]),
-                "show": lambda result: result,
+                "stop": stop,
+                "show": lambda result: stop.set(),
             }
             if "bundle_key" in text:
                 given |= self.sealed()
@@ -157,6 +167,9 @@ class Reader:
             bundle = Path(arguments[1])
             with self.serve(bundle):
                 return
+        if verb == "watch":
+            self.watch(arguments)
+            return
         if verb == "train":
             if "--resume" in arguments:  # as if it had been cut before its last file
                 (Path(arguments[arguments.index("--resume") + 1]) / "summary.json").unlink()
@@ -176,7 +189,19 @@ class Reader:
             return
         assert main(arguments) == 0, arguments
 
+    @staticmethod
+    def watch(arguments: list[str]) -> None:
+        """Starts the service and ends it when it is ready."""
+        command = [sys.executable, "-m", "ensembler.cli", *arguments]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+            assert process.stdout.readline().startswith("ready")
+            process.terminate()
+            assert process.wait(60) == 0
+
     def script(self, arguments: list[str]) -> None:
+        if Path(arguments[0]).name in LONG_EXAMPLES:
+            assert (ROOT / arguments[0]).is_file()
+            return
         if arguments[0] == "tools/convert_data.py":
             # Its input is a download of the reader's own; tests/test_data.py has one.
             assert (ROOT / arguments[0]).is_file()
@@ -218,6 +243,7 @@ def test_every_snippet_runs_when_it_is_pasted(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(str(tmp_path))
+    monkeypatch.setitem(sys.modules, "picamera2", fake_picamera2)
     # What a reader leaves at home is not the next test's.
     request.addfinalizer(lambda: shutil.rmtree(Path(os.environ["HOME"]) / ".config", ignore_errors=True))
     reader = Reader(tmp_path, tiny, endpoint, serve, audit_images)

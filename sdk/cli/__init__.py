@@ -32,11 +32,15 @@ def main(arguments: list[str] | None = None) -> int:
             predict,
             serve,
             train,
+            watch,
         )
     except KeyboardInterrupt:
         Console(as_json="--json" in (arguments or sys.argv)).error("KeyboardInterrupt", "interrupted")
         return EXIT_INTERRUPTED
-    verbs = (demo, cuts, train, audit, boundary, card, export, serve, predict, keys, install_bundle, doctor, bench)
+    verbs = (
+        *(demo, cuts, train, audit, boundary, card, export, serve),
+        *(predict, watch, keys, install_bundle, doctor, bench),
+    )
     return run_command("ensembler", verbs, arguments)
 
 

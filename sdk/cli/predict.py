@@ -20,6 +20,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("bundle", type=Path, help="the folder of a client bundle")
     parser.add_argument("images", nargs="+", help="image files")
+    add_connection(parser)
+    parser.add_argument("--top-k", type=int, default=3, help="classes to show (default: 3)")
+
+
+def add_connection(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of a verb that predicts: server, keys, deadline and runtime."""
     parser.add_argument(
         "--server",
         action="append",
@@ -31,7 +37,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plaintext", action="store_true", help="connect without encryption")
     parser.add_argument("--timeout-ms", type=float, default=5000.0, help="deadline of each image (default: 5000)")
     parser.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)}, or auto (default: auto)")
-    parser.add_argument("--top-k", type=int, default=3, help="classes to show (default: 3)")
 
 
 def add_bundle_secret(parser: argparse.ArgumentParser) -> None:
