@@ -38,7 +38,7 @@ test-legacy: $(LEGACY)/.installed
 # mmdebstrap. Where boards cannot be emulated the tests are skipped and say why.
 test-arm: $(TFLITE)/.installed $(LEGACY)/.installed
 	ENSEMBLER_LEGACY_PYTHON=$(abspath $(LEGACY))/bin/python OMP_NUM_THREADS=1 \
-		$(TFLITE)/bin/python -m pytest --durations 10 tests/arm
+		$(TFLITE)/bin/python -m pytest -n 2 --dist loadscope --durations 10 tests/arm
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
@@ -108,7 +108,7 @@ $(TFLITE)/.installed: setup.cfg pyproject.toml constraints/tflite.txt
 	$(TFLITE)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/tflite.txt \
 		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
 	$(TFLITE)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/tflite.txt \
-		--editable '.[tflite,image,encrypt,package]' pytest pytest-timeout
+		--editable '.[tflite,image,encrypt,package]' pytest pytest-timeout pytest-xdist
 	touch $@
 
 $(LEGACY)/.installed: setup.cfg pyproject.toml constraints/legacy.txt

@@ -105,8 +105,9 @@ def unpack(target: Target, folder: Path, tree: Path) -> None:
         ExportError: pip does not take them for this target.
         MissingExtraError: there is no pip.
     """
-    found = [str(wheel) for wheel in sorted(folder.glob("*.whl"))]
-    _pip("install", target, "--no-index", "--no-compile", "--target", str(tree), *found)
+    # By name: of a wheel that is given by its path pip notes the path, which is this machine's and changes.
+    names = [f"{one.name}=={one.version}" for one in licences(folder)]
+    _pip("install", target, "--no-index", "--find-links", str(folder), "--no-compile", "--target", str(tree), *names)
 
 
 def unpacked_bytes(folder: Path) -> int:

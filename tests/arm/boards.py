@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import email
+import fcntl
 import functools
 import hashlib
 import os
@@ -324,12 +325,14 @@ def _kept_root(board: Board, cache: Path) -> Path:
     packages = ",".join(sorted({*BASE, *board.packages}))
     digest = hashlib.sha256(f"{RECIPE} {packages}".encode()).hexdigest()[:8]
     kept = cache / f"{board.release}-{board.architecture}-{digest}"
-    if not kept.exists():
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as folder:
-            made = Path(folder) / "root"
-            _make_root(made, board, packages)
-            made.rename(kept)
+    cache.mkdir(parents=True, exist_ok=True)
+    with (cache / f"{kept.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # another process may be making the same one
+        if not kept.exists():
+            with tempfile.TemporaryDirectory(dir=cache) as folder:
+                made = Path(folder) / "root"
+                _make_root(made, board, packages)
+                made.rename(kept)
     return kept
 
 

@@ -62,8 +62,10 @@ def bundle(tiny, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def package(bundle, tmp_path_factory):
-    """``package(case)`` returns the case's .deb, built once."""
+    """``package(case)`` returns the case's .deb, built once, and packed in a hurry."""
     built: dict[str, Package] = {}
+    hurried = pytest.MonkeyPatch()
+    hurried.setattr(packages, "COMPRESSION", "zstd:fastest")
 
     def of(case: Case) -> Package:
         if case.board not in built:
@@ -71,7 +73,8 @@ def package(bundle, tmp_path_factory):
             built[case.board] = packages.build(case.target, bundle, out, runtime=case.runtime)
         return built[case.board]
 
-    return of
+    yield of
+    hurried.undo()
 
 
 @dataclass(frozen=True)
@@ -94,10 +97,10 @@ def put(board: EmulatedBoard, source: Path, place: str, mode: int = 0o644) -> No
         target.chmod(mode)
 
 
-@pytest.fixture(scope="module", params=list(CASES))
+@pytest.fixture(scope="class")
 def device(request, package, bundle, tiny, tmp_path_factory):
-    """A board of each kind, as its owner has it after the ten commands of docs/raspberry-pi.md."""
-    case = CASES[request.param]
+    """A class's board, with package, bundle and key."""
+    case = CASES[request.cls.board]
     built = package(case)
     with boot(BOARDS[case.board], tmp_path_factory.mktemp(case.board)) as board:
         put(board, built.path, "root/package.deb")
@@ -128,182 +131,209 @@ def on_x86_64(bundle: Path, runtime: str) -> dict[str, str]:
     return json.loads(done.stdout)
 
 
-def test_head_and_tail_are_bit_identical_to_x86_64(device, bundle):
-    command = ("ensembler-python", "/srv/digests.py", f"/{PLACE}/client", device.case.runtime)
-    done = device.board.run(*AS_SERVICE, *command, network=False, check=True)
-    assert json.loads(done.stdout) == on_x86_64(bundle, device.case.runtime)
-
-
-def test_the_doctor_knows_the_board_and_finds_nothing_that_stops_it(device):
-    done = device.board.run(*AS_SERVICE, "ensembler", "doctor", f"/{PLACE}/client", "--json", network=False)
-    findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
-    assert done.returncode == 0, done.stdout
-    assert device.board.board.model in findings["board"]["words"]
-    assert "int8 as on x86-64" in findings[device.case.runtime]["words"]
-    assert findings["bundle"]["level"] == "ok"
-
-
-def test_an_application_predicts_over_an_encrypted_connection_as_on_x86_64(device, bundle, tiny, tiny_images, serve):
-    saved(tiny_images[0], device.board.root / "srv/image.png")
-    program = (
-        "import json, sys; from ensembler import EdgeClient\n"
-        "with EdgeClient(sys.argv[1], sys.argv[2], key=sys.argv[3], backend=sys.argv[4], timeout_ms=60000) as client:\n"
-        "    answer = client.predict(sys.argv[5])\n"
-        "    print(json.dumps([answer.label, answer.logits.tolist(), answer.bytes_up]))"
-    )
-    with serve(tiny.server, "--key", str(tiny.keys / "server.key_secret")) as (endpoint, _):
-        arguments = (f"/{PLACE}/client", endpoint, f"/{PLACE}/device.key_secret", device.case.runtime, "/srv/image.png")
-        there = device.board.run(*AS_SERVICE, "ensembler-python", "-c", program, *arguments, check=True)
-        key = tiny.keys / "device.key_secret"
-        image = device.board.root / "srv/image.png"
-        arguments = (str(bundle), endpoint, str(key), device.case.runtime, str(image))
-        here = subprocess.run(
-            [python_with(device.case.runtime), "-c", program, *arguments], capture_output=True, text=True
-        )
-    assert here.returncode == 0, here.stderr
-    assert json.loads(there.stdout) == json.loads(here.stdout)
-
-
 def saved(image: np.ndarray, path: Path) -> None:
     Image.fromarray(image).save(path)
 
 
-def test_the_service_answers_what_arrives_in_its_folder(device, tiny, tiny_images, serve):
-    """The unit's own command with the unit's own configuration, by its user; no systemd runs on the board."""
-    root = device.board.root
-    for index in range(3):
-        saved(tiny_images[index], root / STATE / "inbox" / f"{index}.png")
-    with serve(tiny.server, "--key", str(tiny.keys / "server.key_secret")) as (endpoint, _):
-        config = root / PLACE / "edge.conf"
-        config.write_text(config.read_text().replace("tcp://server.example:5555", endpoint))
-        unit = (root / "lib/systemd/system/ensembler-edge.service").read_text()
-        (start,) = [line.removeprefix("ExecStart=") for line in unit.splitlines() if line.startswith("ExecStart=")]
-        script = f"set -a; . /{PLACE}/edge.conf; set +a; timeout --signal TERM 240 {start} & pid=$!\n"
-        script += f"while [ $(cat /{STATE}/results.jsonl 2> /dev/null | wc -l) -lt 3 ]; do sleep 0.2; done\n"
-        script += "kill -TERM $pid; wait $pid"
-        done = device.board.run(*AS_SERVICE, "sh", "-c", script, timeout_s=250)
-    assert done.returncode == 0, done.stderr
-    results = [json.loads(line) for line in (root / STATE / "results.jsonl").read_text().splitlines()]
-    assert sorted(Path(result["name"]).name for result in results) == ["0.png", "1.png", "2.png"]
-    assert all(result["label"] for result in results)
+class OnABoard:
+    """What holds on each board; with several processes of pytest (--dist loadscope) each board is one process's."""
 
+    board: str
 
-def test_the_bundle_and_its_key_are_the_services_alone(device):
-    listed = device.board.run("find", f"/{PLACE}/bundles", f"/{PLACE}/device.key_secret", "-printf", "%u %m %y\n")
-    assert set(listed.stdout.split("\n")) <= {"ensembler 600 f", "ensembler 700 d", "root 755 d", ""}
-    assert "ensembler 600 f" in listed.stdout
-    refused = device.board.run("setpriv", "--reuid=nobody", "--clear-groups", "cat", f"/{PLACE}/client/manifest.json")
-    assert "Permission denied" in refused.stderr
+    def test_head_and_tail_are_bit_identical_to_x86_64(self, device, bundle):
+        command = ("ensembler-python", "/srv/digests.py", f"/{PLACE}/client", device.case.runtime)
+        done = device.board.run(*AS_SERVICE, *command, network=False, check=True)
+        assert json.loads(done.stdout) == on_x86_64(bundle, device.case.runtime)
 
-
-def test_the_bundle_before_comes_back(device, bundle, tmp_path):
-    other = shutil.copytree(bundle, tmp_path / "client")
-    manifest = other / "manifest.json"
-    manifest.write_text(manifest.read_text().replace('"red"', '"rot"'))
-    put(device.board, other, "root/other")
-    before = (device.board.root / PLACE / "client").readlink()
-    board = device.board
-    board.run("ensembler", "install-bundle", "/root/other", "--owner", "ensembler", network=False, check=True)
-    assert (board.root / PLACE / "client").readlink() != before
-    board.run("ensembler", "install-bundle", "--rollback", network=False, check=True)
-    assert (board.root / PLACE / "client").readlink() == before
-
-
-def test_a_package_of_another_board_is_refused_and_changes_nothing(device, package):
-    """A wrong architecture by dpkg itself; a wrong release by what the package says it depends on."""
-    for other in CASES.values():
-        if other == device.case:
-            continue
-        put(device.board, package(other).path, "root/other.deb")
-        done = device.board.run("dpkg", "-i", "/root/other.deb", network=False, timeout_s=280)
-        assert done.returncode != 0
-        if other.target.architecture != device.case.target.architecture:
-            assert "does not match system" in done.stderr
-        else:
-            assert "python3 (" in done.stderr
-    status = device.board.run("ensembler", "--version", network=False)
-    if status.returncode:  # dpkg unpacks before it looks at what is needed: the right one mends it
-        device.board.run("dpkg", "-i", "/root/package.deb", network=False, check=True, timeout_s=280)
-
-
-def test_a_package_leaves_nothing_behind(device):
-    board = device.board
-    board.run("dpkg", "--purge", "ensembler-edge", network=False, check=True)
-    for place in ("opt/ensembler-edge", PLACE, STATE, "usr/bin/ensembler", "usr/bin/ensembler-python"):
-        assert not os.path.lexists(board.root / place), place
-    assert "ensembler" not in (board.root / "etc/passwd").read_text()
-
-
-# --- what is shown on one board ---
-
-
-@pytest.mark.parametrize(("name", "runtime"), [("pi4", "ai-edge-litert"), ("pi5", "onnxruntime")])
-def test_the_other_runtime_of_a_board_is_bit_identical_too(name, runtime, bundle, tmp_path):
-    target = CASES[name].target
-    (tmp_path / "wheels").mkdir()
-    wheels.fetch(target, runtime, tmp_path / "wheels")
-    wheels.own(tmp_path / "wheels")
-    with boot(BOARDS[name], tmp_path / "board") as board:
-        wheels.unpack(target, tmp_path / "wheels", board.root / "srv/site")
-        put(board, DIGESTS, "srv/digests.py")
-        put(board, bundle, "srv/client")
-        python = ("env", "PYTHONPATH=/srv/site", "python3", "/srv/digests.py")
-        done = board.run(*python, "/srv/client", runtime, network=False, check=True)
-    assert json.loads(done.stdout) == on_x86_64(bundle, runtime)
-
-
-def test_an_archive_of_wheels_installs_offline_into_a_place_of_its_own(bundle, tmp_path):
-    case = CASES["pi2"]
-    built = packages.build(case.target, bundle, tmp_path / "out", kind="wheelhouse")
-    with boot(BOARDS["pi2"], tmp_path / "board") as board:
-        put(board, built.path, "root/package.tar.gz")
-        board.run("tar", "-C", "/root", "-xf", "/root/package.tar.gz", check=True)
-        stem = built.path.name.removesuffix(".tar.gz")
-        script = f"/root/{stem}/install.sh"
-        done = board.run("sh", script, network=False, check=True, timeout_s=280)
-        assert "next: /usr/local/bin/ensembler doctor" in done.stdout
-        told = board.run("/usr/local/bin/ensembler", "doctor", "--json", network=False, timeout_s=240)
-        words = [finding["words"] for finding in json.loads(told.stdout)["findings"]]
-        assert any("int8 as on x86-64" in text for text in words), words
-        # A damaged wheel is found before anything is touched.
-        (wheel,) = (board.root / f"root/{stem}/wheels").glob("tflite*")
-        wheel.write_bytes(wheel.read_bytes()[:-1] + b"?")
-        done = board.run("sh", script, network=False)
-        assert done.returncode == 1
-        assert "a file is damaged" in done.stderr
-        assert board.run("/usr/local/bin/ensembler", "--version", network=False).returncode == 0
-
-
-def test_a_full_disk_leaves_nothing_half_installed(package, tmp_path):
-    case = CASES["pi2"]
-    with boot(BOARDS["pi2"], tmp_path / "board") as board:
-        put(board, package(case).path, "root/package.deb")
-        script = (
-            "mkdir -p /opt && mount -t tmpfs -o size=1m none /opt && { dpkg -i /root/package.deb; status=$?; }; "
-            "find /opt -type f | wc -l; exit $status"
-        )
-        done = board.run("sh", "-c", script, network=False)
-        assert done.returncode != 0
-        assert "No space left on device" in done.stderr
-        assert done.stdout.strip().splitlines()[-1] == "0"
-        assert not (board.root / "usr/bin/ensembler").exists()
-
-
-def test_a_bundle_inside_is_installed_for_the_service_alone(bundle, tmp_path):
-    case = CASES["pi2"]
-    built = packages.build(case.target, bundle, tmp_path / "out", include_bundle=True)
-    assert built.path.stat().st_mode & 0o777 == 0o600
-    with boot(BOARDS["pi2"], tmp_path / "board") as board:
-        put(board, built.path, "root/package.deb")
-        board.run("dpkg", "-i", "/root/package.deb", network=False, check=True, timeout_s=280)
-        listed = board.run("find", "/opt/ensembler-edge/bundle", f"/{PLACE}/bundles", "-type", "f", "-printf", "%u%m\n")
-        assert set(listed.stdout.split()) == {"root600", "ensembler600"}
-        done = board.run(*AS_SERVICE, "ensembler", "doctor", f"/{PLACE}/client", "--json", network=False)
+    def test_the_doctor_knows_the_board_and_finds_nothing_that_stops_it(self, device):
+        done = device.board.run(*AS_SERVICE, "ensembler", "doctor", f"/{PLACE}/client", "--json", network=False)
+        findings = {finding["check"]: finding for finding in json.loads(done.stdout)["findings"]}
         assert done.returncode == 0, done.stdout
+        assert device.board.board.model in findings["board"]["words"]
+        assert "int8 as on x86-64" in findings[device.case.runtime]["words"]
+        assert findings["bundle"]["level"] == "ok"
+
+    def test_an_application_predicts_over_an_encrypted_connection_as_on_x86_64(
+        self, device, bundle, tiny, tiny_images, serve
+    ):
+        saved(tiny_images[0], device.board.root / "srv/image.png")
+        program = (
+            "import json, sys; from ensembler import EdgeClient\n"
+            "bundle, server, key, backend, image = sys.argv[1:]\n"
+            "with EdgeClient(bundle, server, key=key, backend=backend, timeout_ms=60000) as client:\n"
+            "    answer = client.predict(image)\n"
+            "    print(json.dumps([answer.label, answer.logits.tolist(), answer.bytes_up]))"
+        )
+        with serve(tiny.server, "--key", str(tiny.keys / "server.key_secret")) as (endpoint, _):
+            arguments = (
+                f"/{PLACE}/client",
+                endpoint,
+                f"/{PLACE}/device.key_secret",
+                device.case.runtime,
+                "/srv/image.png",
+            )
+            there = device.board.run(*AS_SERVICE, "ensembler-python", "-c", program, *arguments, check=True)
+            key = tiny.keys / "device.key_secret"
+            image = device.board.root / "srv/image.png"
+            arguments = (str(bundle), endpoint, str(key), device.case.runtime, str(image))
+            here = subprocess.run(
+                [python_with(device.case.runtime), "-c", program, *arguments], capture_output=True, text=True
+            )
+        assert here.returncode == 0, here.stderr
+        assert json.loads(there.stdout) == json.loads(here.stdout)
+
+    def test_the_service_answers_what_arrives_in_its_folder(self, device, tiny, tiny_images, serve):
+        """The unit's own command with the unit's own configuration, by its user; no systemd runs on the board."""
+        root = device.board.root
+        for index in range(3):
+            saved(tiny_images[index], root / STATE / "inbox" / f"{index}.png")
+        with serve(tiny.server, "--key", str(tiny.keys / "server.key_secret")) as (endpoint, _):
+            config = root / PLACE / "edge.conf"
+            config.write_text(config.read_text().replace("tcp://server.example:5555", endpoint))
+            unit = (root / "lib/systemd/system/ensembler-edge.service").read_text()
+            (start,) = [line.removeprefix("ExecStart=") for line in unit.splitlines() if line.startswith("ExecStart=")]
+            script = f"set -a; . /{PLACE}/edge.conf; set +a; timeout --signal TERM 240 {start} & pid=$!\n"
+            script += f"while [ $(cat /{STATE}/results.jsonl 2> /dev/null | wc -l) -lt 3 ]; do sleep 0.2; done\n"
+            script += "kill -TERM $pid; wait $pid"
+            done = device.board.run(*AS_SERVICE, "sh", "-c", script, timeout_s=250)
+        assert done.returncode == 0, done.stderr
+        results = [json.loads(line) for line in (root / STATE / "results.jsonl").read_text().splitlines()]
+        assert sorted(Path(result["name"]).name for result in results) == ["0.png", "1.png", "2.png"]
+        assert all(result["label"] for result in results)
+
+    def test_the_bundle_and_its_key_are_the_services_alone(self, device):
+        listed = device.board.run("find", f"/{PLACE}/bundles", f"/{PLACE}/device.key_secret", "-printf", "%u %m %y\n")
+        assert set(listed.stdout.split("\n")) <= {"ensembler 600 f", "ensembler 700 d", "root 755 d", ""}
+        assert "ensembler 600 f" in listed.stdout
+        refused = device.board.run(
+            "setpriv", "--reuid=nobody", "--clear-groups", "cat", f"/{PLACE}/client/manifest.json"
+        )
+        assert "Permission denied" in refused.stderr
+
+    def test_the_bundle_before_comes_back(self, device, bundle, tmp_path):
+        other = shutil.copytree(bundle, tmp_path / "client")
+        manifest = other / "manifest.json"
+        manifest.write_text(manifest.read_text().replace('"red"', '"rot"'))
+        put(device.board, other, "root/other")
+        before = (device.board.root / PLACE / "client").readlink()
+        board = device.board
+        board.run("ensembler", "install-bundle", "/root/other", "--owner", "ensembler", network=False, check=True)
+        assert (board.root / PLACE / "client").readlink() != before
+        board.run("ensembler", "install-bundle", "--rollback", network=False, check=True)
+        assert (board.root / PLACE / "client").readlink() == before
+
+    def test_a_package_leaves_nothing_behind(self, device):
+        board = device.board
+        board.run("dpkg", "--purge", "ensembler-edge", network=False, check=True)
+        for place in ("opt/ensembler-edge", PLACE, STATE, "usr/bin/ensembler", "usr/bin/ensembler-python"):
+            assert not os.path.lexists(board.root / place), place
+        assert "ensembler" not in (board.root / "etc/passwd").read_text()
 
 
-def test_the_same_input_gives_the_same_package(package, bundle, tmp_path):
-    case = CASES["pi2"]
-    again = packages.build(case.target, bundle, tmp_path / "again")
-    assert again.sha256 == package(case).sha256
-    assert again.sha256 == hashlib.sha256(again.path.read_bytes()).hexdigest()
+class TestOnPi4(OnABoard):
+    board = "pi4"
+
+
+class TestOnPi5(OnABoard):
+    board = "pi5"
+
+
+class TestOnPi2(OnABoard):
+    board = "pi2"
+
+
+class TestOn64Bits:
+    """What is shown on one board."""
+
+    @pytest.mark.parametrize(
+        ("other", "says"),
+        [("pi5", "python3 (>= 3.13)"), ("pi2", "package architecture (armhf) does not match system (arm64)")],
+    )
+    def test_a_package_for_another_release_or_architecture_is_refused_in_words(self, other, says, package, tmp_path):
+        with boot(BOARDS["pi4"], tmp_path / "board") as board:
+            put(board, package(CASES[other]).path, "root/other.deb")
+            done = board.run("dpkg", "-i", "/root/other.deb", network=False)
+            assert done.returncode != 0
+            assert says in done.stderr
+            assert board.run("dpkg-query", "--show", "--showformat", "${Status}", "ensembler-edge").stdout in (
+                "",
+                "install ok unpacked",
+            )
+
+    @pytest.mark.parametrize(
+        ("name", "runtime"),
+        [("pi4", "ai-edge-litert"), ("pi5", "onnxruntime")],
+    )
+    def test_the_other_runtime_of_a_board_is_bit_identical_too(self, name, runtime, bundle, tmp_path):
+        target = CASES[name].target
+        (tmp_path / "wheels").mkdir()
+        wheels.fetch(target, runtime, tmp_path / "wheels")
+        wheels.own(tmp_path / "wheels")
+        with boot(BOARDS[name], tmp_path / "board") as board:
+            wheels.unpack(target, tmp_path / "wheels", board.root / "srv/site")
+            put(board, DIGESTS, "srv/digests.py")
+            put(board, bundle, "srv/client")
+            python = ("env", "PYTHONPATH=/srv/site", "python3", "/srv/digests.py")
+            done = board.run(*python, "/srv/client", runtime, network=False, check=True)
+        assert json.loads(done.stdout) == on_x86_64(bundle, runtime)
+
+
+class TestOn32Bits:
+    """The same, where the package is small."""
+
+    def test_an_archive_of_wheels_installs_offline_into_a_place_of_its_own(self, bundle, tmp_path):
+        case = CASES["pi2"]
+        built = packages.build(case.target, bundle, tmp_path / "out", kind="wheelhouse")
+        with boot(BOARDS["pi2"], tmp_path / "board") as board:
+            put(board, built.path, "root/package.tar.gz")
+            board.run("tar", "-C", "/root", "-xf", "/root/package.tar.gz", check=True)
+            stem = built.path.name.removesuffix(".tar.gz")
+            script = f"/root/{stem}/install.sh"
+            done = board.run("sh", script, network=False, check=True, timeout_s=280)
+            assert "next: /usr/local/bin/ensembler doctor" in done.stdout
+            told = board.run("/usr/local/bin/ensembler", "doctor", "--json", network=False, timeout_s=240)
+            words = [finding["words"] for finding in json.loads(told.stdout)["findings"]]
+            assert any("int8 as on x86-64" in text for text in words), words
+            # A damaged wheel is found before anything is touched.
+            (wheel,) = (board.root / f"root/{stem}/wheels").glob("tflite*")
+            wheel.write_bytes(wheel.read_bytes()[:-1] + b"?")
+            done = board.run("sh", script, network=False)
+            assert done.returncode == 1
+            assert "a file is damaged" in done.stderr
+            assert board.run("/usr/local/bin/ensembler", "--version", network=False).returncode == 0
+
+    def test_a_full_disk_leaves_nothing_half_installed(self, package, tmp_path):
+        case = CASES["pi2"]
+        with boot(BOARDS["pi2"], tmp_path / "board") as board:
+            put(board, package(case).path, "root/package.deb")
+            small = board.root / "opt"
+            small.mkdir(exist_ok=True)
+            subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)
+            try:
+                done = board.run("dpkg", "-i", "/root/package.deb", network=False)
+                assert done.returncode != 0
+                assert "No space left on device" in done.stderr
+                assert [path for path in small.rglob("*") if path.is_file()] == []
+            finally:
+                subprocess.run(["umount", str(small)], check=True)
+            assert not (board.root / "usr/bin/ensembler").exists()
+
+    def test_a_bundle_inside_is_installed_for_the_service_alone(self, bundle, tmp_path):
+        case = CASES["pi2"]
+        built = packages.build(case.target, bundle, tmp_path / "out", include_bundle=True)
+        assert built.path.stat().st_mode & 0o777 == 0o600
+        with boot(BOARDS["pi2"], tmp_path / "board") as board:
+            put(board, built.path, "root/package.deb")
+            board.run("dpkg", "-i", "/root/package.deb", network=False, check=True, timeout_s=280)
+            listed = board.run(
+                "find", "/opt/ensembler-edge/bundle", f"/{PLACE}/bundles", "-type", "f", "-printf", "%u%m\n"
+            )
+            assert set(listed.stdout.split()) == {"root600", "ensembler600"}
+            done = board.run(*AS_SERVICE, "ensembler", "doctor", f"/{PLACE}/client", "--json", network=False)
+            assert done.returncode == 0, done.stdout
+
+    def test_the_same_input_gives_the_same_package(self, package, bundle, tmp_path):
+        case = CASES["pi2"]
+        again = packages.build(case.target, bundle, tmp_path / "again")
+        assert again.sha256 == package(case).sha256
+        assert again.sha256 == hashlib.sha256(again.path.read_bytes()).hexdigest()
