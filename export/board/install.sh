@@ -25,7 +25,9 @@ command -v python3 > /dev/null || fail "there is no python3; sudo apt install py
 found=$(python3 -c 'import sys; print("%d.%d" % sys.version_info[:2])')
 [ "$found" = "@PYTHON@" ] ||
     fail "this is for Python @PYTHON@ (@RELEASE@), and this system has $found; export it again with another --target"
-python3 -c 'import ensurepip, venv' 2> /dev/null || fail "Python has no venv; sudo apt install python3-venv"
+# Debian's own pip, which python3-venv brings, runs from its wheel: to install it first would take longer than the rest.
+pip=$(ls /usr/share/python-wheels/pip-*.whl 2> /dev/null | tail -n 1)
+[ -n "$pip" ] || fail "Python has no venv; sudo apt install python3-venv"
 for module in @MODULES@; do
     python3 -c "import $module" 2> /dev/null || fail "Python has no $module; sudo apt install @DEPENDS@"
 done
@@ -54,8 +56,8 @@ undo() {
 trap undo EXIT
 trap 'exit 130' INT TERM
 # The system's packages stay in sight: picamera2 is one of them.
-python3 -m venv --system-site-packages "$folder"
-"$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --require-hashes \
+python3 -m venv --without-pip --system-site-packages "$folder"
+PYTHONPATH=$pip "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --require-hashes \
     --find-links "$here/wheels" --requirement "$here/requirements.txt"
 "$folder/bin/ensembler" --version > /dev/null
 trap - EXIT

@@ -11,7 +11,7 @@ import numpy as np
 
 from ensembler.edge_runtime.runtime import EdgeRuntime
 
-IMAGES = 32
+IMAGES = 128
 
 
 def main() -> None:

@@ -37,6 +37,7 @@ class Case:
     board: str
     target: Target
     runtime: str
+    with_bundle: bool = False  # inside the package
 
 
 CASES = {
@@ -44,7 +45,7 @@ CASES = {
     for case in (
         Case("pi4", TARGETS["rpi-arm64-bookworm"], "onnxruntime"),
         Case("pi5", TARGETS["rpi-arm64-trixie"], "ai-edge-litert"),
-        Case("pi2", TARGETS["rpi-armhf-bookworm"], "tflite-runtime"),
+        Case("pi2", TARGETS["rpi-armhf-bookworm"], "tflite-runtime", with_bundle=True),
     )
 }
 
@@ -60,6 +61,10 @@ def bundle(tiny, tmp_path_factory) -> Path:
     return out / "client"
 
 
+def build(case: Case, bundle: Path, out: Path) -> Package:
+    return packages.build(case.target, bundle, out, runtime=case.runtime, include_bundle=case.with_bundle)
+
+
 @pytest.fixture(scope="session")
 def package(bundle, tmp_path_factory):
     """``package(case)`` returns the case's .deb, built once, and packed in a hurry."""
@@ -70,7 +75,7 @@ def package(bundle, tmp_path_factory):
     def of(case: Case) -> Package:
         if case.board not in built:
             out = tmp_path_factory.mktemp("packages")
-            built[case.board] = packages.build(case.target, bundle, out, runtime=case.runtime)
+            built[case.board] = build(case, bundle, out)
         return built[case.board]
 
     yield of
@@ -105,9 +110,10 @@ def device(request, package, bundle, tiny, tmp_path_factory):
     with boot(BOARDS[case.board], tmp_path_factory.mktemp(case.board)) as board:
         put(board, built.path, "root/package.deb")
         board.run("dpkg", "-i", "/root/package.deb", network=False, check=True, timeout_s=280)
-        put(board, bundle, "root/client")
-        board.run("ensembler", "install-bundle", "/root/client", "--owner", "ensembler", network=False, check=True)
-        board.run("rm", "-r", "/root/client", check=True)
+        if not case.with_bundle:
+            put(board, bundle, "root/client")
+            board.run("ensembler", "install-bundle", "/root/client", "--owner", "ensembler", network=False, check=True)
+            board.run("rm", "-r", "/root/client", check=True)
         put(board, tiny.keys / "device.key_secret", f"{PLACE}/device.key_secret", 0o600)
         board.run("chown", "ensembler", f"/{PLACE}/device.key_secret", check=True)
         put(board, DIGESTS, "srv/digests.py")
@@ -144,6 +150,18 @@ class OnABoard:
         command = ("ensembler-python", "/srv/digests.py", f"/{PLACE}/client", device.case.runtime)
         done = device.board.run(*AS_SERVICE, *command, network=False, check=True)
         assert json.loads(done.stdout) == on_x86_64(bundle, device.case.runtime)
+
+    def test_a_runtime_that_the_package_has_not_is_bit_identical_too(self, device, bundle, tmp_path):
+        case, board = device.case, device.board
+        for runtime in [name for name in case.target.runtimes if name != case.runtime]:
+            (tmp_path / runtime).mkdir()
+            wheels.fetch(case.target, runtime, tmp_path / runtime)
+            wheels.unpack(case.target, tmp_path / runtime, board.root / "srv" / runtime)
+            put(board, bundle, f"srv/client-{runtime}")
+            path = f"PYTHONPATH=/opt/ensembler-edge/site:/srv/{runtime}"
+            command = ("python3", "/srv/digests.py", f"/srv/client-{runtime}", runtime)
+            done = board.run("env", path, *command, network=False, check=True)
+            assert json.loads(done.stdout) == on_x86_64(bundle, runtime)
 
     def test_the_doctor_knows_the_board_and_finds_nothing_that_stops_it(self, device):
         done = device.board.run(*AS_SERVICE, "ensembler", "doctor", f"/{PLACE}/client", "--json", network=False)
@@ -209,6 +227,12 @@ class OnABoard:
             "setpriv", "--reuid=nobody", "--clear-groups", "cat", f"/{PLACE}/client/manifest.json"
         )
         assert "Permission denied" in refused.stderr
+        inside = device.board.root / "opt/ensembler-edge/bundle"
+        assert inside.exists() == device.case.with_bundle
+        if device.case.with_bundle:
+            assert device.package.path.stat().st_mode & 0o777 == 0o600
+            assert {path.stat().st_mode & 0o777 for path in inside.iterdir()} == {0o600}
+            assert inside.stat().st_mode & 0o777 == 0o700
 
     def test_the_bundle_before_comes_back(self, device, bundle, tmp_path):
         other = shutil.copytree(bundle, tmp_path / "client")
@@ -260,23 +284,6 @@ class TestOn64Bits:
                 "install ok unpacked",
             )
 
-    @pytest.mark.parametrize(
-        ("name", "runtime"),
-        [("pi4", "ai-edge-litert"), ("pi5", "onnxruntime")],
-    )
-    def test_the_other_runtime_of_a_board_is_bit_identical_too(self, name, runtime, bundle, tmp_path):
-        target = CASES[name].target
-        (tmp_path / "wheels").mkdir()
-        wheels.fetch(target, runtime, tmp_path / "wheels")
-        wheels.own(tmp_path / "wheels")
-        with boot(BOARDS[name], tmp_path / "board") as board:
-            wheels.unpack(target, tmp_path / "wheels", board.root / "srv/site")
-            put(board, DIGESTS, "srv/digests.py")
-            put(board, bundle, "srv/client")
-            python = ("env", "PYTHONPATH=/srv/site", "python3", "/srv/digests.py")
-            done = board.run(*python, "/srv/client", runtime, network=False, check=True)
-        assert json.loads(done.stdout) == on_x86_64(bundle, runtime)
-
 
 class TestOn32Bits:
     """The same, where the package is small."""
@@ -318,22 +325,8 @@ class TestOn32Bits:
                 subprocess.run(["umount", str(small)], check=True)
             assert not (board.root / "usr/bin/ensembler").exists()
 
-    def test_a_bundle_inside_is_installed_for_the_service_alone(self, bundle, tmp_path):
-        case = CASES["pi2"]
-        built = packages.build(case.target, bundle, tmp_path / "out", include_bundle=True)
-        assert built.path.stat().st_mode & 0o777 == 0o600
-        with boot(BOARDS["pi2"], tmp_path / "board") as board:
-            put(board, built.path, "root/package.deb")
-            board.run("dpkg", "-i", "/root/package.deb", network=False, check=True, timeout_s=280)
-            listed = board.run(
-                "find", "/opt/ensembler-edge/bundle", f"/{PLACE}/bundles", "-type", "f", "-printf", "%u%m\n"
-            )
-            assert set(listed.stdout.split()) == {"root600", "ensembler600"}
-            done = board.run(*AS_SERVICE, "ensembler", "doctor", f"/{PLACE}/client", "--json", network=False)
-            assert done.returncode == 0, done.stdout
-
     def test_the_same_input_gives_the_same_package(self, package, bundle, tmp_path):
         case = CASES["pi2"]
-        again = packages.build(case.target, bundle, tmp_path / "again")
+        again = build(case, bundle, tmp_path / "again")
         assert again.sha256 == package(case).sha256
         assert again.sha256 == hashlib.sha256(again.path.read_bytes()).hexdigest()
