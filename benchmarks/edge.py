@@ -60,12 +60,14 @@ def main() -> None:
         ]
         if options.legacy:
             figures.append(_apart(out / "client", options.data, options.legacy, folder))
-    for backend, name in (("onnxruntime", "onnxruntime_rss_mb"), ("ai-edge-litert", "litert_rss_mb")):
+    for backend, name in (("onnxruntime", "onnxruntime"), ("ai-edge-litert", "litert")):
         seen = probe.run(backend)
         if seen.failure:
             raise SystemExit(f"{backend}: {seen.failure}")
         note = f"{backend} {seen.version}: numpy, this package and one tiny int8 inference; no sockets"
-        figures.append(results.figure(name, seen.rss_mb, "MB", "", note))
+        figures.append(results.figure(f"{name}_rss_mb", seen.rss_mb, "MB", "", note))
+        note = f"{backend} {seen.version}: its import, and the probe's model opened and run once, in a new process"
+        figures.append(results.figure(f"{name}_import_to_answer_s", seen.seconds, "s", "", note))
     given = ["--data", options.data, *(["--legacy", options.legacy] if options.legacy else [])]
     command = shlex.join(["python", "benchmarks/edge.py", str(options.run), str(options.server_bundle), *given])
     results.record("edge", figures, command=command, seed=0)

@@ -25,6 +25,7 @@ from ensembler.protocol.options import whole
 Array = npt.NDArray[Any]
 
 MAX_THREADS = 1024
+FEATURES = "features"  # the name of a head's output
 
 
 class Session(Protocol):
@@ -76,7 +77,8 @@ class OnnxSession:
 class TfliteSession:
     """A model in LiteRT or in tflite-runtime, its predecessor; both have the same interpreter.
 
-    Codes are uint8 on the wire and int8, less 128, in the model. A model takes one image; a batch is a loop.
+    Codes are uint8 on the wire and int8, less 128, in the model. An int8 output that is not the head's stands for
+    numbers, and becomes them here: 32-bit ARM would round them otherwise. A model takes one image; a batch is a loop.
 
     Args:
         module: where the interpreter is imported from.
@@ -117,7 +119,12 @@ class TfliteSession:
                     self._interpreter.set_tensor(detail["index"], values[row : row + 1])
                 self._interpreter.invoke()
                 output[row : row + 1] = self._interpreter.get_tensor(self._output["index"])
-        return output.view(np.uint8) ^ _SIGN if output.dtype == np.int8 else output
+        if output.dtype != np.int8:
+            return output
+        if self._output["name"] == FEATURES:
+            return output.view(np.uint8) ^ _SIGN
+        scale, zero_point = self._output["quantization"]
+        return (output.astype(np.float32) - np.float32(zero_point)) * np.float32(scale)
 
     def _taken(self, detail: Mapping[str, Any], inputs: Mapping[str, Array]) -> Array:
         """Returns an input as the interpreter takes it."""

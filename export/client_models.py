@@ -13,7 +13,7 @@ import numpy.typing as npt
 import torch
 from torch import Tensor, nn
 
-from ensembler.edge_runtime.backends import AUTO, choose, median_ms, open_session
+from ensembler.edge_runtime.backends import AUTO, FEATURES, choose, median_ms, open_session
 from ensembler.edge_runtime.runtime import open_head
 from ensembler.export import graphs, tflite
 from ensembler.protocol.codec import AffineCodec
@@ -27,7 +27,7 @@ PIXEL_CODEC = AffineCodec(scale=PIXEL_SCALE, zero_point=PIXEL_ZERO_POINT)
 NUMBERS = AffineCodec(
     scale=1.0, zero_point=0
 )  # codes as the numbers that they are: each net's answer has its own scale
-IMAGE, ANSWERS, FEATURES, LOGITS = "image", "answers", "features", "logits"
+IMAGE, ANSWERS, LOGITS = "image", "answers", "logits"
 
 Array = npt.NDArray[np.generic]
 

@@ -58,7 +58,9 @@ class Target:
 
 
 _ARM64_RUNTIMES = ("onnxruntime", "ai-edge-litert")
-_LIBRARY = ("msgpack", "numpy", "pyzmq", "pillow", "cryptography")
+_LIBRARY = ("msgpack", "numpy", "pyzmq", "pillow")
+# Debian's own is new enough, and 4 MB that only encrypted bundles and signed cards need.
+_CRYPTOGRAPHY = "python3-cryptography"
 
 _ALL = (
     # Bookworm's compiled modules (OpenCV's, picamera2's) are for NumPy 1: with NumPy 2 before them they do not import.
@@ -72,6 +74,7 @@ _ALL = (
         runtimes=_ARM64_RUNTIMES,
         wheels=("numpy<2", *(name for name in _LIBRARY if name != "numpy")),
         depends=("libstdc++6",),
+        recommends=(_CRYPTOGRAPHY,),
     ),
     Target(
         name="rpi-arm64-trixie",
@@ -83,6 +86,7 @@ _ALL = (
         runtimes=_ARM64_RUNTIMES,
         wheels=_LIBRARY,
         depends=("libstdc++6",),
+        recommends=(_CRYPTOGRAPHY,),
     ),
     # There are no 32-bit wheels of anything but the runtime; Debian's own packages are old enough for its NumPy 1.
     Target(
@@ -95,7 +99,7 @@ _ALL = (
         runtimes=("tflite-runtime",),
         wheels=(),
         depends=("libstdc++6", "python3-msgpack", "python3-numpy", "python3-zmq"),
-        recommends=("python3-cryptography", "python3-pil"),
+        recommends=(_CRYPTOGRAPHY, "python3-pil"),
     ),
 )
 TARGETS = {target.name: target for target in _ALL}

@@ -89,7 +89,8 @@ def quantised(model: bytes, calibration: Mapping[str, npt.NDArray[Any]], *, code
     Args:
         model: as ``from_torch`` returns it.
         calibration: samples for each input, ``(M, ...)``.
-        codecs: of the inputs and the output that are to be codes, by name; the others stay in float.
+        codecs: of the inputs and the output that are to be codes, by name. Other inputs stay in float; another output
+            is int8 with the scale that it says itself, since runtimes differ in how they turn codes into numbers.
 
     Raises:
         ExportError: the quantiser fails, or used another scale than a codec's.
@@ -113,10 +114,6 @@ def quantised(model: bytes, calibration: Mapping[str, npt.NDArray[Any]], *, code
         weight_num_bits=8,
         algorithm_key=recipe_manager.AlgorithmName.MIN_MAX_UNIFORM_QUANT,
     )
-    if ends[-1] not in codecs:
-        recipe.add_quantization_config(
-            ".*", qtyping.TFLOperationName.OUTPUT, algorithm_key=recipe_manager.AlgorithmName.NO_QUANTIZE
-        )
     try:
         with _silent():
             found = quantizer.Quantizer(model, recipe.get_quantization_recipe()).quantize(
