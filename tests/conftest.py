@@ -44,11 +44,11 @@ def _empty_home(tmp_path_factory, monkeypatch):
         monkeypatch.delenv(name, raising=False)
 
 
-def colour_images(count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """Returns noisy images whose class is their strongest channel: (count, 3, SIZE, SIZE) uint8 and (count,)."""
+def colour_images(count: int, seed: int, size: int = SIZE) -> tuple[np.ndarray, np.ndarray]:
+    """Returns noisy images whose class is their strongest channel: (count, 3, size, size) uint8 and (count,)."""
     rng = np.random.Generator(np.random.PCG64(seed))
     y = rng.integers(0, 3, count)
-    x = rng.integers(0, 120, (count, 3, SIZE, SIZE), dtype=np.uint8)
+    x = rng.integers(0, 120, (count, 3, size, size), dtype=np.uint8)
     x[np.arange(count), y] += 100
     return x, y
 

@@ -6,12 +6,23 @@ import torch
 from torch import nn
 from torch.nn import functional
 
+from ensembler.training.architectures import InvertedResidual
+
 
 def sequential(num_classes: int) -> nn.Module:
     return nn.Sequential(
         *(nn.Conv2d(3, 8, 3, 1, 1), nn.BatchNorm2d(8), nn.ReLU(), nn.MaxPool2d(2)),
         *(nn.Conv2d(8, 16, 3, 2, 1), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()),
         *(nn.Dropout(0.1), nn.Linear(16, num_classes)),
+    )
+
+
+def mobile(num_classes: int) -> nn.Module:
+    """For images of 224x224 pixels: a wide first convolution, pooling, filters of one channel each."""
+    return nn.Sequential(
+        *(nn.Conv2d(3, 8, 7, 2, 3, bias=False), nn.BatchNorm2d(8), nn.ReLU6(), nn.MaxPool2d(3, 2, 1)),
+        *(InvertedResidual(8, 8, 1, 1), InvertedResidual(8, 16, 2, 3), InvertedResidual(16, 16, 1, 3)),
+        *(nn.Conv2d(16, 32, 1), nn.Hardswish(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(32, num_classes)),
     )
 
 

@@ -9,24 +9,29 @@ import dataclasses
 import json
 
 import numpy as np
+import onnx
 import pytest
 import torch
+from conftest import LABELS, colour_images
+from onnx import numpy_helper
 from torch import nn
 
 from ensembler import EdgeClient
 from ensembler.cli import main
 from ensembler.cloud_runtime.engine import OnnxEngine
-from ensembler.edge_runtime.backends import open_session
+from ensembler.edge_runtime import sealing
+from ensembler.edge_runtime.backends import BACKENDS, open_session
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.export import client_models, tflite
 from ensembler.export.parity import Gates
 from ensembler.export.pipeline import ExportOptions, export
 from ensembler.protocol.codec import AffineCodec
-from ensembler.protocol.errors import ConfigError, ExportError, MissingExtraError
+from ensembler.protocol.errors import ConfigError, ExportError, KeyFileError, MissingExtraError
 from ensembler.protocol.manifest import load_client
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import load_client as load_trained
 from ensembler.training.stages import train
+from ensembler.transport.inprocess import InProcessTransport
 
 try:
     tflite.require()
@@ -37,6 +42,9 @@ converts = pytest.mark.skipif(not HERE, reason="needs the extra tflite: make tes
 
 OPEN = Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)
 PIXELS = client_models.PIXEL_CODEC
+RUNTIMES = ("onnxruntime", "ai-edge-litert")
+MODELS = tuple(f"{part}.{name}" for part in ("head", "tail") for name in ("onnx", "tflite"))
+each_runtime = pytest.mark.parametrize("backend", RUNTIMES)
 
 
 def sqnr_db(wanted, found):
@@ -139,7 +147,7 @@ def test_the_parity_report_has_a_row_for_each_runtime(both):
 
 @converts
 def test_both_formats_speak_one_wire(both, tiny, tiny_images):
-    of_onnx, of_tflite = (EdgeRuntime(both / "client", backend=name) for name in ("onnxruntime", "ai-edge-litert"))
+    of_onnx, of_tflite = (EdgeRuntime(both / "client", backend=name) for name in RUNTIMES)
     wire = of_onnx.manifest.wire
     codes = [wire.feature_codec.decode(each.encode(tiny_images)) for each in (of_onnx, of_tflite)]
     assert sqnr_db(*codes) > 30  # two integer models of one net
@@ -151,7 +159,7 @@ def test_both_formats_speak_one_wire(both, tiny, tiny_images):
 
 
 @converts
-@pytest.mark.parametrize("backend", ["onnxruntime", "ai-edge-litert"])
+@each_runtime
 def test_a_device_predicts_with_either_format_against_one_server(backend, both, tiny, tiny_images, serve, expected):
     with (
         serve(tiny.server, "--plaintext") as (endpoint, _),
@@ -178,6 +186,156 @@ def test_the_same_client_gives_the_same_bytes(both, tiny, tmp_path):
     export(tiny.run, tmp_path / "out", options)
     for name in ("head.tflite", "tail.tflite"):
         assert (tmp_path / "out" / "client" / name).read_bytes() == (both / "client" / name).read_bytes()
+
+
+# --- encrypted at rest ---
+
+
+@pytest.fixture(scope="module")
+def encrypted(tiny, tmp_path_factory):
+    """The client of ``both`` once more, encrypted: the folder of the export and the key file."""
+    folder = tmp_path_factory.mktemp("encrypted")
+    out, key = folder / "out", folder / "bundle.key"
+    assert main(["keys", "bundle", str(key)]) == 0
+    options = ["--format", "onnx", "--format", "tflite", "--server-bundle", str(tiny.server), "--encrypt-key", str(key)]
+    gates = ["--min-sqnr-db", "30", "--max-accuracy-drop", "100"]
+    assert main(["export", str(tiny.run), "--out", str(out), "--plaintext", *options, *gates]) == 0
+    return out, key
+
+
+@converts
+def test_the_models_of_both_formats_are_encrypted(encrypted, both):
+    out, key = encrypted
+    sealer = sealing.Sealer(sealing.key(key), load_client(out / "client"))
+    plain = {name: (both / "client" / name).read_bytes() for name in MODELS}
+    assert {path.name for path in (out / "client").iterdir()} == {
+        "manifest.json",
+        *(f"{name}.sealed" for name in MODELS),
+    }
+    assert {name: sealer.open(out / "client" / f"{name}.sealed") for name in MODELS} == plain
+
+
+@converts
+def test_no_part_of_a_model_lies_readable_beside_an_encrypted_bundle(encrypted, both):
+    parts = {
+        data[start : start + 16]
+        for data in ((both / "client" / name).read_bytes() for name in MODELS)
+        for start in range(0, len(data) - 15, 16)
+    }
+    written = [path for path in encrypted[0].rglob("*") if path.is_file()]
+    assert len(written) == len(MODELS) + 2  # manifest and parity report
+    for path in written:
+        data = path.read_bytes()
+        assert [part for part in parts if part in data] == [], path
+
+
+@converts
+@each_runtime
+def test_an_encrypted_bundle_gives_the_codes_and_logits_of_the_plain_one(backend, encrypted, both, tiny_images, gate):
+    out, key = encrypted
+    plain = EdgeRuntime(both / "client", backend=backend)
+    opened = EdgeRuntime(out / "client", backend=backend, secret=lambda _: sealing.key(key))
+    codes = plain.encode(tiny_images)
+    np.testing.assert_array_equal(opened.encode(tiny_images), codes)
+    wanted = plain.finish(gate.engine.run(codes))
+    client = EdgeClient(
+        out / "client", "in-process", transport=InProcessTransport(gate), bundle_key=key, backend=backend
+    )
+    with client:
+        assert client.info().backend == backend
+        found = [prediction.logits for prediction in client.predict_batch(list(tiny_images))]
+    np.testing.assert_array_equal(found, wanted)
+
+
+@converts
+@each_runtime
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        ({}, "is encrypted with a key file"),
+        ({"bundle_key": bytes(32)}, r"head\.{format}\.sealed does not open"),
+        ({"passphrase": "correct horse, battery"}, "a passphrase was given"),
+    ],
+    ids=["nothing", "another key", "a passphrase"],
+)
+def test_no_runtime_opens_an_encrypted_bundle_without_its_key(options, words, backend, encrypted):
+    with pytest.raises(KeyFileError, match=words.format(format=BACKENDS[backend].format)):
+        EdgeClient(
+            encrypted[0] / "client",
+            "in-process",
+            transport=InProcessTransport(lambda _: []),
+            backend=backend,
+            **options,
+        )
+
+
+# --- images of 224x224 pixels ---
+
+
+@pytest.fixture(scope="module")
+def large_data(tmp_path_factory):
+    """A ``--data`` specification of 24 train and 8 test images of 224x224 pixels."""
+    folder = tmp_path_factory.mktemp("large")
+    for part, count, seed in (("train", 24, 1), ("test", 8, 2)):
+        x, y = colour_images(count, seed, size=224)
+        np.savez(folder / f"{part}.npz", x=x, y=y, label_names=np.array(LABELS))
+    return f"npz:{folder / 'train.npz'},{folder / 'test.npz'}"
+
+
+# The head's last part, and the shape of the features.
+CUTS = {
+    "behind the first pooling": ("3", (8, 56, 56)),
+    "behind a shortcut": ("6", (16, 28, 28)),
+    "behind all convolutions": ("8", (32, 28, 28)),
+}
+
+
+@converts
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_head_of_224_pixels_is_the_same_in_both_formats(cut, large_data, configs, tmp_path):
+    head_end, shape = CUTS[cut]
+    settings = configs(data=large_data, arch="own_nets:mobile", num_nets=2, num_selected=1, batch_size=8)
+    run, out = tmp_path / "run", tmp_path / "out"
+    train(settings(head_end=head_end, epochs_stage1=1, epochs_stage3=1), run)
+    report = export(run, out, ExportOptions(formats=("onnx", "tflite"), gates=OPEN))
+    rows = {row.runtime: row for row in report.runtimes}
+    assert rows.keys() >= set(RUNTIMES)
+    for row in rows.values():
+        assert row.head_sqnr_db > 30, row
+        assert row.tail_sqnr_db > 30, row
+
+    wire = load_client(out / "client").wire
+    codec = wire.feature_codec
+    assert wire.feature_shape == shape
+    (found,) = interpreted(out / "client" / "head.tflite").get_output_details()
+    assert tuple(found["shape"]) == (1, *shape)
+    assert found["quantization"] == (codec.scale, codec.zero_point - 128)
+    assert last_codec(out / "client" / "head.onnx") == (codec.scale, codec.zero_point)
+
+    with np.load(large_data.split(",")[1]) as stored:
+        x = stored["x"]
+    client = load_trained(RunFolder.open(run))
+    with torch.inference_mode():
+        wanted = (client.head(torch.from_numpy(PIXELS.decode(x))) + client.noise).numpy()
+    pixels = np.ascontiguousarray(x.transpose(0, 2, 3, 1))
+    for backend in RUNTIMES:
+        codes = EdgeRuntime(out / "client", backend=backend).encode(pixels)
+        assert sqnr_db(wanted, codec.decode(codes)) > 30, backend
+
+
+def interpreted(path):
+    from ai_edge_litert.interpreter import Interpreter
+
+    return Interpreter(model_content=path.read_bytes())
+
+
+def last_codec(path):
+    """Scale and zero point of the codes that an ONNX model gives."""
+    graph = onnx.load(path).graph
+    node = next(node for node in graph.node if graph.output[0].name in node.output)
+    assert node.op_type == "QuantizeLinear"
+    constants = {each.name: numpy_helper.to_array(each) for each in graph.initializer}
+    return tuple(constants[name].item() for name in node.input[1:])
 
 
 CLIENTS = {
