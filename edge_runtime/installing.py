@@ -62,8 +62,9 @@ def install(bundle: Path, place: Path, owner: tuple[int, int] | None = None) -> 
             _try(partial)
             target = store / describe_file(partial / MANIFEST_NAME).sha256[:16]
             if owner is not None:
-                for path in (partial, *partial.iterdir()):
-                    os.chown(path, *owner)
+                # The folder last: until then nobody else can put a link in the place of a file.
+                for path in (*partial.iterdir(), partial):
+                    os.chown(path, *owner, follow_symlinks=False)
             if target.exists():
                 # The same bundle again: it may be in use, and it may have been damaged since.
                 target.rename(Path(tempfile.mkdtemp(prefix=PARTIAL_PREFIX, dir=store)) / "old")
@@ -77,7 +78,7 @@ def install(bundle: Path, place: Path, owner: tuple[int, int] | None = None) -> 
         _clear(place)
     except OSError as error:
         shown = error.filename or place
-        raise ConfigError(f"{shown}: cannot be written: {error.strerror}; the bundle before is still in use") from error
+        raise ConfigError(f"{shown}: cannot be written: {error.strerror}; {CURRENT} is what it was") from error
     return place / CURRENT
 
 

@@ -58,8 +58,8 @@ class Probe:
 
 def run(backend: str) -> Probe:
     """Probes a runtime from outside: whatever happens to it happens to a child."""
-    command = [sys.executable, "-m", __name__, backend]
-    # A board's package has its modules on a path of its own, and isolates itself from the environment's.
+    # -P: not from the folder where a doctor is called. A board's package has its modules on a path of its own.
+    command = [sys.executable, "-P", "-m", __name__, backend]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
     try:
         done = subprocess.run(  # noqa: S603

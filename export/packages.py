@@ -97,7 +97,7 @@ def build(
     """
     manifest = load_client(bundle)
     chosen = runtime_for(target, [pair.format for pair in manifest.models], runtime)
-    nfpm = _nfpm() if kind == "deb" else None
+    nfpm = packer() if kind == "deb" else None
     try:
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=PARTIAL_PREFIX, dir=out) as scratch:
@@ -135,8 +135,12 @@ class _Job:
         self._folder = folder
         self._wheels = folder / "wheels"
         self._bundle = bundle
-        # Packages of one version for two releases, or with two runtimes, are not the same: the version says so.
-        self._version = f"{metadata.version(DISTRIBUTION)}+{target.release}.{runtime.replace('-', '')}"
+        # apt takes packages of one version for the same: so it says what is inside, too.
+        inside = hashlib.sha256()
+        for path in [*sorted(self._wheels.glob("*.whl")), *bundle.values()]:
+            inside.update(hashlib.sha256(path.read_bytes()).digest())
+        version, of = metadata.version(DISTRIBUTION), f"{target.release}.{runtime.replace('-', '')}"
+        self._version = f"{version}+{of}.{inside.hexdigest()[:8]}"
 
     def deb(self, nfpm: str) -> Path:
         """A Debian package: a tree in /opt, two commands, a service that is off, a configuration file."""
@@ -145,7 +149,8 @@ class _Job:
         wheels.unpack(target, self._wheels, site)
         shutil.rmtree(site / "bin", ignore_errors=True)  # they name this machine's Python
         for tests in [path for path in site.rglob("tests") if path.is_dir()]:
-            shutil.rmtree(tests)  # of others: 7 MB that no device runs
+            shutil.rmtree(tests, ignore_errors=True)  # of others: 7 MB that no device runs
+        _shorten_records(site)
         _normalise(site)
         self._write("copyright", self._licences())
         entry = self._entry
@@ -174,6 +179,7 @@ class _Job:
             "license": "Apache-2.0",
             "mtime": _stamp(),
             "umask": 0o022,
+            "disable_globbing": True,
             "depends": [
                 f"python3 (>= {target.python})",
                 f"python3 (<< {major}.{int(minor) + 1})",
@@ -189,7 +195,7 @@ class _Job:
             },
             "deb": {"compression": COMPRESSION},
         }
-        described = self._write("nfpm.json", json.dumps(config))  # what is JSON is YAML, too
+        described = self._write("nfpm.json", json.dumps(config, ensure_ascii=False))  # what is JSON is YAML, too
         made = self._folder / f"{DISTRIBUTION}_{version}_{target.architecture}.deb"
         _run_nfpm([nfpm, "package", "--config", str(described), "--packager", "deb", "--target", str(made)])
         return made
@@ -225,9 +231,13 @@ class _Job:
         return made
 
     def _licences(self) -> str:
-        text = [f"{DISTRIBUTION} is licensed under Apache-2.0. It brings along, each with its licence texts:", ""]
+        text = [
+            f"{DISTRIBUTION} is licensed under Apache-2.0. What is brought along, with the texts in its wheels:",
+            "",
+        ]
         for one in wheels.licences(self._wheels):
-            text += [f"{one.name} {one.version}: {one.licence}", *(f"    {file}" for file in one.files)]
+            texts = [f"    {file}" for file in one.files] or ["    (no text in its wheel)"]
+            text += [f"{one.name} {one.version}: {one.licence}", *texts]
         return "\n".join(text) + "\n"
 
     def _resource(self, name: str) -> Path:
@@ -246,8 +256,12 @@ class _Job:
         return {"src": str(source), "dst": place, "file_info": {"mode": mode, "mtime": _stamp()}}
 
 
-def _nfpm() -> str:
-    """Returns the packager's program, which its wheel puts beside Python's."""
+def packer() -> str:
+    """Returns nfpm, the program that makes a ``.deb``; its wheel puts it beside Python's.
+
+    Raises:
+        MissingExtraError: it is not there.
+    """
     found = shutil.which("nfpm", path=os.pathsep.join([str(Path(sys.executable).parent), os.environ.get("PATH", "")]))
     if found is None:
         raise MissingExtraError("nfpm", "package", "building a .deb")
@@ -268,6 +282,13 @@ def _run_nfpm(command: list[str]) -> None:
 
 def _stamp() -> str:
     return "2026-01-01T00:00:00Z"
+
+
+def _shorten_records(site: Path) -> None:
+    """Takes out what is not there: commands, whose digests would tell this machine's Python, and tests."""
+    for record in site.glob("*.dist-info/RECORD"):
+        lines = record.read_text(encoding="utf-8").splitlines(keepends=True)
+        record.write_text("".join(line for line in lines if (site / line.split(",")[0]).exists()), encoding="utf-8")
 
 
 def _normalise(tree: Path) -> None:

@@ -27,6 +27,10 @@ SUFFIXES = {".py", ".typed", ".onnx", ".tflite"}
 WHEEL = b"Wheel-Version: 1.0\nGenerator: ensembler-export\nRoot-Is-Purelib: true\nTag: py3-none-any\n"
 ZIP_DATE = (2026, 1, 1, 0, 0, 0)  # a wheel of the same files is the same wheel
 PIP_TIMEOUT_S = 1800
+PIP_OF_USER = {
+    *("PIP_INDEX_URL", "PIP_EXTRA_INDEX_URL", "PIP_FIND_LINKS", "PIP_NO_INDEX", "PIP_TRUSTED_HOST"),
+    *("PIP_CERT", "PIP_CLIENT_CERT", "PIP_PROXY", "PIP_CACHE_DIR", "PIP_DEFAULT_TIMEOUT", "PIP_RETRIES"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,6 +65,7 @@ def own(folder: Path) -> Path:
     content = {
         f"{name}.dist-info/METADATA": f"{headers}\n".encode(),
         f"{name}.dist-info/WHEEL": WHEEL,
+        f"{name}.dist-info/licenses/LICENSE": _licence_text(found),
         f"{name}.dist-info/entry_points.txt": (found.read_text("entry_points.txt") or "").encode(),
     }
     for package in DEVICE:
@@ -78,6 +83,14 @@ def own(folder: Path) -> Path:
             entry.external_attr = 0o644 << 16
             archive.writestr(entry, data, zipfile.ZIP_DEFLATED)
     return wheel
+
+
+def _licence_text(found: metadata.Distribution) -> bytes:
+    """Returns this project's licence: of an installation, or of the checkout that an editable one means."""
+    text = found.read_text("licenses/LICENSE")
+    if text is None:
+        text = (Path(str(resources.files("ensembler.export"))).resolve().parent / "LICENSE").read_text(encoding="utf-8")
+    return text.encode()
 
 
 def fetch(target: Target, runtime: str, folder: Path, source: Path | None = None) -> None:
@@ -128,14 +141,9 @@ def _licence(wheel: Path) -> Licence:
     with zipfile.ZipFile(wheel) as archive:
         about = next(name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
         said = HeaderParser().parsestr(archive.read(about).decode())
-        place = about.removesuffix("METADATA")
+        texts = ("LICEN", "COPYING", "NOTICE")
         files = tuple(
-            sorted(
-                name
-                for name in archive.namelist()
-                if name.startswith(place)
-                and any(word in name.removeprefix(place).upper() for word in ("LICEN", "COPYING", "NOTICE"))
-            )
+            sorted(name for name in archive.namelist() if any(text in Path(name).name.upper() for text in texts))
         )
     classified = [line.split("::")[-1].strip() for line in said.get_all("Classifier", []) if line.startswith("License")]
     stated = [said["License-Expression"], *classified, said["License"]]
@@ -150,8 +158,10 @@ def _pip(verb: str, target: Target, *arguments: str) -> None:
     command += ["--only-binary", ":all:", "--implementation", "cp", "--python-version", target.python]
     for platform in target.pip_platforms:
         command += ["--platform", platform]
-    # A warning of pip's about the user who runs it is none about the package.
-    environment = {**os.environ, "PIP_ROOT_USER_ACTION": "ignore"}
+    # Where wheels come from is for the user to say; all else that pip can be told would change what is built.
+    environment = {name: value for name, value in os.environ.items() if name in PIP_OF_USER or name[:4] != "PIP_"}
+    if verb == "install":
+        command.append("--isolated")
     try:
         done = subprocess.run(  # noqa: S603
             [*command, *arguments], capture_output=True, text=True, timeout=PIP_TIMEOUT_S, check=False, env=environment
@@ -159,11 +169,13 @@ def _pip(verb: str, target: Target, *arguments: str) -> None:
     except subprocess.TimeoutExpired as error:
         raise ExportError(f"the wheels for {target.name}: pip {verb} took more than {PIP_TIMEOUT_S} s") from error
     if done.returncode:
-        said = [line for line in done.stderr.splitlines() if line.startswith("ERROR")] or [done.stderr.strip()]
-        raise ExportError(
-            f"the wheels for {target.name} could not be fetched: pip {verb}: {said[-1].removeprefix('ERROR: ')}; "
-            "is the package index reachable? --wheels FOLDER takes them from a folder"
+        lines = [line for line in done.stderr.splitlines() if line.strip()] or [f"exit status {done.returncode}"]
+        errors = [line.removeprefix("ERROR: ") for line in lines if line.startswith("ERROR: ") and line[-1] != ":"]
+        said = (errors or lines)[-1]  # of a traceback the last line says what happened
+        cure = (
+            "; is the package index reachable? --wheels FOLDER takes them from a folder" if verb == "download" else ""
         )
+        raise ExportError(f"the wheels for {target.name}: pip {verb}: {said}{cure}")
 
 
 def _digest(data: bytes) -> str:

@@ -128,7 +128,7 @@ def test_a_full_disk_at_any_step_leaves_the_one_in_use(place, others, monkeypatc
 
     with monkeypatch.context() as patch:
         patch.setattr(Path, step, full)
-        with pytest.raises(ConfigError, match="No space left on device; the bundle before is still in use"):
+        with pytest.raises(ConfigError, match="No space left on device; client is what it was"):
             installing.install(two, place)
     assert in_use(place) == "one"
     installing.install(two, place)  # what was left behind is in nobody's way

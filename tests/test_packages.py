@@ -116,6 +116,24 @@ def test_a_wheel_that_is_not_there_is_an_error_with_its_cure(tmp_path):
         wheels.fetch(ARMHF, "tflite-runtime", tmp_path / "out", tmp_path / "empty")
 
 
+def test_what_pip_is_told_elsewhere_does_not_change_a_package(tmp_path, monkeypatch):
+    (tmp_path / "wheels").mkdir()
+    wheels.own(tmp_path / "wheels")
+    for name in ("PIP_ROOT", "PIP_PREFIX", "PIP_TARGET"):
+        monkeypatch.setenv(name, str(tmp_path / name))
+    monkeypatch.setenv("PIP_USER", "1")
+    monkeypatch.setenv("PIP_DRY_RUN", "1")
+    wheels.unpack(ARM64, tmp_path / "wheels", tmp_path / "site")
+    assert (tmp_path / "site" / "ensembler" / "client.py").is_file()
+
+
+def test_the_licence_comes_along(tmp_path):
+    wheels.own(tmp_path)
+    (own,) = wheels.licences(tmp_path)
+    assert (own.name, own.licence) == ("ensembler-edge", "Apache-2.0")
+    assert [Path(name).name for name in own.files] == ["LICENSE"]
+
+
 def test_without_the_packager_nothing_is_fetched_and_the_error_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setenv("PATH", str(tmp_path))
     monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
@@ -140,6 +158,8 @@ def test_a_failed_package_leaves_nothing_behind(tmp_path):
         (["--include-bundle"], "--include-bundle goes with --target"),
         ([], "is a bundle and no run"),
         (["--target", "rpi-armhf-bookworm"], "export it with --format tflite"),
+        (["--target", "rpi-arm64-bookworm", "--require-ssim", "0.3"], "is a bundle, and packed as it is"),
+        (["--target", "rpi-arm64-bookworm", "--encrypt-key", "k"], "is a bundle, and packed as it is"),
         (["--target", "rpi-arm64-trixie", "--runtime", "tflite-runtime"], "has onnxruntime, ai-edge-litert"),
     ],
 )

@@ -14,9 +14,21 @@ if [ "$(id -u)" = 0 ]; then
     folder=${1:-/opt/ensembler-edge}
     commands=/usr/local/bin
 else
+    [ -n "${HOME:-}" ] || fail "there is no HOME; say where to: sh install.sh FOLDER"
     folder=${1:-$HOME/.local/share/ensembler-edge}
     commands=$HOME/.local/bin
 fi
+folder=${folder%/}
+case $folder in
+    /*) ;;
+    *) folder=$PWD/$folder ;;
+esac
+# Python takes modules from where it is started, pip settings from the environment: neither is this script's.
+cd /
+for name in $(env | sed -n 's/^\(PIP_[A-Z_]*\)=.*/\1/p'); do
+    unset "$name"
+done
+export PIP_CONFIG_FILE=/dev/null PYTHONNOUSERSITE=1
 
 found=$(dpkg --print-architecture 2> /dev/null || uname -m)
 [ "$found" = "@ARCHITECTURE@" ] ||
@@ -33,7 +45,15 @@ for module in @MODULES@; do
 done
 (cd "$here" && sha256sum --check --quiet SHA256SUMS) ||
     fail "a file is damaged; copy the archive again, and unpack it on a disk with space"
-[ ! -e "$folder" ] || [ -f "$folder/pyvenv.cfg" ] ||
+
+mark=.ensembler-edge  # of a folder that this script made
+before=$folder.before
+if [ -f "$before/$mark" ]; then
+    # An installation was cut off: what lies in its place is not finished.
+    rm -rf "$folder"
+    mv "$before" "$folder"
+fi
+[ ! -e "$folder" ] || [ -f "$folder/$mark" ] ||
     fail "$folder is something else; move it away, or name another folder: sh install.sh FOLDER"
 mkdir -p "$(dirname "$folder")" "$commands"
 space=$(df -Pk "$(dirname "$folder")" | awk 'NR == 2 { print $4 }')
@@ -41,27 +61,29 @@ space=$(df -Pk "$(dirname "$folder")" | awk 'NR == 2 { print $4 }')
     fail "$(dirname "$folder") has $((space / 1024)) MB left and @KILOBYTES@ kB are needed; make space, or name another folder"
 
 # A venv knows its own place, so it is made there; what was there waits beside it until the new one works.
-before=$folder.before
-if [ -e "$folder" ]; then
-    rm -rf "$before"
-    mv "$folder" "$before"
-fi
 undo() {
     rm -rf "$folder"
     if [ -e "$before" ]; then
         mv "$before" "$folder"
-        echo "install.sh: nothing was changed" >&2
     fi
+    echo "install.sh: it failed, and nothing was changed" >&2
 }
+if [ -e "$folder" ]; then
+    mv "$folder" "$before"
+fi
+trap 'exit 130' HUP INT TERM
 trap undo EXIT
-trap 'exit 130' INT TERM
+mkdir "$folder"
+: > "$folder/$mark"
 # The system's packages stay in sight: picamera2 is one of them.
-python3 -m venv --without-pip --system-site-packages "$folder"
-PYTHONPATH=$pip "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps --require-hashes \
-    --find-links "$here/wheels" --requirement "$here/requirements.txt"
+python3 -I -m venv --without-pip --system-site-packages "$folder"
+PYTHONPATH=$pip "$folder/bin/python" -m pip install --quiet --disable-pip-version-check --no-index --no-deps \
+    --ignore-installed --require-hashes --find-links "$here/wheels" --requirement "$here/requirements.txt"
 "$folder/bin/ensembler" --version > /dev/null
 trap - EXIT
 rm -rf "$before"
 ln -sf "$folder/bin/ensembler" "$commands/ensembler"
-ln -sf "$folder/bin/python" "$commands/ensembler-python"
+# A link would not do: Python would not know that it is in a venv.
+printf '#!/bin/sh\nexec "%s/bin/python" "$@"\n' "$folder" > "$commands/ensembler-python"
+chmod 755 "$commands/ensembler-python"
 echo "installed in $folder; next: $commands/ensembler doctor"

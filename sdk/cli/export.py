@@ -13,10 +13,10 @@ from typing import TYPE_CHECKING, Any
 
 from ensembler.cli.card import add_signing, signer_of
 from ensembler.cli.console import Console, ProgressReporter, need, need_export
-from ensembler.cli.package import add_packaging, is_bundle, package, target_of
+from ensembler.cli.package import add_packaging, is_bundle, package, refuse_others, target_of
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.sealing import BundleSecret
-from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.errors import ConfigError, EnsemblerError
 from ensembler.protocol.manifest import ModelFormat, Precision
 from ensembler.transport import keys
 
@@ -105,6 +105,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     if is_bundle(options.run):
         if target is None:
             raise ConfigError(f"{options.run} is a bundle and no run; --target makes a board's package of it")
+        refuse_others(options)
         document, lines = package(options, target, options.run, console)
     else:
         document, lines = _export(options, target, console)
@@ -115,6 +116,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def _export(options: argparse.Namespace, target: Target | None, console: Console) -> tuple[dict[str, Any], list[str]]:
     """Makes bundles of a run, and the package; returns what is said of them, for scripts and for people."""
     need_export()
+    from ensembler.export.packages import packer
     from ensembler.export.parity import Gates
     from ensembler.export.pipeline import ExportOptions, export, server_names
     from ensembler.export.targets import formats_for, runtime_for
@@ -128,7 +130,10 @@ def _export(options: argparse.Namespace, target: Target | None, console: Console
     formats: tuple[ModelFormat, ...] = tuple(options.format or ("onnx",))
     if target is not None:
         formats = tuple(options.format or formats_for(target)[:1])
-        runtime_for(target, formats, options.runtime)  # not after the minutes of an export
+        # Not after the minutes of an export.
+        runtime_for(target, formats, options.runtime)
+        if options.package != "wheelhouse":
+            packer()
     secret = _secret(options)
     approve = _privacy_gate(options, secret, console)
     precision: Precision = "int8" if options.quantize == "int8" else "float32"
@@ -172,7 +177,12 @@ def _export(options: argparse.Namespace, target: Target | None, console: Console
             "device.key_secret"
         )
     if target is not None:
-        described, said = package(options, target, options.out / "client", console)
+        try:
+            described, said = package(options, target, options.out / "client", console)
+        except EnsemblerError:
+            again = f"ensembler-export {options.out / 'client'} --target {target.name} --out {options.out}"
+            console.say(f"the bundles are there; for the package alone: {again}")
+            raise
         document |= described
         lines += ["", *said]
     lines.append(f"next: ensembler serve {servers[0]} --bind tcp://0.0.0.0:5555")

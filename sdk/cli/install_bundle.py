@@ -37,7 +37,10 @@ def run(options: argparse.Namespace, console: Console) -> int:
             raise ConfigError("give the folder of a client bundle, or --rollback")
         link = installing.install(options.bundle, place, _owner(options.owner))
         did = "installed; its owner alone can read it"
-    text = f"{link}: {did}\nthe one before comes back with: ensembler install-bundle --rollback"
+    text = f"{link}: {did}; programs that run take it when they are started again"
+    if (place / installing.BEFORE).exists():
+        to = "" if options.to is None else f" --to {options.to}"
+        text += f"\nthe one before comes back with: ensembler install-bundle --rollback{to}"
     console.result({"bundle": str(link), "is": str(link.resolve())}, text)
     return 0
 

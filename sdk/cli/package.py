@@ -14,9 +14,11 @@ if TYPE_CHECKING:  # a board's package has this verb, but not ensembler.export
     from ensembler.export.packages import Package
     from ensembler.export.targets import Target
 
+OF_A_PACKAGE = {"run", "out", "json", "target", "package", "runtime", "include_bundle", "wheels"}
+
 
 def add_packaging(parser: argparse.ArgumentParser) -> None:
-    """Declares the options."""
+    """Declares the options, the last ones of the verb."""
     group = parser.add_argument_group("a board's package", "one file for a board, built here; also of a client bundle")
     group.add_argument("--target", help="rpi-arm64-bookworm, rpi-arm64-trixie, rpi-armhf-bookworm")
     group.add_argument(
@@ -25,6 +27,8 @@ def add_packaging(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--runtime", help="the inference runtime inside (default: the bundle's)")
     group.add_argument("--include-bundle", action="store_true", help="put the secret bundle inside, too")
     group.add_argument("--wheels", type=Path, metavar="FOLDER", help="take the wheels from here, not from the network")
+    names = [action.dest for action in parser._actions if action.dest != "help"]
+    parser.set_defaults(defaults={name: parser.get_default(name) for name in names})
 
 
 def target_of(options: argparse.Namespace) -> Target | None:
@@ -50,6 +54,20 @@ def target_of(options: argparse.Namespace) -> Target | None:
 def is_bundle(path: Path) -> bool:
     """Whether a path is that of a client bundle, and no run."""
     return (path / MANIFEST_NAME).is_file()
+
+
+def refuse_others(options: argparse.Namespace) -> None:
+    """Refuses options that would change a bundle: an existing one is packed as it is.
+
+    Raises:
+        ConfigError: there is one.
+    """
+    for name, value in options.defaults.items():
+        if name not in OF_A_PACKAGE and getattr(options, name) != value:
+            option = f"--{name.replace('_', '-')}"
+            raise ConfigError(
+                f"{option}: {options.run} is a bundle, and packed as it is; say it when a run is exported"
+            )
 
 
 def package(
@@ -96,6 +114,8 @@ def _lines(made: Package, target: Target) -> list[str]:
     else:
         stem = made.path.name.removesuffix(".tar.gz")
         lines.append(f"on the board: tar xf {made.path.name} && sudo sh {stem}/install.sh")
-    if not made.has_bundle:
+        bundle = f"{stem}/bundle" if made.has_bundle else "client"
+        lines.append(f"then: ensembler install-bundle {bundle}")
+    if made.path.suffix == ".deb" and not made.has_bundle:
         lines.append("then, with the bundle copied there: sudo ensembler install-bundle client --owner ensembler")
     return lines

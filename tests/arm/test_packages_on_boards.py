@@ -108,12 +108,12 @@ def device(request, package, bundle, tiny, tmp_path_factory):
     case = CASES[request.cls.board]
     built = package(case)
     with boot(BOARDS[case.board], tmp_path_factory.mktemp(case.board)) as board:
-        put(board, built.path, "root/package.deb")
-        board.run("dpkg", "-i", "/root/package.deb", network=False, check=True, timeout_s=280)
+        put(board, built.path, "srv/package.deb")
+        board.run("dpkg", "-i", "/srv/package.deb", network=False, check=True, timeout_s=280)
         if not case.with_bundle:
-            put(board, bundle, "root/client")
-            board.run("ensembler", "install-bundle", "/root/client", "--owner", "ensembler", network=False, check=True)
-            board.run("rm", "-r", "/root/client", check=True)
+            put(board, bundle, "srv/client")
+            board.run("ensembler", "install-bundle", "/srv/client", "--owner", "ensembler", network=False, check=True)
+            board.run("rm", "-r", "/srv/client", check=True)
         put(board, tiny.keys / "device.key_secret", f"{PLACE}/device.key_secret", 0o600)
         board.run("chown", "ensembler", f"/{PLACE}/device.key_secret", check=True)
         put(board, DIGESTS, "srv/digests.py")
@@ -238,10 +238,10 @@ class OnABoard:
         other = shutil.copytree(bundle, tmp_path / "client")
         manifest = other / "manifest.json"
         manifest.write_text(manifest.read_text().replace('"red"', '"rot"'))
-        put(device.board, other, "root/other")
+        put(device.board, other, "srv/other")
         before = (device.board.root / PLACE / "client").readlink()
         board = device.board
-        board.run("ensembler", "install-bundle", "/root/other", "--owner", "ensembler", network=False, check=True)
+        board.run("ensembler", "install-bundle", "/srv/other", "--owner", "ensembler", network=False, check=True)
         assert (board.root / PLACE / "client").readlink() != before
         board.run("ensembler", "install-bundle", "--rollback", network=False, check=True)
         assert (board.root / PLACE / "client").readlink() == before
@@ -275,8 +275,8 @@ class TestOn64Bits:
     )
     def test_a_package_for_another_release_or_architecture_is_refused_in_words(self, other, says, package, tmp_path):
         with boot(BOARDS["pi4"], tmp_path / "board") as board:
-            put(board, package(CASES[other]).path, "root/other.deb")
-            done = board.run("dpkg", "-i", "/root/other.deb", network=False)
+            put(board, package(CASES[other]).path, "srv/other.deb")
+            done = board.run("dpkg", "-i", "/srv/other.deb", network=False)
             assert done.returncode != 0
             assert says in done.stderr
             assert board.run("dpkg-query", "--show", "--showformat", "${Status}", "ensembler-edge").stdout in (
@@ -292,17 +292,18 @@ class TestOn32Bits:
         case = CASES["pi2"]
         built = packages.build(case.target, bundle, tmp_path / "out", kind="wheelhouse")
         with boot(BOARDS["pi2"], tmp_path / "board") as board:
-            put(board, built.path, "root/package.tar.gz")
-            board.run("tar", "-C", "/root", "-xf", "/root/package.tar.gz", check=True)
+            put(board, built.path, "srv/package.tar.gz")
+            board.run("tar", "-C", "/srv", "-xf", "/srv/package.tar.gz", check=True)
             stem = built.path.name.removesuffix(".tar.gz")
-            script = f"/root/{stem}/install.sh"
+            script = f"/srv/{stem}/install.sh"
             done = board.run("sh", script, network=False, check=True, timeout_s=280)
             assert "next: /usr/local/bin/ensembler doctor" in done.stdout
+            board.run("/usr/local/bin/ensembler-python", "-c", "import ensembler, tflite_runtime", check=True)
             told = board.run("/usr/local/bin/ensembler", "doctor", "--json", network=False, timeout_s=240)
             words = [finding["words"] for finding in json.loads(told.stdout)["findings"]]
             assert any("int8 as on x86-64" in text for text in words), words
             # A damaged wheel is found before anything is touched.
-            (wheel,) = (board.root / f"root/{stem}/wheels").glob("tflite*")
+            (wheel,) = (board.root / f"srv/{stem}/wheels").glob("tflite*")
             wheel.write_bytes(wheel.read_bytes()[:-1] + b"?")
             done = board.run("sh", script, network=False)
             assert done.returncode == 1
@@ -312,12 +313,12 @@ class TestOn32Bits:
     def test_a_full_disk_leaves_nothing_half_installed(self, package, tmp_path):
         case = CASES["pi2"]
         with boot(BOARDS["pi2"], tmp_path / "board") as board:
-            put(board, package(case).path, "root/package.deb")
+            put(board, package(case).path, "srv/package.deb")
             small = board.root / "opt"
             small.mkdir(exist_ok=True)
             subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "none", str(small)], check=True)
             try:
-                done = board.run("dpkg", "-i", "/root/package.deb", network=False)
+                done = board.run("dpkg", "-i", "/srv/package.deb", network=False)
                 assert done.returncode != 0
                 assert "No space left on device" in done.stderr
                 assert [path for path in small.rglob("*") if path.is_file()] == []
