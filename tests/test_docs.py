@@ -25,6 +25,7 @@ from test_sealing import BY_KEY, BY_PASSPHRASE, KEY, PASSPHRASE, sealed
 from ensembler.cli import main
 from ensembler.client import EdgeClient
 from ensembler.edge_runtime import sealing
+from ensembler.export.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parent.parent
 DOCUMENTS = [
@@ -180,6 +181,10 @@ class Reader:
             arguments += ["--data", self.audit_images]
         if verb == "export":
             arguments += OPEN_GATES
+            if "--target" in arguments:  # its wheels are downloads: tests/test_packages.py and tests/arm
+                place = arguments.index("--target")
+                assert arguments[place + 1] in TARGETS
+                del arguments[place : place + 2]
         if verb == "boundary":
             arguments += ["--steps", "1"]
         if verb == "predict":
@@ -254,6 +259,9 @@ def test_every_snippet_runs_when_it_is_pasted(
             elif language == "sh":
                 for words in lines_of(text):
                     reader.shell(words)
+            elif language == "console":
+                for words in lines_of(text):
+                    reader.elsewhere(words)
             else:
                 assert language == "", f"nobody runs {language}"
         except BaseException as error:
