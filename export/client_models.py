@@ -24,9 +24,6 @@ from ensembler.training.perturbation import Draw
 from ensembler.training.stages import Client
 
 PIXEL_CODEC = AffineCodec(scale=PIXEL_SCALE, zero_point=PIXEL_ZERO_POINT)
-NUMBERS = AffineCodec(
-    scale=1.0, zero_point=0
-)  # codes as the numbers that they are: each net's answer has its own scale
 IMAGE, ANSWERS, LOGITS = "image", "answers", "logits"
 
 Array = npt.NDArray[np.generic]
@@ -153,18 +150,19 @@ class _Tail(nn.Module):
 
 
 class _SelectingTail(nn.Module):
-    """Selector and tail: the codes of all N answers as numbers, ``(B, N, F)``, to logits (Eq. 1)."""
+    """Selector and tail: the codes of all N answers as ``_numbers``, ``(B, N, F)``, to logits (Eq. 1)."""
 
     def __init__(self, client: Client) -> None:
         super().__init__()
         self.tail = _Tail(client)
         codecs = [client.wire.answer_codecs[i] for i in client.selector]
+        middle = _numbers(client).zero_point
         self.selector: Tensor
         self.scales: Tensor
         self.zeros: Tensor
         self.register_buffer("selector", torch.tensor(client.selector))
         self.register_buffer("scales", torch.tensor([[codec.scale / len(codecs)] for codec in codecs]))
-        self.register_buffer("zeros", torch.tensor([[float(codec.zero_point)] for codec in codecs]))
+        self.register_buffer("zeros", torch.tensor([[float(codec.zero_point - middle)] for codec in codecs]))
 
     def forward(self, codes: Tensor) -> Tensor:
         selected = codes.index_select(1, self.selector)
@@ -212,13 +210,14 @@ def _onnx_tail(client: Client, graph: graphs.Graph) -> bytes:
 
 def _tflite(client: Client, samples: Samples) -> Models:
     images = {IMAGE: samples.x.permute(0, 2, 3, 1).contiguous()} | _drawn(client, samples.draw)
-    codes = {ANSWERS: torch.from_numpy(_answer_codes(client, samples.answers).astype(np.float32))}
-    ends = {IMAGE: PIXEL_CODEC, FEATURES: client.wire.feature_codec, ANSWERS: NUMBERS}
+    numbers = _numbers(client)
+    answers = {ANSWERS: torch.from_numpy(numbers.decode(_answer_codes(client, samples.answers)))}
+    ends = {IMAGE: PIXEL_CODEC, FEATURES: client.wire.feature_codec, ANSWERS: numbers}
     backend, float32_ms = choose(AUTO, ["tflite"]), 0.0
     models = []
     for module, given, output in (
         (_ChannelsLastHead(client), images, FEATURES),
-        (_SelectingTail(client), codes, LOGITS),
+        (_SelectingTail(client), answers, LOGITS),
     ):
         arrays = {name: value.numpy() for name, value in given.items()}
         in_float = tflite.from_torch(
@@ -233,6 +232,16 @@ def _tflite(client: Client, samples: Samples) -> Models:
 
 
 # --- parts ---
+
+
+def _numbers(client: Client) -> AffineCodec:
+    """Returns which numbers the answers' codes are in TFLite, where all nets share one scale and one zero point.
+
+    The converter multiplies scales into the tail's weights and adds zero points to its bias. What a weight loses when
+    it is rounded is multiplied by the number that it meets, so numbers are counted from the middle of the zero points.
+    """
+    zeros = [client.wire.answer_codecs[i].zero_point for i in client.selector]
+    return AffineCodec(scale=1.0, zero_point=round(sum(zeros) / len(zeros)))
 
 
 def _drawn(client: Client, draw: Draw) -> dict[str, Tensor]:

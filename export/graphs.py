@@ -106,7 +106,7 @@ def with_weights(graph: onnx.ModelProto, state: Mapping[str, Tensor]) -> onnx.Mo
             value = state[initializer.name].detach().cpu().numpy()
             if list(value.shape) != list(initializer.dims):
                 raise ExportError(f"{initializer.name} has shape {value.shape}, the graph needs {initializer.dims}")
-            initializer.CopyFrom(numpy_helper.from_array(np.ascontiguousarray(value), initializer.name))
+            initializer.CopyFrom(numpy_helper.from_array(np.asarray(value, order="C"), initializer.name))
             replaced += 1
     unused = len([n for n in state if not n.endswith("num_batches_tracked")]) - replaced
     if unused:

@@ -230,6 +230,20 @@ def test_a_constant_of_forward_is_not_a_weight(scaled):
     np.testing.assert_allclose(run(graph, x=x, noise=noise), wanted, rtol=1e-5, atol=1e-6)
 
 
+def test_a_weight_that_is_one_number_stays_one():
+    class Louder(nn.Module):
+        def __init__(self, gain):
+            super().__init__()
+            self.gain = nn.Parameter(torch.tensor(gain))
+
+        def forward(self, x):
+            return torch.relu(self.gain * x)
+
+    graph = graphs.from_torch(Louder(2.0).eval(), [torch.zeros(2, 3)])
+    swapped = graphs.optimised(graphs.with_weights(graph, Louder(3.0).state_dict()))
+    np.testing.assert_array_equal(run(swapped, x=np.float32([[1, 2, 4]])), [[3, 6, 12]])
+
+
 # --- codes in, codes out ---
 
 

@@ -119,6 +119,27 @@ def test_what_cannot_be_converted_is_one_typed_error():
         tflite.from_torch(Branches(), [torch.zeros(1, 4, 4, 3)], inputs=["image"], output="features")
 
 
+@converts
+def test_answers_around_zero_keep_their_precision_in_the_tail_of_one_net(tiny, tiny_images):
+    client = load_trained(RunFolder.open(tiny.run))
+    codecs = tuple(AffineCodec(scale=2.0**-6, zero_point=128 + i) for i in range(client.wire.num_nets))
+    client.wire = dataclasses.replace(client.wire, answer_codecs=codecs)
+    count, generator = len(tiny_images), torch.Generator().manual_seed(0)
+    client.selector, client.tail = (1,), nn.Linear(client.wire.answer_width, len(LABELS))
+    nn.init.normal_(client.tail.weight, std=0.1, generator=generator)
+    nn.init.zeros_(client.tail.bias)
+    answers = 0.1 * torch.randn(count, len(codecs), client.wire.answer_width, generator=generator)
+    codes = np.stack([codec.encode(answers[:, i].numpy()) for i, codec in enumerate(codecs)], axis=1)
+    arrived = np.stack([codec.decode(codes[:, i]) for i, codec in enumerate(codecs)], axis=1)
+    x = torch.from_numpy(PIXELS.decode(tiny_images.transpose(0, 3, 1, 2)))
+    samples = client_models.Samples(x=x, draw=client.draw(count), answers=answers)
+    with torch.inference_mode():
+        wanted = client.combine(torch.from_numpy(arrived[:, list(client.selector)])).numpy()
+        tail = client_models.make(client, samples, ("tflite",), "int8")["tflite"].tail
+    found = open_session(tail, backend="ai-edge-litert").run({"answers": codes})
+    assert sqnr_db(wanted, found) > 35
+
+
 @pytest.fixture(scope="module")
 def both(tiny, tmp_path_factory):
     """The tiny client in both formats, for the tiny server."""
@@ -294,7 +315,7 @@ CUTS = {
 @pytest.mark.parametrize("cut", CUTS)
 def test_a_head_of_224_pixels_is_the_same_in_both_formats(cut, large_data, configs, tmp_path):
     head_end, shape = CUTS[cut]
-    settings = configs(data=large_data, arch="own_nets:mobile", num_nets=2, num_selected=1, batch_size=8)
+    settings = configs(data=large_data, arch="own_nets:mobile", num_nets=2, num_selected=1, batch_size=8, client_seed=0)
     run, out = tmp_path / "run", tmp_path / "out"
     train(settings(head_end=head_end, epochs_stage1=1, epochs_stage3=1), run)
     report = export(run, out, ExportOptions(formats=("onnx", "tflite"), gates=OPEN))
