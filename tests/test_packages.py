@@ -158,6 +158,7 @@ def test_a_failed_package_leaves_nothing_behind(tmp_path):
         (["--include-bundle"], "--include-bundle goes with --target"),
         ([], "is a bundle and no run"),
         (["--target", "rpi-armhf-bookworm"], "export it with --format tflite"),
+        (["--target", "rpi-arm64-bookworm", "--wheels", "nowhere"], "--wheels nowhere is not a folder"),
         (["--target", "rpi-arm64-bookworm", "--require-ssim", "0.3"], "is a bundle, and packed as it is"),
         (["--target", "rpi-arm64-bookworm", "--encrypt-key", "k"], "is a bundle, and packed as it is"),
         (["--target", "rpi-arm64-trixie", "--runtime", "tflite-runtime"], "has onnxruntime, ai-edge-litert"),
