@@ -3,7 +3,7 @@
     .venv-tflite/bin/python benchmarks/arm.py RUN SERVER_BUNDLE --data SPEC --legacy .venv-legacy/bin/python
 
 As root on Debian or its like, with what ``make test-arm`` needs; ``--legacy`` is an interpreter with tflite-runtime.
-With ``--test`` it times ``make test-arm``, from no root of a board at all. Nothing here is a board's speed.
+With ``--test`` it times ``make test-arm``, from no root of a board at all, and keeps its log. Nothing here is a board's speed.
 """
 
 from __future__ import annotations
@@ -66,12 +66,15 @@ def main() -> None:
     if options.test:
         shutil.rmtree(CACHE, ignore_errors=True)
         began = time.monotonic()
-        subprocess.run(["make", "test-arm"], cwd=ROOT, check=True)
+        command = ["make", "--silent", "test-arm"]
+        done = subprocess.run(command, cwd=ROOT, check=True, stdout=subprocess.PIPE, text=True)
+        lines = [line for line in done.stdout.splitlines(keepends=True) if not line.startswith("rootdir")]
+        (results.RESULTS / "test_arm.log").write_text("".join(lines), encoding="utf-8")
         note = "packages built, three boards made from nothing, installed offline, tested; emulated"
         figures.append(results.figure("test_arm_s", round(time.monotonic() - began), "s", "<= 300", note))
     said = ["--data", options.data, "--legacy", options.legacy, *(["--test"] if options.test else [])]
-    command = shlex.join(["python", "benchmarks/arm.py", str(options.run), str(options.server_bundle), *said])
-    results.record("edge", figures, command=command, seed=0)
+    again = shlex.join(["python", "benchmarks/arm.py", str(options.run), str(options.server_bundle), *said])
+    results.record("edge", figures, command=again, seed=0)
 
 
 def _board(name: str, target: Target, client: Path, folder: Path, legacy: str) -> list[dict[str, object]]:
