@@ -3,7 +3,8 @@
     .venv-tflite/bin/python benchmarks/arm.py RUN SERVER_BUNDLE --data SPEC --legacy .venv-legacy/bin/python
 
 As root on Debian or its like, with what ``make test-arm`` needs; ``--legacy`` is an interpreter with tflite-runtime.
-With ``--test`` it times ``make test-arm``, from no root of a board at all, and keeps its log. Nothing here is a board's speed.
+With ``--test`` it times ``make test-arm``, from no root of a board at all, and keeps its log. Nothing here is a board's
+speed.
 """
 
 from __future__ import annotations
