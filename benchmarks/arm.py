@@ -91,6 +91,11 @@ def _board(name: str, target: Target, client: Path, folder: Path, legacy: str) -
             goal = "<= 40" if target.architecture == "arm64" else "<= 4"
         note = f"{target.name} with {runtime} and {len(package.licences) - 2} wheels of others; without a bundle"
         figures.append(results.figure(figure, round(package.megabytes, 1), "MB", goal, note))
+        said = subprocess.run(
+            ["dpkg-deb", "--field", str(package.path), "Installed-Size"], check=True, stdout=subprocess.PIPE, text=True
+        )
+        unpacked = round(int(said.stdout) * 1024 / 1e6)
+        figures.append(results.figure(figure.replace("deb_", "installed_"), unpacked, "MB", "", f"{note}; unpacked"))
         wanted = _here(legacy if runtime == "tflite-runtime" else sys.executable, client, runtime, folder)
         found = _on(name, target, runtime, client, folder)
         same = same and found == wanted
