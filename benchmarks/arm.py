@@ -23,7 +23,8 @@ import numpy as np
 import results
 from product import exported
 
-from ensembler.export import packages, wheels
+from ensembler.export import packages
+from ensembler.export.packages import Package
 from ensembler.export.targets import TARGETS, Target
 from ensembler.training import data as data_sets
 
@@ -97,7 +98,7 @@ def _board(name: str, target: Target, client: Path, folder: Path, legacy: str) -
         unpacked = round(int(said.stdout) * 1024 / 1e6)
         figures.append(results.figure(figure.replace("deb_", "installed_"), unpacked, "MB", "", f"{note}; unpacked"))
         wanted = _here(legacy if runtime == "tflite-runtime" else sys.executable, client, runtime, folder)
-        found = _on(name, target, runtime, client, folder)
+        found = _on(name, package, client, folder)
         same = same and found == wanted
         notes.append(f"{runtime}: {', '.join(f'{part} {found[part] == wanted[part]}' for part in wanted)}")
     kind = BOARDS[name]
@@ -105,19 +106,18 @@ def _board(name: str, target: Target, client: Path, folder: Path, legacy: str) -
     return [*figures, results.figure(FIGURES[name], int(same), "", "1", note)]
 
 
-def _on(name: str, target: Target, runtime: str, client: Path, folder: Path) -> dict[str, str]:
-    """Returns the digests of an emulated board."""
-    (folder / name / "wheels" / runtime).mkdir(parents=True)
-    wheels.fetch(target, runtime, folder / name / "wheels" / runtime)
-    wheels.own(folder / name / "wheels" / runtime)
-    with boot(BOARDS[name], folder / name / f"board-{runtime}") as board:
-        wheels.unpack(target, folder / name / "wheels" / runtime, board.root / "srv/site")
+def _on(name: str, package: Package, client: Path, folder: Path) -> dict[str, str]:
+    """Returns the digests of an emulated board, computed by what its package holds."""
+    unpacked = folder / f"unpacked-{name}-{package.runtime}"
+    subprocess.run(["dpkg-deb", "--extract", str(package.path), str(unpacked)], check=True)
+    with boot(BOARDS[name], folder / f"board-{name}-{package.runtime}") as board:
+        shutil.copytree(unpacked / "opt", board.root / "opt", dirs_exist_ok=True)
         shutil.copytree(client, board.root / "srv/client")
         for file in (DIGESTS, folder / "images.npy"):
             shutil.copy(file, board.root / "srv")
-        path = "PYTHONPATH=/srv/site"
-        command = ("python3", "/srv/digests.py", "/srv/client", runtime, "/srv/images.npy")
-        done = board.run("env", path, *command, network=False, check=True, timeout_s=600)
+        command = ("/srv/digests.py", "/srv/client", package.runtime, "/srv/images.npy")
+        python = "/opt/ensembler-edge/bin/ensembler-python"
+        done = board.run(python, *command, network=False, check=True, timeout_s=600)
     found: dict[str, str] = json.loads(done.stdout)
     return found
 

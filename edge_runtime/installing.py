@@ -105,9 +105,13 @@ def roll_back(place: Path) -> Path:
     return place / CURRENT
 
 
+def bundle_files(bundle: Path, manifest: ClientManifest) -> list[str]:
+    """Returns the names of everything that makes a client bundle, its privacy card among them if it has one."""
+    return [MANIFEST_NAME, *manifest.files, *([PRIVACY_NAME] if (bundle / PRIVACY_NAME).is_file() else [])]
+
+
 def _copy(bundle: Path, manifest: ClientManifest, partial: Path) -> None:
-    names = [MANIFEST_NAME, *manifest.files, *([PRIVACY_NAME] if (bundle / PRIVACY_NAME).is_file() else [])]
-    for name in names:
+    for name in bundle_files(bundle, manifest):
         descriptor = os.open(partial / name, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
         with os.fdopen(descriptor, "wb") as stream, (bundle / name).open("rb") as source:
             shutil.copyfileobj(source, stream)

@@ -141,7 +141,7 @@ def quantised(
         input_codec: pins the scale of the input ``x``; None takes the calibrated one.
         output_codec: pins the scale of the output; None leaves the output in float. What is added at the end and is not
             made of ``x``, a client's noise, is added in float: onnxruntime's integer addition multiplies and adds in
-            one step on ARM and in two on x86-64, which gave another code for one in 10^5, and float addition does not.
+            one step on ARM and in two on x86-64, which now and then rounds to another code; float addition does not.
     """
     overrides: dict[str, list[dict[str, Any]]] = {}
     if input_codec is not None:

@@ -17,27 +17,29 @@ import tarfile
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from importlib import metadata, resources
 from io import BytesIO
 from pathlib import Path
 from typing import Any, Literal
 
-from ensembler.edge_runtime.card import PRIVACY_NAME
+from ensembler.edge_runtime.installing import bundle_files
 from ensembler.export import wheels
 from ensembler.export.targets import Target, runtime_for
 from ensembler.export.wheels import DISTRIBUTION, Licence
 from ensembler.protocol.errors import ConfigError, ExportError, MissingExtraError
-from ensembler.protocol.manifest import MANIFEST_NAME, load_client
+from ensembler.protocol.manifest import describe_file, load_client
 
 Kind = Literal["deb", "wheelhouse"]
 
 HOME = f"/opt/{DISTRIBUTION}"
 PARTIAL_PREFIX = ".partial-"
-DATE_S = 1_767_225_600  # 2026-01-01: of every file, so that the same content is the same package
+DATE = datetime(2026, 1, 1, tzinfo=UTC)  # of every file, so that the same content is the same package
+DATE_S = int(DATE.timestamp())
 NFPM_TIMEOUT_S = 900
-# As small as nfpm's xz, and unpacked in a sixth of the time; its default level is a tenth larger.
+# Smaller than nfpm's default level, and a board unpacks it faster than xz.
 COMPRESSION = "zstd:best"
-VENV_KILOBYTES = 40_000  # pip and its venv, beside what the wheels unpack to
+VENV_KILOBYTES = 40_000  # the venv and the bytecode, beside what the wheels unpack to
 # The import names of the Debian packages that a target depends on, for install.sh.
 MODULES = {"python3-msgpack": "msgpack", "python3-numpy": "numpy", "python3-zmq": "zmq"}
 
@@ -108,8 +110,7 @@ def build(
             progress(f"fetching {chosen} and what goes with it for {target.name}")
             wheels.fetch(target, chosen, folder / "wheels", source)
             wheels.own(folder / "wheels")
-            files = [MANIFEST_NAME, *manifest.files, *([PRIVACY_NAME] if (bundle / PRIVACY_NAME).is_file() else [])]
-            inside = {name: bundle / name for name in files} if include_bundle else {}
+            inside = {name: bundle / name for name in bundle_files(bundle, manifest)} if include_bundle else {}
             progress(f"packing a {kind}")
             job = _Job(target, chosen, folder, inside)
             made = job.wheelhouse() if nfpm is None else job.deb(nfpm)
@@ -118,8 +119,8 @@ def build(
             package = Package(
                 path=path,
                 runtime=chosen,
-                sha256=hashlib.sha256(made.read_bytes()).hexdigest(),
-                licences=wheels.licences(folder / "wheels"),
+                sha256=describe_file(made).sha256,
+                licences=job.licences,
                 has_bundle=include_bundle,
             )
             made.replace(path)
@@ -129,7 +130,11 @@ def build(
 
 
 class _Job:
-    """One package in the making."""
+    """One package in the making.
+
+    Attributes:
+        licences: whose work its wheels are, by name.
+    """
 
     def __init__(self, target: Target, runtime: str, folder: Path, bundle: dict[str, Path]) -> None:
         self._target = target
@@ -137,10 +142,12 @@ class _Job:
         self._folder = folder
         self._wheels = folder / "wheels"
         self._bundle = bundle
+        self.licences = wheels.licences(self._wheels)
+        self._digests = {one.wheel: describe_file(one.wheel).sha256 for one in self.licences}
         # apt takes packages of one version for the same: so it says what is inside, too.
         inside = hashlib.sha256()
-        for path in [*sorted(self._wheels.glob("*.whl")), *bundle.values()]:
-            inside.update(hashlib.sha256(path.read_bytes()).digest())
+        for digest in [*self._digests.values(), *(describe_file(path).sha256 for path in bundle.values())]:
+            inside.update(bytes.fromhex(digest))
         version, of = metadata.version(DISTRIBUTION), f"{target.release}.{runtime.replace('-', '')}"
         self._version = f"{version}+{of}.{inside.hexdigest()[:8]}"
 
@@ -154,7 +161,7 @@ class _Job:
             shutil.rmtree(tests, ignore_errors=True)  # of others: 7 MB that no device runs
         _shorten_records(site)
         _normalise(site)
-        self._write("copyright", self._licences())
+        self._write("copyright", self._licence_list())
         entry = self._entry
         contents: list[dict[str, Any]] = [{"src": str(site), "dst": f"{HOME}/site", "type": "tree"}]
         for command in ("ensembler", "ensembler-python"):
@@ -179,7 +186,7 @@ class _Job:
             "description": f"Private collaborative inference: the device's side.\n"
             f"For Debian and Raspberry Pi OS {target.release}, with {self._runtime}.",
             "license": "Apache-2.0",
-            "mtime": _stamp(),
+            "mtime": _rfc3339(),
             "umask": 0o022,
             "disable_globbing": True,
             "depends": [
@@ -205,11 +212,7 @@ class _Job:
     def wheelhouse(self) -> Path:
         """An archive: the wheels, their digests, and a script that installs them into a venv of their own."""
         target = self._target
-        found = sorted(self._wheels.glob("*.whl"))
-        digests = {wheel: hashlib.sha256(wheel.read_bytes()).hexdigest() for wheel in found}
-        required = [f"{one.name}=={one.version}" for one in wheels.licences(self._wheels)]
-        by_name = sorted(found, key=lambda path: path.name.lower())  # the order of licences()
-        lines = [f"{one} --hash=sha256:{digests[wheel]}" for one, wheel in zip(required, by_name, strict=True)]
+        lines = [f"{one.name}=={one.version} --hash=sha256:{self._digests[one.wheel]}" for one in self.licences]
         script = resources.files("ensembler.export").joinpath("board", "install.sh").read_text(encoding="utf-8")
         for word, value in {
             "ARCHITECTURE": target.architecture,
@@ -220,9 +223,9 @@ class _Job:
             "KILOBYTES": str(wheels.unpacked_bytes(self._wheels) // 1000 + VENV_KILOBYTES),
         }.items():
             script = script.replace(f"@{word}@", value)
-        members = {f"wheels/{wheel.name}": wheel.read_bytes() for wheel in found}
+        members = {f"wheels/{wheel.name}": wheel.read_bytes() for wheel in self._digests}
         members["requirements.txt"] = ("\n".join(lines) + "\n").encode()
-        members["LICENCES.txt"] = self._licences().encode()
+        members["LICENCES.txt"] = self._licence_list().encode()
         members |= {f"bundle/{name}": path.read_bytes() for name, path in self._bundle.items()}
         sums = [f"{hashlib.sha256(data).hexdigest()}  {name}\n" for name, data in sorted(members.items())]
         members["SHA256SUMS"] = "".join(sums).encode()
@@ -232,12 +235,12 @@ class _Job:
         _write_tar(made, stem, members)
         return made
 
-    def _licences(self) -> str:
+    def _licence_list(self) -> str:
         text = [
             f"{DISTRIBUTION} is licensed under Apache-2.0. What is brought along, with the texts in its wheels:",
             "",
         ]
-        for one in wheels.licences(self._wheels):
+        for one in self.licences:
             texts = [f"    {file}" for file in one.files] or ["    (no text in its wheel)"]
             text += [f"{one.name} {one.version}: {one.licence}", *texts]
         return "\n".join(text) + "\n"
@@ -255,7 +258,7 @@ class _Job:
 
     @staticmethod
     def _entry(source: Path, place: str, mode: int = 0o644) -> dict[str, Any]:
-        return {"src": str(source), "dst": place, "file_info": {"mode": mode, "mtime": _stamp()}}
+        return {"src": str(source), "dst": place, "file_info": {"mode": mode, "mtime": _rfc3339()}}
 
 
 def packer() -> str:
@@ -282,8 +285,8 @@ def _run_nfpm(command: list[str]) -> None:
         raise ExportError(f"nfpm made no package: {(done.stderr.strip() or done.stdout.strip())[-500:]}")
 
 
-def _stamp() -> str:
-    return "2026-01-01T00:00:00Z"
+def _rfc3339() -> str:
+    return DATE.strftime("%Y-%m-%dT%H:%M:%SZ")
 
 
 def _shorten_records(site: Path) -> None:

@@ -38,12 +38,14 @@ class Licence:
     """Whose work a wheel is.
 
     Attributes:
+        wheel: the file.
         name: of the distribution.
         version: of it.
         licence: what its metadata says, in one line.
         files: the licence texts in the wheel.
     """
 
+    wheel: Path
     name: str
     version: str
     licence: str
@@ -148,7 +150,7 @@ def _licence(wheel: Path) -> Licence:
     classified = [line.split("::")[-1].strip() for line in said.get_all("Classifier", []) if line.startswith("License")]
     stated = [said["License-Expression"], *classified, said["License"]]
     first = next((text.strip().splitlines()[0] for text in stated if text and text.strip()), "see its licence texts")
-    return Licence(name=said["Name"], version=said["Version"], licence=first, files=files)
+    return Licence(wheel=wheel, name=said["Name"], version=said["Version"], licence=first, files=files)
 
 
 def _pip(verb: str, target: Target, *arguments: str) -> None:

@@ -53,6 +53,18 @@ def colour_images(count: int, seed: int, size: int = SIZE) -> tuple[np.ndarray, 
     return x, y
 
 
+@contextmanager
+def process_of(command: list[str], **options) -> Iterator[subprocess.Popen]:
+    """A program whose output the test reads; killed at the end if it still runs."""
+    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
+        try:
+            yield process
+        finally:
+            if process.poll() is None:
+                process.kill()
+            process.communicate()
+
+
 @dataclass(frozen=True)
 class Tiny:
     """Paths of the tiny run and of what was exported from it."""

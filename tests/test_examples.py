@@ -22,6 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
+from conftest import process_of
 from PIL import Image
 
 from ensembler import EdgeClient
@@ -43,17 +44,9 @@ def labels(tiny, running, tiny_images):
         return [client.predict(image).label for image in tiny_images[:3]]
 
 
-@contextmanager
 def example(name, *arguments, **options):
-    """An example as a process; killed at the end if it still runs."""
-    command = [sys.executable, "-u", str(EXAMPLES / name), *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
+    """An example as a process."""
+    return process_of([sys.executable, "-u", str(EXAMPLES / name), *map(str, arguments)], **options)
 
 
 def interrupted(process):

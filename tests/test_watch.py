@@ -19,6 +19,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conftest import process_of
 from PIL import Image
 from test_network import SlowEngine
 
@@ -57,17 +58,9 @@ def inbox(tmp_path):
     return folder
 
 
-@contextmanager
 def watching(bundle, endpoint, *arguments, **options):
-    """The service as a process; killed at the end if it still runs."""
-    command = [*COMMAND, str(bundle), "--server", endpoint, *map(str, arguments)]
-    with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **options) as process:
-        try:
-            yield process
-        finally:
-            if process.poll() is None:
-                process.kill()
-            process.communicate()
+    """The service as a process."""
+    return process_of([*COMMAND, str(bundle), "--server", endpoint, *map(str, arguments)], **options)
 
 
 def ended(*arguments):
