@@ -30,7 +30,7 @@ import zmq
 
 from ensembler import EdgeClient
 from ensembler.cli.demo import server_process
-from ensembler.cloud_runtime.engine import PART_ROWS, OnnxEngine
+from ensembler.cloud_runtime.onnx_engine import PART_ROWS, OnnxEngine
 from ensembler.edge_runtime.runtime import EdgeRuntime
 
 ECHO = """

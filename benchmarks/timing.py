@@ -37,7 +37,8 @@ import numpy.typing as npt
 import results
 
 from ensembler import EdgeClient
-from ensembler.cloud_runtime.engine import OnnxEngine
+from ensembler.cloud_runtime.engine import warm_up
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.cloud_runtime.server import Server
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.protocol.messages import peek_request_id
@@ -115,7 +116,7 @@ class RecordingSocket(ServerSocket):
 def serve(bundle: Path, log: Path) -> None:
     """Serves until SIGTERM, then writes what was seen to ``log``."""
     engine, socket = OnnxEngine(bundle, threads=1), RecordingSocket("tcp://127.0.0.1:*")
-    engine.warm_up()
+    warm_up(engine)
     server = Server(engine, socket)
     signal.set_wakeup_fd(socket.wake_fileno(), warn_on_full_buffer=False)
     signal.signal(signal.SIGTERM, lambda *_: server.stop())

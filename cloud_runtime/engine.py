@@ -1,63 +1,35 @@
-"""Runs all N bodies on a batch under one budget of threads.
+"""What computes the N answers of a batch: the interface that every engine keeps, and the choice among them.
 
-Ten onnxruntime sessions with a pool each steal each other's cores (measured: 8 times slower than one thread each), so
-every session has one thread and the engine spreads (body, part of the batch) pieces over its own few threads. Parts are
-small because an int8 body is faster per image on a few rows, whose activations stay in the cache, than on many.
+The server knows engines by this interface alone; tests/test_engine.py holds all of them to one table.
 """
 
 from __future__ import annotations
 
-import itertools
-import threading
+import os
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.protocol.codec import require_codes
-from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
-from ensembler.protocol.manifest import ServerManifest, load_server
+from ensembler.protocol.errors import BundleError, ConfigError
+from ensembler.protocol.manifest import ServerManifest
 
 Codes = npt.NDArray[np.uint8]
 
-PART_ROWS = 8
 
+class Engine(Protocol):
+    """Computes all N answers of one server bundle.
 
-class OnnxEngine:
-    """The N bodies of one server bundle in onnxruntime, on the CPU.
-
-    Args:
-        bundle: the folder of a server bundle; every file is verified before it is loaded.
-        threads: how many pieces run at once; None takes the machine's usable cores.
-        part_rows: rows of one piece.
-
-    Raises:
-        BundleError: missing, damaged, of another version, or onnxruntime cannot load it.
-        MissingExtraError: onnxruntime is not installed.
+    Attributes:
+        manifest: of the bundle, verified.
+        lanes: how many batches it computes at once: ``run`` is called from that many threads, and no more.
     """
 
-    def __init__(self, bundle: Path, *, threads: int | None = None, part_rows: int = PART_ROWS) -> None:
-        self.manifest: ServerManifest = load_server(bundle)
-        self.threads = usable_cores() if threads is None else threads
-        if self.threads < 1 or part_rows < 1:
-            raise ConfigError("an engine needs at least one thread and one row in a part")
-        self._part_rows = part_rows
-        self.sessions = [_session(bundle / name) for name in self.manifest.bodies]
-        self._crew = _Crew(self.threads - 1)
-
-    def warm_up(self) -> None:
-        """Runs every body once for real; a bundle whose graphs do not answer as its manifest says is refused.
-
-        Raises:
-            BundleError: wrong shape, dtype or codes.
-        """
-        wire = self.manifest.wire
-        try:
-            self.run(np.zeros((1, *wire.feature_shape), np.uint8))
-        except Exception as error:
-            raise BundleError(f"the bundle's bodies cannot compute what its manifest says: {error}") from error
+    manifest: ServerManifest
+    lanes: int
 
     def run(self, features: Codes) -> Codes:
         """Computes all N answers.
@@ -66,116 +38,87 @@ class OnnxEngine:
             features: wire codes ``(B, C, h, w)`` uint8.
 
         Returns:
-            Answers' codes ``(B, N, F)`` uint8, in the bundle's order.
+            Answers' codes ``(B, N, F)`` uint8, in the bundle's order; every body gets every row.
 
         Raises:
+            EngineLostError: what computed it is gone; the batch may be tried again.
             BundleError: codes of more bits than the manifest says.
         """
-        wire = self.manifest.wire
-        answers = np.empty((len(features), wire.num_nets, wire.answer_width), np.uint8)
 
-        def piece(body: int, start: int) -> None:
-            rows = slice(start, start + self._part_rows)
-            # Every body gets every row, so time and order say nothing about a selection that is made elsewhere.
-            answers[rows, body] = self.sessions[body].run(None, {"features": features[rows]})[0]
+    def alive(self) -> bool:
+        """Whether ``run`` can compute now; False while nothing is there that could, for instance no worker."""
 
-        starts = range(0, len(features), self._part_rows)
-        self._crew.run(piece, [(body, start) for start in starts for body in range(wire.num_nets)])
-        require_codes(answers, wire.answer_codecs[0], "a body")
-        return answers
+    def describe(self) -> str:
+        """Says in a few words what computes, for the ready line: ``onnxruntime on 4 threads``."""
 
     def close(self) -> None:
-        """Ends the engine's threads."""
-        self._crew.close()
+        """Frees all it holds. No ``run`` may be under way."""
+
+
+class EngineLostError(Exception):
+    """What computed a batch (a process, an actor) ended before it answered; not a fault of the batch, so far."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineOptions:
+    """How an engine is made.
+
+    Attributes:
+        kind: one of ``ENGINES``.
+        threads: computing threads for all nets together; None takes the usable cores.
+    """
+
+    kind: str = "onnxruntime"
+    threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.kind not in ENGINES:
+            raise ConfigError(f"--engine {self.kind!r} is unknown; known: {', '.join(ENGINES)}")
+        if self.threads is not None and self.threads < 1:
+            raise ConfigError("an engine needs at least one thread")
+
+
+def load(bundle: Path, options: EngineOptions) -> Engine:
+    """Opens a server bundle in the chosen engine and computes once for real.
+
+    Raises:
+        BundleError: missing, damaged, of another version, or its nets do not compute what its manifest says.
+        MissingExtraError: the engine is not installed.
+    """
+    engine = ENGINES[options.kind](bundle, options)
+    try:
+        warm_up(engine)
+    except BaseException:
+        engine.close()
+        raise
+    return engine
+
+
+def warm_up(engine: Engine) -> None:
+    """Runs every body once for real; a bundle whose nets do not answer as its manifest says is refused.
+
+    Raises:
+        BundleError: wrong shape, dtype or codes.
+    """
+    wire = engine.manifest.wire
+    try:
+        engine.run(np.zeros((1, *wire.feature_shape), np.uint8))
+    except Exception as error:
+        raise BundleError(f"the bundle's bodies cannot compute what its manifest says: {error}") from error
 
 
 def usable_cores() -> int:
     """Returns how many cores this process may use."""
-    import os
-
     return len(os.sched_getaffinity(0))
 
 
-def _session(path: Path) -> Any:
-    try:
-        import onnxruntime as ort
-    except ImportError as error:
-        raise MissingExtraError("onnxruntime", "cloud", "serving") from error
-    ort.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
-    options = ort.SessionOptions()
-    options.intra_op_num_threads = 1
-    options.inter_op_num_threads = 1
-    options.log_severity_level = 3
-    try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
-    except Exception as error:  # onnxruntime raises its own classes, which differ between versions
-        raise BundleError(f"{path} cannot be loaded by onnxruntime {ort.__version__}; export it again") from error
+def _onnxruntime(bundle: Path, options: EngineOptions) -> Engine:
+    from ensembler.cloud_runtime.onnx_engine import OnnxEngine
+
+    return OnnxEngine(bundle, threads=options.threads)
 
 
-class _Crew:
-    """Threads that help the caller with a list of pieces. The caller works too, so one thread needs no hand-over."""
-
-    def __init__(self, helpers: int) -> None:
-        self._job: _Job | None = None
-        self._generation = 0
-        self._closed = False
-        self._changed = threading.Condition()
-        self._threads = [threading.Thread(target=self._help, name=f"engine-{i}", daemon=True) for i in range(helpers)]
-        for thread in self._threads:
-            thread.start()
-
-    def run(self, work: Callable[..., None], pieces: list[tuple[int, int]]) -> None:
-        """Calls ``work`` on every piece and returns when all are done; the first error is raised."""
-        job = _Job(work, pieces)
-        if self._threads and len(pieces) > 1:
-            with self._changed:
-                self._job = job
-                self._generation += 1
-                self._changed.notify_all()
-        job.work()
-        job.done.wait()
-        if job.error is not None:
-            raise job.error
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-    def _help(self) -> None:
-        seen = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._generation != seen)  # noqa: B023
-                if self._closed:
-                    return
-                seen, job = self._generation, self._job
-            if job is not None:
-                job.work()
-
-
-class _Job:
-    """Pieces that several threads take one by one."""
-
-    def __init__(self, work: Callable[..., None], pieces: list[tuple[int, int]]) -> None:
-        self._work = work
-        self._pieces = pieces
-        self._next = itertools.count()  # next() is atomic in CPython
-        self._left = len(pieces)
-        self._lock = threading.Lock()
-        self.done = threading.Event()
-        self.error: BaseException | None = None
-
-    def work(self) -> None:
-        while (index := next(self._next)) < len(self._pieces):
-            try:
-                if self.error is None:
-                    self._work(*self._pieces[index])
-            except BaseException as error:
-                self.error = error
-            with self._lock:
-                self._left -= 1
-                if self._left == 0:
-                    self.done.set()
+# Each imports its own library when it is chosen, and no other.
+ENGINES: dict[str, Callable[[Path, EngineOptions], Engine]] = {
+    "onnxruntime": _onnxruntime,
+}

@@ -15,12 +15,11 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from ensembler.cloud_runtime.batcher import Batcher, BatchPolicy, Queued
+from ensembler.cloud_runtime.engine import Codes, Engine
 from ensembler.protocol.errors import (
     BadRequestError,
     BusyError,
@@ -30,7 +29,6 @@ from ensembler.protocol.errors import (
     UnknownBodiesError,
     WireError,
 )
-from ensembler.protocol.manifest import ServerManifest
 from ensembler.protocol.messages import (
     ERROR,
     INFER,
@@ -43,8 +41,6 @@ from ensembler.protocol.messages import (
 )
 from ensembler.transport.zmq_server import Incoming, ServerSocket
 
-Codes = npt.NDArray[np.uint8]
-
 log = logging.getLogger("ensembler.server")
 
 # How long a server that was told to stop goes on with the work it has.
@@ -53,15 +49,6 @@ NO_ID = bytes(16)
 INLINE_MS = 5.0
 # Messages taken in one go: a flood must not keep the loop from replying.
 RECEIVE_BURST = 64
-
-
-class Engine(Protocol):
-    """Computes all N answers of a batch; see ``engine.OnnxEngine``."""
-
-    manifest: ServerManifest
-
-    def run(self, features: Codes) -> Codes:
-        """``(B, C, h, w)`` uint8 to ``(B, N, F)`` uint8."""
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -211,13 +211,41 @@ def _serving(bundle: Path, *arguments: str, bind: str = "tcp://127.0.0.1:*") -> 
 @pytest.fixture(scope="session")
 def expected(tiny, tiny_images) -> np.ndarray:
     """The logits that bundle and engine give without any network, one row per image."""
-    from ensembler.cloud_runtime.engine import OnnxEngine
+    from ensembler.cloud_runtime.onnx_engine import OnnxEngine
     from ensembler.edge_runtime.runtime import EdgeRuntime
 
     runtime, engine = EdgeRuntime(tiny.client), OnnxEngine(tiny.server, threads=1)
     logits = runtime.finish(engine.run(runtime.encode(tiny_images)))
     engine.close()
     return logits
+
+
+@pytest.fixture(scope="session")
+def codes(tiny) -> np.ndarray:
+    """Wire codes for the tiny bundle's bodies: 21 rows."""
+    from ensembler.protocol.manifest import load_server
+
+    shape = load_server(tiny.server).wire.feature_shape
+    return np.random.Generator(np.random.PCG64(0)).integers(0, 256, (21, *shape), dtype=np.uint8)
+
+
+@pytest.fixture(scope="session")
+def answers(tiny, codes) -> np.ndarray:
+    """What the tiny bundle's bodies answer when their sessions are called one by one."""
+    import onnxruntime as ort
+
+    from ensembler.protocol.manifest import load_server
+
+    nets = [ort.InferenceSession(str(tiny.server / name)) for name in load_server(tiny.server).bodies]
+    return np.stack([net.run(None, {"features": codes})[0] for net in nets], axis=1)
+
+
+def forged_server(manifest, folder: Path, **changes) -> None:
+    """Writes a server bundle's manifest whose digests are right and whose contents are not."""
+    from ensembler.protocol.manifest import MANIFEST_NAME, describe_file, to_json
+
+    files = {name: describe_file(folder / name) for name in manifest.files}
+    (folder / MANIFEST_NAME).write_bytes(to_json(replace(manifest, files=files, **changes)))
 
 
 class Gate:
@@ -227,7 +255,7 @@ class Gate:
     """
 
     def __init__(self, bundle: Path):
-        from ensembler.cloud_runtime.engine import OnnxEngine
+        from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 
         self.engine = OnnxEngine(bundle, threads=1)
         self.open = threading.Event()

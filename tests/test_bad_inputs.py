@@ -22,7 +22,7 @@ from PIL import Image
 
 from ensembler import AsyncEdgeClient, EdgeClient
 from ensembler.cli import main
-from ensembler.cloud_runtime.engine import OnnxEngine
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.edge_runtime.images import to_pixels
 from ensembler.protocol.errors import BundleError, ConfigError, DataError
 from ensembler.protocol.manifest import ImageSpec, load_client, load_server

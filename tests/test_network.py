@@ -16,7 +16,7 @@ import zmq
 
 from ensembler import EdgeClient
 from ensembler.cloud_runtime.batcher import BatchPolicy
-from ensembler.cloud_runtime.engine import OnnxEngine
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.cloud_runtime.server import INLINE_MS, Server
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.protocol.errors import (

@@ -21,7 +21,7 @@ from zmq.utils import z85
 
 from ensembler import AsyncEdgeClient, EdgeClient
 from ensembler.cli import main
-from ensembler.cloud_runtime.engine import OnnxEngine
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.cloud_runtime.server import Server
 from ensembler.edge_runtime import sealing, signing
 from ensembler.edge_runtime.runtime import EdgeRuntime

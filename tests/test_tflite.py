@@ -18,7 +18,7 @@ from torch import nn
 
 from ensembler import EdgeClient
 from ensembler.cli import main
-from ensembler.cloud_runtime.engine import OnnxEngine
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.backends import BACKENDS, open_session
 from ensembler.edge_runtime.runtime import EdgeRuntime

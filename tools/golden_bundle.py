@@ -19,7 +19,7 @@ from typing import cast
 import numpy as np
 
 from ensembler.client import EdgeClient
-from ensembler.cloud_runtime.engine import OnnxEngine
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.export.parity import Gates
 from ensembler.export.pipeline import ExportOptions, export
 from ensembler.protocol.manifest import ModelFormat

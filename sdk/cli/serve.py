@@ -43,6 +43,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--plaintext", action="store_true", help="no encryption, and everybody may connect")
     parser.add_argument(
+        "--engine",
+        default="onnxruntime",
+        help="what computes (default: onnxruntime)",
+    )
+    parser.add_argument(
         "--threads",
         type=int,
         default=None,
@@ -64,8 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Serves until SIGTERM or SIGINT, then drains and returns 0."""
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    from ensembler.cloud_runtime import engine as engines
     from ensembler.cloud_runtime.batcher import BatchPolicy
-    from ensembler.cloud_runtime.engine import OnnxEngine
     from ensembler.cloud_runtime.server import Server
     from ensembler.transport.zmq_server import ServerSocket
 
@@ -74,8 +79,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         max_queue_rows=options.max_queue_rows,
         batch_wait_ms=options.batch_wait_ms,
     )
-    engine = OnnxEngine(options.bundle, threads=options.threads)
-    engine.warm_up()
+    engine = engines.load(options.bundle, engines.EngineOptions(kind=options.engine, threads=options.threads))
     pair, authorized = (None, frozenset[str]()) if options.plaintext else _identity(options)
     socket = ServerSocket(options.bind, keys=pair, authorized=authorized)
     server = Server(engine, socket, policy)
@@ -100,7 +104,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             "num_nets": wire.num_nets,
         },
         f"ready on {socket.endpoint}: {wire.num_nets} nets in {engine.manifest.precision}, "
-        f"{engine.threads} threads, {security}",
+        f"{engine.describe()}, {security}",
     )
     try:
         server.run(options.grace_ms)
