@@ -26,10 +26,13 @@ class Engine(Protocol):
     Attributes:
         manifest: of the bundle, verified.
         lanes: how many batches it computes at once: ``run`` is called from that many threads, and no more.
+        in_process: whether it computes in the calling process, so that a short batch is best computed by the caller's
+            thread.
     """
 
     manifest: ServerManifest
     lanes: int
+    in_process: bool
 
     def run(self, features: Codes) -> Codes:
         """Computes all N answers.
@@ -55,6 +58,10 @@ class Engine(Protocol):
         """Frees all it holds. No ``run`` may be under way."""
 
 
+# Beyond it a number is a mistake.
+MAX_WORKERS = 256
+
+
 class EngineLostError(Exception):
     """What computed a batch (a process, an actor) ended before it answered; not a fault of the batch, so far."""
 
@@ -66,16 +73,20 @@ class EngineOptions:
     Attributes:
         kind: one of ``ENGINES``.
         threads: computing threads for all nets together; None takes the usable cores.
+        workers: processes of their own that compute; 0 computes in this one.
     """
 
     kind: str = "onnxruntime"
     threads: int | None = None
+    workers: int = 0
 
     def __post_init__(self) -> None:
         if self.kind not in ENGINES:
             raise ConfigError(f"--engine {self.kind!r} is unknown; known: {', '.join(ENGINES)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError("an engine needs at least one thread")
+        if not 0 <= self.workers <= MAX_WORKERS:
+            raise ConfigError(f"--workers {self.workers}: 0 to {MAX_WORKERS} processes can compute")
 
 
 def load(bundle: Path, options: EngineOptions) -> Engine:
@@ -85,6 +96,10 @@ def load(bundle: Path, options: EngineOptions) -> Engine:
         BundleError: missing, damaged, of another version, or its nets do not compute what its manifest says.
         MissingExtraError: the engine is not installed.
     """
+    if options.workers:
+        from ensembler.cloud_runtime.worker_engine import WorkerEngine
+
+        return WorkerEngine(bundle, options)
     engine = ENGINES[options.kind](bundle, options)
     try:
         warm_up(engine)

@@ -37,6 +37,7 @@ class OnnxEngine:
     """
 
     lanes = 1
+    in_process = True
 
     def __init__(self, bundle: Path, *, threads: int | None = None, part_rows: int = PART_ROWS) -> None:
         self.manifest: ServerManifest = load_server(bundle)

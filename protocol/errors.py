@@ -30,10 +30,11 @@
             ├── BusyError            the queue is full: retry after `retry_after_ms`  301
             ├── ExpiredError         the deadline passed before the work was done     302
             ├── ShuttingDownError    the server drains before it stops                303
+            ├── NotAuthorizedError   this device's key was withdrawn                  401
             └── InternalError        anything else; the server's log has the reason   501
 
 Every message says what happened, which input it was, and what to do. Wire codes are grouped: 1xx the request's bytes,
-2xx the request's target, 3xx try again, 5xx the server's fault. A retired code is never used again.
+2xx the request's target, 3xx try again, 4xx the device, 5xx the server's fault. A retired code is never used again.
 """
 
 from __future__ import annotations
@@ -178,6 +179,12 @@ class ShuttingDownError(ServerError):
     code = 303
 
 
+class NotAuthorizedError(ServerError):
+    """The server let this device in and has withdrawn its key since."""
+
+    code = 401
+
+
 class InternalError(ServerError):
     """The server failed; its log holds the reason, the wire does not."""
 
@@ -195,6 +202,7 @@ WIRE_ERRORS: dict[int, type[WireError]] = {
         BusyError,
         ExpiredError,
         ShuttingDownError,
+        NotAuthorizedError,
         InternalError,
     )
 }

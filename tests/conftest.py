@@ -17,6 +17,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
+from ensembler.cloud_runtime.server import Server
+from ensembler.transport.zmq_server import ServerSocket
+
 # The nets here are so small that threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
@@ -181,6 +185,29 @@ def tiny(tiny_data, tiny_run, tmp_path_factory) -> Tiny:
 
 
 @pytest.fixture(scope="session")
+def float_server(tiny_run, tmp_path_factory) -> Path:
+    """The tiny run's bodies in float32: the same ``bodies_id`` as in int8."""
+    from ensembler.export.parity import Gates
+    from ensembler.export.pipeline import ExportOptions, export
+
+    out = tmp_path_factory.mktemp("float")
+    open_gates = Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)
+    export(tiny_run, out, ExportOptions(server_precision="float32", gates=open_gates))
+    return out / "server"
+
+
+@pytest.fixture(scope="session")
+def other(tiny_run, tmp_path_factory) -> Path:
+    """Other models: each of the tiny run's bodies for an operator of its own; yields the folder of bundles."""
+    from ensembler.export.parity import Gates
+    from ensembler.export.pipeline import ExportOptions, export
+
+    out = tmp_path_factory.mktemp("other")
+    export(tiny_run, out, ExportOptions(parties=3, gates=Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)))
+    return out
+
+
+@pytest.fixture(scope="session")
 def tiny_images(tiny_data) -> np.ndarray:
     """The held-out images as applications have them: (96, 16, 16, 3) uint8."""
     with np.load(tiny_data.split(",")[1]) as stored:
@@ -211,7 +238,6 @@ def _serving(bundle: Path, *arguments: str, bind: str = "tcp://127.0.0.1:*") -> 
 @pytest.fixture(scope="session")
 def expected(tiny, tiny_images) -> np.ndarray:
     """The logits that bundle and engine give without any network, one row per image."""
-    from ensembler.cloud_runtime.onnx_engine import OnnxEngine
     from ensembler.edge_runtime.runtime import EdgeRuntime
 
     runtime, engine = EdgeRuntime(tiny.client), OnnxEngine(tiny.server, threads=1)
@@ -248,6 +274,47 @@ def forged_server(manifest, folder: Path, **changes) -> None:
     (folder / MANIFEST_NAME).write_bytes(to_json(replace(manifest, files=files, **changes)))
 
 
+class SlowEngine(OnnxEngine):
+    """The real engine, held until it is released: makes 'busy' and 'in flight' certain instead of likely."""
+
+    in_process = False  # so that the loop goes on while it is held
+
+    def __init__(self, bundle):
+        super().__init__(bundle, threads=1)
+        self.entered = threading.Event()
+        self.release = threading.Event()
+        self.rows = []
+
+    def run(self, features):
+        self.rows.append(len(features))
+        self.entered.set()
+        assert self.release.wait(60)
+        return super().run(features)
+
+
+@pytest.fixture
+def in_thread(tiny):
+    """Starts servers in threads of this process, with any engine and policy; stops them at the end."""
+    started = []
+
+    def start(engine, policy=None, keys_pair=None, authorized=frozenset(), **options):
+        listening = ServerSocket("tcp://127.0.0.1:*", keys=keys_pair, authorized=authorized)
+        server = Server(engine, listening, policy, **options)
+        thread = threading.Thread(target=server.run)
+        thread.start()
+        started.append((server, thread, listening, engine))
+        return server, listening.endpoint
+
+    yield start
+    for server, thread, listening, engine in started:
+        if isinstance(engine, SlowEngine):
+            engine.release.set()
+        server.stop()
+        thread.join(30)
+        assert not thread.is_alive()
+        listening.close()
+
+
 class Gate:
     """A server in this process whose handler can be held: makes 'in flight' certain instead of likely.
 
@@ -255,8 +322,6 @@ class Gate:
     """
 
     def __init__(self, bundle: Path):
-        from ensembler.cloud_runtime.onnx_engine import OnnxEngine
-
         self.engine = OnnxEngine(bundle, threads=1)
         self.open = threading.Event()
         self.open.set()

@@ -13,11 +13,11 @@ from concurrent.futures import ThreadPoolExecutor
 import numpy as np
 import pytest
 import zmq
+from conftest import SlowEngine
 
 from ensembler import EdgeClient
 from ensembler.cloud_runtime.batcher import BatchPolicy
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
-from ensembler.cloud_runtime.server import INLINE_MS, Server
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.protocol.errors import (
     AuthenticationError,
@@ -39,7 +39,6 @@ from ensembler.protocol.messages import ERROR, INFER, RESULT, STATUS, Message, d
 from ensembler.transport import keys
 from ensembler.transport.inprocess import InProcessTransport
 from ensembler.transport.zmq_client import ZmqTransport
-from ensembler.transport.zmq_server import ServerSocket
 
 LONG_MS = 60_000
 
@@ -80,46 +79,6 @@ def test_an_error_while_connecting_closes_what_was_opened(monkeypatch):
 def test_an_address_with_characters_that_no_address_has_is_refused(address):
     with pytest.raises(ConfigError, match="characters that no address has; give tcp://host:port"):
         ZmqTransport(address, server_key=None, keys=None)
-
-
-class SlowEngine:
-    """The real engine, held until it is released: makes 'busy' and 'in flight' certain instead of likely."""
-
-    def __init__(self, bundle):
-        self._engine = OnnxEngine(bundle, threads=1)
-        self.manifest = self._engine.manifest
-        self.entered = threading.Event()
-        self.release = threading.Event()
-        self.rows = []
-
-    def run(self, features):
-        self.rows.append(len(features))
-        self.entered.set()
-        assert self.release.wait(60)
-        return self._engine.run(features)
-
-
-@pytest.fixture
-def in_thread(tiny):
-    """Starts servers in threads of this process, with any engine and policy; stops them at the end."""
-    started = []
-
-    def start(engine, policy=None, keys_pair=None, authorized=frozenset()):
-        listening = ServerSocket("tcp://127.0.0.1:*", keys=keys_pair, authorized=authorized)
-        server = Server(engine, listening, policy, inline_ms=0.0 if isinstance(engine, SlowEngine) else INLINE_MS)
-        thread = threading.Thread(target=server.run)
-        thread.start()
-        started.append((server, thread, listening, engine))
-        return server, listening.endpoint
-
-    yield start
-    for server, thread, listening, engine in started:
-        if isinstance(engine, SlowEngine):
-            engine.release.set()
-        server.stop()
-        thread.join(30)
-        assert not thread.is_alive()
-        listening.close()
 
 
 def client(tiny, endpoint, **options) -> EdgeClient:

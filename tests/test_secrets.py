@@ -250,19 +250,16 @@ def test_no_error_and_no_traceback_shows_a_secret(secrets, tiny, tmp_path):
 # --- logs ---
 
 
-class FailsOnce:
+class FailsOnce(OnnxEngine):
     """The engine of a bundle, whose first batch fails."""
 
-    def __init__(self, bundle):
-        self._engine = OnnxEngine(bundle, threads=1)
-        self.manifest = self._engine.manifest
-        self.failed = False
+    failed = False
 
     def run(self, features):
         if not self.failed:
             self.failed = True
             raise RuntimeError("out of luck")
-        return self._engine.run(features)
+        return super().run(features)
 
 
 def test_a_server_and_its_devices_log_no_secret_at_debug_level(secrets, tiny, tiny_images, caplog):
@@ -272,7 +269,7 @@ def test_a_server_and_its_devices_log_no_secret_at_debug_level(secrets, tiny, ti
         keys=keys.load_pair(tiny.keys / "server.key_secret"),
         authorized=keys.load_authorized(tiny.keys / "authorized"),
     )
-    server = Server(FailsOnce(tiny.server), listening)
+    server = Server(FailsOnce(tiny.server, threads=1), listening)
     thread = threading.Thread(target=server.run)
     thread.start()
     try:

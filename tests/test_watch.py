@@ -19,9 +19,8 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
-from conftest import process_of
+from conftest import SlowEngine, process_of
 from PIL import Image
-from test_network import SlowEngine
 
 from ensembler import EdgeClient, Prediction
 from ensembler.cli.console import Console

@@ -1,13 +1,16 @@
-"""The cloud's end: one ROUTER socket, CURVE with an allow-list (ZAP), and a wake-up that any thread may call."""
+"""The cloud's end: ROUTER sockets, CURVE with an allow-list (ZAP), and a wake-up that any thread may call.
+
+ZAP is asked at the handshake alone. So every message says by whose key its connection was made (ZeroMQ's User-Id, which
+the peer cannot choose), and what a withdrawn key still sends or awaits can be refused.
+"""
 
 from __future__ import annotations
 
 import errno
 import socket as sockets
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import zmq
 from zmq.auth.thread import ThreadAuthenticator
@@ -23,12 +26,25 @@ ZAP_DOMAIN = "ensembler"
 _NOT_OURS = frozenset({errno.ENODEV, errno.EADDRNOTAVAIL})
 
 
-@dataclass(frozen=True)
-class Incoming:
-    """One message: whom to answer, and its frames (at most ``MAX_PARTS + 1``; one too many says that more came)."""
+class Peer(NamedTuple):
+    """One connection: which address it came to, and ZeroMQ's name for it there."""
 
-    peer: bytes
+    socket: int
+    name: bytes
+
+
+class Incoming(NamedTuple):
+    """One message.
+
+    Attributes:
+        peer: whom to answer.
+        frames: at most ``MAX_PARTS + 1``; one too many says that more came.
+        device: the public key of the connection's handshake; None in plaintext.
+    """
+
+    peer: Peer
     frames: list[Frame]
+    device: str | None
 
 
 class ServerSocket:
@@ -37,37 +53,63 @@ class ServerSocket:
     Args:
         endpoint: to bind, for instance ``tcp://0.0.0.0:5555``; a port ``*`` lets the system choose.
         keys: the server's pair; None for plaintext.
-        authorized: public keys of the devices that may connect; not used in plaintext.
+        authorized: public keys of the devices that may connect, asked at every handshake; not used in plaintext.
 
     Raises:
         ConfigError: the address is malformed or in use.
     """
 
-    def __init__(self, endpoint: str, *, keys: KeyPair | None, authorized: frozenset[str]) -> None:
+    def __init__(self, endpoint: str, *, keys: KeyPair | None, authorized: Container[str]) -> None:
         _check(endpoint)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
-        self._socket = self._context.socket(zmq.ROUTER)
+        self._authorized = authorized
+        self._sockets: list[zmq.Socket[bytes]] = []
+        self._next = 0
         self._wake_in, self._wake_out = sockets.socketpair()
         self._wake_in.setblocking(False)
         self._wake_out.setblocking(False)
+        self._poller = zmq.Poller()
+        self._poller.register(self._wake_in.fileno(), zmq.POLLIN)
         try:
-            set_limits(self._socket)
-            self._socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
-            self._socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
-            self._socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
             if keys is not None:
                 # ZAP must answer before the first handshake.
                 self._authenticator = ThreadAuthenticator(self._context)
                 self._authenticator.start()
-                self._authenticator.configure_curve_callback(ZAP_DOMAIN, _AllowList(authorized))
-                self._socket.curve_server = True
-                self._socket.zap_domain = ZAP_DOMAIN.encode()
-                self._socket.curve_publickey = keys.public.encode()
-                self._socket.curve_secretkey = keys.secret.encode()
-            self._socket.bind(endpoint)
-        except zmq.ZMQError as error:
+                self._authenticator.configure_curve_callback(ZAP_DOMAIN, _Asked(authorized))
+            self.endpoint = self.listen(endpoint, keys)
+        except BaseException:
             self.close()
+            raise
+
+    def listen(self, endpoint: str, keys: KeyPair | None) -> str:
+        """Binds another address, for instance with a new key while devices still come to the old one.
+
+        Args:
+            endpoint: to bind.
+            keys: the pair that devices must pin to be let in here. None only where the first address has none, either.
+
+        Returns:
+            The address, with the port that the system chose.
+
+        Raises:
+            ConfigError: the address is malformed or in use.
+        """
+        _check(endpoint)
+        socket = self._context.socket(zmq.ROUTER)
+        try:
+            set_limits(socket)
+            socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
+            socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
+            if keys is not None:
+                socket.curve_server = True
+                socket.zap_domain = ZAP_DOMAIN.encode()
+                socket.curve_publickey = keys.public.encode()
+                socket.curve_secretkey = keys.secret.encode()
+            socket.bind(endpoint)
+        except zmq.ZMQError as error:
+            socket.close(linger=0)
             if error.errno == errno.EADDRINUSE:
                 raise ConfigError(
                     f"--bind {endpoint}: the address is in use; stop the other server or choose another port"
@@ -77,10 +119,9 @@ class ServerSocket:
                 f"--bind {endpoint}: {reason}; give tcp://address:port with an address of this machine, "
                 "0.0.0.0 for all of them"
             ) from None
-        self.endpoint = self._socket.getsockopt_string(zmq.LAST_ENDPOINT)
-        self._poller = zmq.Poller()
-        self._poller.register(self._socket, zmq.POLLIN)
-        self._poller.register(self._wake_in.fileno(), zmq.POLLIN)
+        self._sockets.append(socket)
+        self._poller.register(socket, zmq.POLLIN)
+        return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
     def wait(self, timeout_ms: int | None) -> None:
         """Returns when a message is there, ``wake`` was called, or the time is over; None waits for ever."""
@@ -100,21 +141,23 @@ class ServerSocket:
 
     def receive(self) -> Incoming | None:
         """Returns the next message, or None when there is none now. Frames beyond the limit are dropped unread."""
-        try:
-            peer = self._socket.recv(zmq.NOBLOCK)
-        except zmq.Again:
-            return None
-        frames: list[Frame] = []
-        while self._socket.getsockopt(zmq.RCVMORE):
-            frame = self._socket.recv()
-            if len(frames) <= MAX_PARTS:
-                frames.append(frame)
-        return Incoming(peer, frames)
+        for _ in self._sockets:
+            number, self._next = self._next, (self._next + 1) % len(self._sockets)
+            try:
+                name = self._sockets[number].recv(zmq.NOBLOCK, copy=False)
+            except zmq.Again:
+                continue
+            return Incoming(Peer(number, name.bytes), self._rest(self._sockets[number]), self._device(name))
+        return None
 
-    def send(self, peer: bytes, frames: Sequence[Frame]) -> bool:
+    def allows(self, device: str | None) -> bool:
+        """Whether a device may still use the server: ZAP let it in, which may have been long ago."""
+        return self._authenticator is None or device in self._authorized
+
+    def send(self, peer: Peer, frames: Sequence[Frame]) -> bool:
         """Sends a reply; returns False when the peer is gone or takes nothing, which is its own fault."""
         try:
-            self._socket.send_multipart([peer, *frames], zmq.NOBLOCK, copy=False)
+            self._sockets[peer.socket].send_multipart([peer.name, *frames], zmq.NOBLOCK, copy=False)
         except zmq.ZMQError as error:
             if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 return False
@@ -126,10 +169,23 @@ class ServerSocket:
         if self._authenticator is not None:
             self._authenticator.stop()
             self._authenticator = None
-        self._socket.close(linger=1000)
+        for socket in self._sockets:
+            socket.close(linger=1000)
         self._context.term()
         self._wake_in.close()
         self._wake_out.close()
+
+    @staticmethod
+    def _rest(socket: zmq.Socket[bytes]) -> list[Frame]:
+        frames: list[Frame] = []
+        while socket.getsockopt(zmq.RCVMORE):
+            frame = socket.recv()
+            if len(frames) <= MAX_PARTS:
+                frames.append(frame)
+        return frames
+
+    def _device(self, frame: zmq.Frame) -> str | None:
+        return str(frame.get("User-Id")) if self._authenticator is not None else None
 
 
 def _check(endpoint: str) -> None:
@@ -144,10 +200,10 @@ def _check(endpoint: str) -> None:
         )
 
 
-class _AllowList:
+class _Asked:
     """What pyzmq's authenticator asks about a device's public key."""
 
-    def __init__(self, authorized: frozenset[str]) -> None:
+    def __init__(self, authorized: Container[str]) -> None:
         self._authorized = authorized
 
     def callback(self, domain: str, key: Any) -> bool:  # noqa: ARG002

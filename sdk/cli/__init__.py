@@ -25,6 +25,7 @@ def main(arguments: list[str] | None = None) -> int:
             card,
             cuts,
             demo,
+            deploy,
             doctor,
             export,
             install_bundle,
@@ -38,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         Console(as_json="--json" in (arguments or sys.argv)).error("KeyboardInterrupt", "interrupted")
         return EXIT_INTERRUPTED
     verbs = (
-        *(demo, cuts, train, audit, boundary, card, export, serve),
+        *(demo, cuts, train, audit, boundary, card, export, serve, deploy),
         *(predict, watch, keys, install_bundle, doctor, bench),
     )
     return run_command("ensembler", verbs, arguments)

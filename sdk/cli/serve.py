@@ -1,4 +1,4 @@
-"""``ensembler serve``: the N nets of a server bundle on a socket, until SIGTERM."""
+"""``ensembler serve``: the N nets of server bundles on a socket, until SIGTERM."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import argparse
 import logging
 import signal
 import sys
+from contextlib import ExitStack, closing
 from pathlib import Path
 from types import FrameType
 
 from ensembler.cli.console import Console
-from ensembler.protocol.errors import KeyFileError
+from ensembler.protocol.errors import ConfigError, KeyFileError
 from ensembler.transport import keys
 from ensembler.transport.keys import KeyPair
 
@@ -23,23 +24,24 @@ KEY_NAME = "server.key_secret"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("bundle", type=Path, help="the folder of a server bundle")
+    parser.add_argument("bundles", metavar="BUNDLE", type=Path, nargs="+", help="folders of server bundles")
     parser.add_argument(
         "--bind",
-        default="tcp://127.0.0.1:5555",
-        help="address (default: tcp://127.0.0.1:5555; port * lets the system choose)",
+        action="append",
+        help="address (default: tcp://127.0.0.1:5555; port * lets the system choose); again for another one",
     )
     parser.add_argument(
         "--key",
         type=Path,
-        default=None,
-        help=f"the server's secret key (default: ${KEY_VARIABLE}, BUNDLE/../keys, ~/.config, /etc)",
+        action="append",
+        help=f"the server's secret key (default: ${KEY_VARIABLE}, BUNDLE/../keys, ~/.config, /etc); again for the key "
+        "of the next --bind, while devices move from one to the other",
     )
     parser.add_argument(
         "--authorized",
         type=Path,
         default=None,
-        help="folder of the devices' public keys (default: authorized/ beside the key)",
+        help="folder of the devices' public keys, watched for changes (default: authorized/ beside the first key)",
     )
     parser.add_argument("--plaintext", action="store_true", help="no encryption, and everybody may connect")
     parser.add_argument(
@@ -53,8 +55,20 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="computing threads for all nets together (default: the cores)",
     )
+    parser.add_argument(
+        "--workers",
+        type=int,
+        default=0,
+        help="processes that compute, replaced when one dies (default: 0, the server itself computes)",
+    )
     parser.add_argument("--max-batch-rows", type=int, default=64, help="images computed together (default: 64)")
     parser.add_argument("--max-queue-rows", type=int, default=1024, help="images that may wait (default: 1024)")
+    parser.add_argument(
+        "--max-client-rows",
+        type=int,
+        default=None,
+        help="images of one device that may wait (default: as many as are still free)",
+    )
     parser.add_argument(
         "--batch-wait-ms",
         type=float,
@@ -65,66 +79,119 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--grace-ms", type=float, default=10_000.0, help="time to finish after SIGTERM (default: 10000)"
     )
 
+    parser.add_argument(
+        "--http", metavar="HOST:PORT", default=None, help="plain HTTP with /livez, /readyz and /metrics (default: none)"
+    )
+    parser.add_argument(
+        "--control", metavar="PATH", type=Path, default=None, help="socket for ensembler deploy (default: none)"
+    )
+    parser.add_argument("--log", choices=["text", "json"], default="text", help="of the log (default: text)")
+    parser.add_argument("--log-requests", action="store_true", help="a line for every answered request, too")
+
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Serves until SIGTERM or SIGINT, then drains and returns 0."""
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    _start_log(options)
     from ensembler.cloud_runtime import engine as engines
     from ensembler.cloud_runtime.batcher import BatchPolicy
+    from ensembler.cloud_runtime.control import ControlSocket
+    from ensembler.cloud_runtime.deployment import Deployment
+    from ensembler.cloud_runtime.http_port import HttpPort
+    from ensembler.cloud_runtime.metrics import PrometheusMeter
     from ensembler.cloud_runtime.server import Server
+    from ensembler.transport.allow_list import FolderAllowList
     from ensembler.transport.zmq_server import ServerSocket
 
     policy = BatchPolicy(
         max_batch_rows=options.max_batch_rows,
         max_queue_rows=options.max_queue_rows,
+        max_client_rows=options.max_client_rows,
         batch_wait_ms=options.batch_wait_ms,
     )
-    engine = engines.load(options.bundle, engines.EngineOptions(kind=options.engine, threads=options.threads))
-    pair, authorized = (None, frozenset[str]()) if options.plaintext else _identity(options)
-    socket = ServerSocket(options.bind, keys=pair, authorized=authorized)
-    server = Server(engine, socket, policy)
+    engine_options = engines.EngineOptions(kind=options.engine, threads=options.threads, workers=options.workers)
+    meter = PrometheusMeter() if options.http else None
+    with ExitStack() as opened:
+        loading = opened.enter_context(ExitStack())
+        loaded = []
+        for bundle in options.bundles:
+            loaded.append(engines.load(bundle, engine_options))
+            loading.callback(loaded[-1].close)
+        pairs, folder = _identity(options)
+        allowed = frozenset[str]() if folder is None else opened.enter_context(closing(FolderAllowList(folder)))
+        binds = options.bind or ["tcp://127.0.0.1:5555"]
+        socket = opened.enter_context(closing(ServerSocket(binds[0], keys=pairs[0], authorized=allowed)))
+        endpoints = [socket.endpoint, *(socket.listen(*more) for more in zip(binds[1:], pairs[1:], strict=True))]
+        server = Server(loaded[0], socket, policy, meter=meter)
+        for engine in loaded[1:]:
+            server.add(engine)
+        http = None
+        if meter is not None:
+            meter.watch(server.describe)
+            http = opened.enter_context(closing(HttpPort(options.http, server, meter)))
+        if options.control is not None:
+            deployment = Deployment(server, engine_options)
+            opened.enter_context(closing(ControlSocket(options.control, deployment.handle)))
 
-    def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-        server.stop()
+        def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+            server.stop()
 
-    # The handler runs between two bytecodes of this thread, which may be on its way into a poll that nothing else
-    # would end: the byte that C code writes at the signal's arrival does.
-    signal.set_wakeup_fd(socket.wake_fileno(), warn_on_full_buffer=False)
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, stop)
-    wire = engine.manifest.wire
-    security = (
-        "plaintext: anyone can connect and read" if pair is None else f"CURVE, {len(authorized)} devices may connect"
-    )
-    console.result(
-        {
-            "event": "ready",
-            "endpoint": socket.endpoint,
-            "bodies_id": wire.bodies_id,
-            "num_nets": wire.num_nets,
-        },
-        f"ready on {socket.endpoint}: {wire.num_nets} nets in {engine.manifest.precision}, "
-        f"{engine.describe()}, {security}",
-    )
-    try:
+        # The handler runs between two bytecodes of this thread, which may be on its way into a poll that nothing else
+        # would end: the byte that C code writes at the signal's arrival does.
+        signal.set_wakeup_fd(socket.wake_fileno(), warn_on_full_buffer=False)
+        opened.callback(signal.set_wakeup_fd, -1)
+        for number in (signal.SIGTERM, signal.SIGINT):
+            signal.signal(number, stop)
+        first = loaded[0].manifest
+        security = "plaintext: anyone can connect and read"
+        if folder is not None:
+            security = f"CURVE, {len(allowed)} devices may connect"
+        console.result(
+            {
+                "event": "ready",
+                "endpoint": socket.endpoint,
+                "endpoints": endpoints,
+                "bodies_id": first.wire.bodies_id,
+                "num_nets": first.wire.num_nets,
+                "http": None if http is None else http.address,
+            },
+            f"ready on {', '.join(endpoints)}: "
+            + "; ".join(f"{one.manifest.wire.num_nets} nets in {one.manifest.precision}" for one in loaded)
+            + f", {loaded[0].describe()}, {security}",
+        )
+        loading.pop_all()  # the server closes them, unless one is stuck
         server.run(options.grace_ms)
-    finally:
-        signal.set_wakeup_fd(-1)
-        socket.close()
-        engine.close()
     return 0
 
 
-def _identity(options: argparse.Namespace) -> tuple[KeyPair, frozenset[str]]:
-    places = [options.bundle.resolve().parent / "keys" / KEY_NAME, *keys.standard_places(KEY_NAME)]
-    path = keys.find(options.key, KEY_VARIABLE, places)
-    if path is None:
+def _start_log(options: argparse.Namespace) -> None:
+    from ensembler.cloud_runtime.logs import JsonFormatter
+
+    handler = logging.StreamHandler(sys.stderr)
+    text = logging.Formatter("%(asctime)s %(levelname)s %(message)s")
+    handler.setFormatter(JsonFormatter() if options.log == "json" else text)
+    logging.basicConfig(level=logging.INFO, handlers=[handler])
+    if options.log_requests:
+        logging.getLogger("ensembler.server").setLevel(logging.DEBUG)
+
+
+def _identity(options: argparse.Namespace) -> tuple[list[KeyPair | None], Path | None]:
+    """The key pair of every address, and the folder of the devices' keys; None without encryption."""
+    count = len(options.bind or [""])
+    if options.plaintext:
+        return [None] * count, None
+    given = options.key or [None]
+    if len(given) not in (1, count):
+        raise ConfigError(
+            f"--key is given {len(given)} times and --bind {count} times; give one key, or one for every address in "
+            "the same order"
+        )
+    places = [options.bundles[0].resolve().parent / "keys" / KEY_NAME, *keys.standard_places(KEY_NAME)]
+    paths = [keys.find(one, KEY_VARIABLE, places) for one in given]
+    found = [path for path in paths if path is not None]
+    if not found:
         raise KeyFileError(
             f"no server key: pass --key, set {KEY_VARIABLE}, or put {KEY_NAME} into {places[0].parent}; "
             "ensembler keys new --name server makes a pair"
         )
-    folder = options.authorized or path.parent / "authorized"
-    authorized = keys.load_authorized(folder)
-    if not authorized:
-        raise KeyFileError(f"{folder} holds no key, so no device could connect; copy the devices' .key files into it")
-    return keys.load_pair(path), authorized
+    pairs: list[KeyPair | None] = [keys.load_pair(path) for path in found]
+    return (pairs if len(pairs) == count else pairs * count), options.authorized or found[0].parent / "authorized"
