@@ -7,6 +7,8 @@ PYTHON ?= python3
 VENV ?= .venv
 TFLITE ?= .venv-tflite
 LEGACY ?= .venv-legacy
+FUZZ ?= .venv-fuzz
+FUZZ_INPUTS ?= 5000000
 TORCH_INDEX ?=
 BUNDLES ?= out/demo
 BIN = $(VENV)/bin
@@ -16,7 +18,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-tflite test-legacy test-arm lint docs bench results cifar wire privacy tables models clean
+.PHONY: demo test test-tflite test-legacy test-arm lint docs bench results cifar wire privacy tables models fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -92,6 +94,10 @@ tables: $(INSTALLED)
 models: $(INSTALLED)
 	$(BIN)/python benchmarks/models.py
 
+# Every decoder under a coverage-guided fuzzer: half an hour of one core. atheris is for Python 3.11 to 3.13.
+fuzz: $(FUZZ)/.installed
+	OMP_NUM_THREADS=1 $(FUZZ)/bin/python benchmarks/fuzzing.py --inputs $(FUZZ_INPUTS) --keep
+
 results: $(INSTALLED)
 	$(BIN)/python tools/print_results.py
 
@@ -117,5 +123,11 @@ $(LEGACY)/.installed: setup.cfg pyproject.toml constraints/legacy.txt
 		--editable '.[tflite-runtime,image]' pytest pytest-timeout
 	touch $@
 
+$(FUZZ)/.installed: setup.cfg pyproject.toml constraints/fuzz.txt
+	test -x $(FUZZ)/bin/python || $(PYTHON) -m venv $(FUZZ)
+	$(FUZZ)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/fuzz.txt \
+		--editable '.[encrypt]' atheris coverage
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TFLITE) $(LEGACY) build out *.egg-info
+	rm -rf $(VENV) $(TFLITE) $(LEGACY) $(FUZZ) build out *.egg-info
