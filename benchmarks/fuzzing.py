@@ -28,7 +28,7 @@ RUNNER = ROOT / "tests" / "fuzz" / "run_atheris.py"
 KEPT = ROOT / "tests" / "fuzz" / "corpus"
 
 # Of all inputs, in hundredths: most for what reads from the network.
-SHARES = {"message": 40, "client": 18, "server": 14, "card": 10, "request_id": 10, "packed": 7, "sealed": 1}
+SHARES = {"message": 40, "client": 16, "server": 14, "card": 6, "request_id": 14, "packed": 9, "sealed": 1}
 DECODERS = ("protocol/messages.py", "protocol/codec.py", "protocol/manifest.py", "edge_runtime/card.py")
 
 INPUT_TIMEOUT_S = 5

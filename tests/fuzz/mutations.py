@@ -75,6 +75,8 @@ def _fitting(tree: Any, payload: bytes, rng: random.Random) -> bytes:
     """Returns a payload of the length that the header asks for, or the same one where that is none or much."""
     with suppress(Exception):
         codec, shape = tree["tensor"]
+        if not all(type(axis) is int for axis in shape):  # a number times a text is a long text
+            return payload
         length = shape[0] * packed_row_bytes(shape[1:], CODEC_BITS[codec])
         if 0 < length <= 4096:
             fill = bytes(length) if rng.random() < 0.5 else rng.randbytes(length)
