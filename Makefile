@@ -18,7 +18,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-tflite test-legacy test-arm lint docs bench results cifar wire privacy tables models fuzz clean
+.PHONY: demo test test-tflite test-legacy test-arm test-image lint docs bench results cifar wire privacy tables models fuzz clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -41,6 +41,10 @@ test-legacy: $(LEGACY)/.installed
 test-arm: $(TFLITE)/.installed $(LEGACY)/.installed
 	ENSEMBLER_LEGACY_PYTHON=$(abspath $(LEGACY))/bin/python OMP_NUM_THREADS=1 \
 		$(TFLITE)/bin/python -m pytest -n 2 --dist loadscope --durations 10 tests/arm
+
+# The steps of deploy/Dockerfile without Docker, in fresh environments: a minute, and a package index.
+test-image: $(INSTALLED)
+	$(BIN)/python -m pytest tests/image
 
 lint: $(INSTALLED)
 	$(BIN)/ruff check .
