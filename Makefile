@@ -18,7 +18,8 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-tflite test-legacy test-arm test-image lint docs bench results cifar wire privacy tables models fuzz clean
+.PHONY: demo test test-tflite test-legacy test-arm test-image lint docs bench results cifar wire privacy tables models fuzz \
+	soak clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -98,9 +99,13 @@ tables: $(INSTALLED)
 models: $(INSTALLED)
 	$(BIN)/python benchmarks/models.py
 
-# Every decoder under a coverage-guided fuzzer: half an hour of one core. atheris is for Python 3.11 to 3.13.
+# Every decoder under a coverage-guided fuzzer: half an hour of a core of its own. atheris is for Python 3.11 to 3.13.
 fuzz: $(FUZZ)/.installed
 	OMP_NUM_THREADS=1 $(FUZZ)/bin/python benchmarks/fuzzing.py --inputs $(FUZZ_INPUTS) --keep
+
+# An hour of half load on `ensembler serve`: memory and descriptors stay flat. After `make demo`.
+soak: $(INSTALLED)
+	$(BIN)/python benchmarks/soak.py $(BUNDLES)
 
 results: $(INSTALLED)
 	$(BIN)/python tools/print_results.py
