@@ -13,12 +13,15 @@ import shlex
 import shutil
 import subprocess
 import sys
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 import yaml
 
 from ensembler.cli import serve
+from ensembler.transport import keys
+from ensembler.transport.allow_list import FolderAllowList
 
 ROOT = Path(__file__).resolve().parent.parent
 DEPLOY = ROOT / "deploy"
@@ -35,6 +38,10 @@ def parsed(arguments):
     parser = argparse.ArgumentParser(allow_abbrev=False)
     serve.add_arguments(parser)
     return parser.parse_args(arguments)
+
+
+def port(address):
+    return address.rpartition(":")[2]
 
 
 def unit(name):
@@ -86,7 +93,7 @@ def test_a_server_that_drains_is_not_killed_before_its_grace_is_over(where):
 def test_the_unit_starts_with_the_key_that_it_copied_and_that_nobody_else_can_read():
     copy = shlex.split(unit("ExecStartPre"))
     assert copy[:2] == ["/usr/bin/install", "--mode=0600"]
-    assert copy[-1] == str(parsed(unit_arguments()).key)
+    assert [copy[-1]] == [str(path) for path in parsed(unit_arguments()).key]
     assert unit("LoadCredential").split(":")[0] == Path(copy[-2]).name
     assert Path(unit("LoadCredential").split(":")[1]).is_relative_to("/etc/ensembler")
 
@@ -156,7 +163,7 @@ def test_hadolint_has_nothing_to_say():
 def test_the_image_is_not_roots_and_exposes_what_it_listens_on():
     options = parsed(instruction("CMD"))
     assert instruction("USER").split(":")[0] not in ("root", "0")
-    ports = [options.bind.rpartition(":")[2], options.http.rpartition(":")[2]]
+    ports = [*map(port, options.bind), port(options.http)]
     assert instruction("EXPOSE").split() == ports
     (asked,) = re.findall(r"http://127\.0\.0\.1:(\d+)/livez", DOCKERFILE)
     assert asked == ports[1]
@@ -184,14 +191,15 @@ def test_the_manifest_is_what_the_schemas_of_kubernetes_say():
 
 def test_probes_ask_the_port_that_the_server_listens_on():
     options = parsed(SERVER["args"])
-    ports = {port["name"]: str(port["containerPort"]) for port in SERVER["ports"]}
-    assert ports == {"zmq": options.bind.rpartition(":")[2], "http": options.http.rpartition(":")[2]}
+    ports = {each["name"]: str(each["containerPort"]) for each in SERVER["ports"]}
+    (bind,) = options.bind
+    assert ports == {"zmq": port(bind), "http": port(options.http)}
     paths = {name: SERVER[name]["httpGet"]["path"] for name in ("startupProbe", "livenessProbe", "readinessProbe")}
     assert paths == {"startupProbe": "/readyz", "livenessProbe": "/livez", "readinessProbe": "/readyz"}
     assert {SERVER[name]["httpGet"]["port"] for name in paths} == {"http"}
     (service,) = OBJECTS["Service"]["spec"]["ports"]
     assert service["targetPort"] == "zmq"
-    assert {port["port"] for rule in OBJECTS["NetworkPolicy"]["spec"]["ingress"] for port in rule["ports"]} == {*ports}
+    assert {each["port"] for rule in OBJECTS["NetworkPolicy"]["spec"]["ingress"] for each in rule["ports"]} == {*ports}
 
 
 def test_pods_are_found_by_their_label():
@@ -208,11 +216,11 @@ def test_pods_are_found_by_their_label():
 def test_every_file_that_the_pods_server_reads_is_mounted():
     options = parsed(SERVER["args"])
     mounted = {mount["mountPath"] for mount in SERVER["volumeMounts"]}
-    bundles = options.bundle if isinstance(options.bundle, list) else [options.bundle]
-    assert {*map(str, bundles), str(options.key.parent), str(options.authorized)} == mounted
+    (key,) = options.key
+    assert {*map(str, options.bundles), str(key.parent), str(options.authorized)} == mounted
     (init,) = POD["initContainers"]
     assert init["command"][:2] == ["install", "--mode=0600"]
-    assert init["command"][-1] == str(options.key)
+    assert init["command"][-1] == str(key)
     volumes = {volume["name"] for volume in POD["volumes"]}
     assert {mount["name"] for each in (init, SERVER) for mount in each["volumeMounts"]} == volumes
 
@@ -226,6 +234,25 @@ def test_the_pod_has_no_more_rights_than_it_needs_and_its_threads_are_its_cpus()
         assert not context["allowPrivilegeEscalation"]
         assert context["capabilities"] == {"drop": ["ALL"]}
     assert parsed(SERVER["args"]).threads == int(SERVER["resources"]["limits"]["cpu"])
+
+
+def test_a_config_map_that_changes_under_its_links_changes_who_may_connect(tmp_path):
+    # As the kubelet lays one out: names that lead through ..data, which is replaced as a whole.
+    mount = tmp_path / "authorized"
+    for version, name in (("..1", "kitchen"), ("..2", "hall")):
+        made, _ = keys.create(tmp_path, name)
+        (mount / version).mkdir(parents=True)
+        (mount / version / "device.key").write_bytes(made.read_bytes())
+    (mount / "..data").symlink_to("..1")
+    (mount / "device.key").symlink_to("..data/device.key")
+    kitchen, hall = (keys.load_public(tmp_path / f"{name}.key") for name in ("kitchen", "hall"))
+    with closing(FolderAllowList(mount)) as allowed:
+        assert kitchen in allowed
+        (mount / "..new").symlink_to("..2")
+        (mount / "..new").rename(mount / "..data")
+        allowed.look()
+        assert hall in allowed
+        assert kitchen not in allowed
 
 
 def test_the_operators_guide_makes_what_the_manifest_only_names():
