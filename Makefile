@@ -9,6 +9,7 @@ TFLITE ?= .venv-tflite
 LEGACY ?= .venv-legacy
 FUZZ ?= .venv-fuzz
 FUZZ_INPUTS ?= 5000000
+PEERS ?= .venv-peers
 TORCH_INDEX ?=
 BUNDLES ?= out/demo
 BIN = $(VENV)/bin
@@ -18,8 +19,8 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-tflite test-legacy test-arm test-image lint docs bench results cifar wire privacy tables models fuzz \
-	soak clean
+.PHONY: demo test test-tflite test-legacy test-arm test-image lint docs bench load peers results cifar wire privacy tables \
+	models fuzz soak clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -65,6 +66,15 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py $(BUNDLES)
 	$(BIN)/python benchmarks/device.py $(BUNDLES)
 	$(BIN)/python benchmarks/timing.py
+
+# The server under load, and beside other servers: the figures of docs/operator.md, half an hour on an idle machine.
+load: $(INSTALLED) peers
+	$(BIN)/python benchmarks/bundles.py
+	$(BIN)/python benchmarks/load.py
+	$(PEERS)/bin/python benchmarks/side_by_side.py
+
+# The other servers have an environment of their own; none of them is a dependency.
+peers: $(PEERS)/.installed
 
 # The slim net on CIFAR-10, an hour on two cores. CIFAR10=PATH of the authors' archive, or an npz pair.
 cifar: $(INSTALLED)
@@ -138,5 +148,11 @@ $(FUZZ)/.installed: setup.cfg pyproject.toml constraints/fuzz.txt
 		--editable '.[encrypt]' atheris coverage
 	touch $@
 
+$(PEERS)/.installed: setup.cfg pyproject.toml constraints/peers.txt
+	test -x $(PEERS)/bin/python || $(PYTHON) -m venv $(PEERS)
+	$(PEERS)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/peers.txt \
+		--editable '.[cloud,encrypt]' grpcio httptools litserve mosec uvloop
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TFLITE) $(LEGACY) $(FUZZ) build out *.egg-info
+	rm -rf $(VENV) $(TFLITE) $(LEGACY) $(FUZZ) $(PEERS) build out *.egg-info
