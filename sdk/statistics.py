@@ -6,7 +6,6 @@ import threading
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 from ensembler.protocol.errors import BusyError, EnsemblerError
 
@@ -99,7 +98,7 @@ class Counts:
                 retries=self._retries,
                 answers=self._answers,
                 busy=self._busy,
-                failures=MappingProxyType(dict(self._failures)),
+                failures=dict(self._failures),
                 last_error=self._last_error,
                 bytes_up=self._bytes_up,
                 bytes_down=self._bytes_down,
