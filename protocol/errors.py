@@ -110,7 +110,15 @@ class ServerUnreachableError(TransportError):
 
 
 class AuthenticationError(TransportError):
-    """The encrypted handshake was refused: wrong server key, or the server does not know this device."""
+    """The encrypted handshake was refused: wrong server key, or the server does not know this device.
+
+    ``certain`` is False where the connection ended during the handshake and nobody said why: a server that does not
+    have the pinned key ends it so, and also one that is just being stopped.
+    """
+
+    def __init__(self, message: str, *, certain: bool = True) -> None:
+        super().__init__(message)
+        self.certain = certain
 
 
 class DeadlineExceededError(TransportError):

@@ -18,6 +18,8 @@ from ensembler.prediction import Prediction
 from ensembler.process import OwnProcess
 from ensembler.protocol.errors import ConfigError, DeadlineExceededError
 from ensembler.protocol.options import whole
+from ensembler.servers import Servers
+from ensembler.statistics import ReplicaStatistics
 from ensembler.streaming import Stream, checked_in_flight
 
 T = TypeVar("T")
@@ -43,9 +45,7 @@ class AsyncEdgeClient:
         ConfigError: an impossible option; otherwise errors as ``EdgeClient``.
     """
 
-    def __init__(
-        self, bundle: str | os.PathLike[str], server: str | Sequence[str], *, max_calls: int = 8, **options: Any
-    ) -> None:
+    def __init__(self, bundle: str | os.PathLike[str], server: Servers, *, max_calls: int = 8, **options: Any) -> None:
         self._max_calls = whole("max_calls", max_calls, 1)
         self._client = EdgeClient(bundle, server, **options)
         self._process = OwnProcess()
@@ -115,6 +115,10 @@ class AsyncEdgeClient:
     def info(self) -> ClientInfo:
         """Says what this client is; see ``EdgeClient.info``."""
         return self._client.info()
+
+    def statistics(self) -> tuple[ReplicaStatistics, ...]:
+        """Returns what was counted about each server; see ``EdgeClient.statistics``."""
+        return self._client.statistics()
 
     @property
     def labels(self) -> tuple[str, ...]:

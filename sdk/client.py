@@ -8,6 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,13 +21,16 @@ from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
 from ensembler.info import ClientInfo, describe
-from ensembler.party import Party, Reply, exchange_all
+from ensembler.party import Party, exchange_all
 from ensembler.prediction import Prediction, Timings
 from ensembler.process import OwnProcess
 from ensembler.protocol.errors import ConfigError, EnsemblerError, KeyFileError
 from ensembler.protocol.manifest import ClientManifest, Kdf, WireSpec
 from ensembler.protocol.messages import INFER, LIMITS, REQUEST_ID_BYTES, STATUS, Message
 from ensembler.protocol.options import expanded, milliseconds, whole
+from ensembler.replica import Replica, Reply
+from ensembler.servers import ServerKeys, Servers, server_addresses, server_keys
+from ensembler.statistics import ReplicaStatistics
 from ensembler.streaming import answers, checked_in_flight
 from ensembler.transport import keys as key_files
 from ensembler.transport.base import Transport
@@ -51,7 +55,9 @@ class EdgeClient:
 
     Args:
         bundle: the folder of a client bundle.
-        server: ``tcp://host:port``; for a bundle of several operators one address for each, in the bundle's order.
+        server: ``tcp://host:port``; for a bundle of several operators one entry for each, in the bundle's order. An
+            entry may be several addresses, in a sequence or in one text with commas: replicas, servers of the same
+            operator with the same nets, of which one is asked, and another one when that fails.
         key: the device's secret key file. None looks at ``$ENSEMBLER_DEVICE_KEY``,
             ``BUNDLE/../keys/device.key_secret``, ``~/.config/ensembler/device.key_secret``,
             ``/etc/ensembler/device.key_secret``, in this order.
@@ -59,6 +65,8 @@ class EdgeClient:
             this and ``passphrase``, ``$ENSEMBLER_BUNDLE_KEY`` is the path of a file with what the bundle asks for, a
             key or a passphrase. Neither is kept.
         passphrase: opens a bundle that is encrypted with a passphrase.
+        server_key: the public key of the servers, instead of what the bundle pins: the path of its file, or its 40
+            characters. A mapping from addresses to keys holds for those; the others keep what the bundle pins.
         plaintext: connect without encryption and authentication. Never the default, also when the bundle pins no key.
         timeout_ms: the deadline of a call that gives none itself.
         threads: of one run of head or tail; None takes what ``ensembler bench device --write`` found best, else one.
@@ -69,7 +77,7 @@ class EdgeClient:
         fallback: called with ``(image, error)`` when the cloud is away (``fallback.cloud_is_away``: no connection, no
             answer before the deadline, a full or a stopping server); its ``Prediction`` is the answer. See
             ``Prediction.local``. It may be called from several threads. None raises the error.
-        transport: moves the frames instead of ZeroMQ, one for each operator; for tests.
+        transport: moves the frames instead of ZeroMQ, one for each address; for tests.
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
@@ -81,9 +89,10 @@ class EdgeClient:
     def __init__(
         self,
         bundle: str | os.PathLike[str],
-        server: str | Sequence[str],
+        server: Servers,
         *,
         key: str | os.PathLike[str] | None = None,
+        server_key: ServerKeys | None = None,
         bundle_key: str | os.PathLike[str] | bytes | None = None,
         passphrase: str | None = None,
         plaintext: bool = False,
@@ -108,13 +117,13 @@ class EdgeClient:
         refuse_idle_secret(folder, self._manifest, bundle_key, passphrase)
         self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
-        servers = _addresses(server, self._manifest, folder)
+        servers = server_addresses(server, self._manifest, folder)
         self._describe = partial(
             describe,
             folder,
             self._manifest,
             backend=self._runtime.backend,
-            servers=servers,
+            servers=tuple(map(",".join, servers)),
             encrypted=transport is None and not plaintext,
         )
         self._fallback = fallback
@@ -122,20 +131,35 @@ class EdgeClient:
         if transport is not None:
             transports = [transport] if not isinstance(transport, Sequence) else transport
         else:
-            transports = self._open_transports(folder, servers, key, plaintext=plaintext)
-        self._parties = [Party(*each) for each in zip(servers, self._manifest.parties, transports, strict=True)]
+            transports = self._open_transports(folder, servers, key, server_key, plaintext=plaintext)
+        addresses = [address for replicas in servers for address in replicas]
+        made = iter([Replica(*each) for each in zip(addresses, transports, strict=True)])
+        self._parties = [
+            Party(spec, tuple(islice(made, len(replicas))))
+            for spec, replicas in zip(self._manifest.parties, servers, strict=True)
+        ]
         self._closed = threading.Event()
 
     def _open_transports(
-        self, folder: Path, servers: Sequence[str], key: str | os.PathLike[str] | None, *, plaintext: bool
+        self,
+        folder: Path,
+        servers: Sequence[Sequence[str]],
+        key: str | os.PathLike[str] | None,
+        server_key: ServerKeys | None,
+        *,
+        plaintext: bool,
     ) -> list[Transport]:
+        """Opens a transport for each address, in order."""
         if plaintext:
-            return _opened(ZmqTransport(server, server_key=None, keys=None) for server in servers)
-        pinned = [party.server_public_key for party in self._manifest.parties]
-        if None in pinned:
+            if server_key is not None:
+                raise ConfigError("server_key and plaintext were both given; a key is for an encrypted connection")
+            return _opened(ZmqTransport(address, server_key=None, keys=None) for each in servers for address in each)
+        known = server_keys(server_key, servers, self._manifest)
+        if any(public is None for _, public in known):
             raise ConfigError(
-                f"the bundle {folder} pins no server key, so the server cannot be known; export with --server-key, or "
-                "pass plaintext=True (--plaintext) if nobody else can reach the network"
+                f"the bundle {folder} pins no server key, so the server cannot be known; export with --server-key, "
+                "pass server_key (--server-key), or pass plaintext=True (--plaintext) if nobody else can reach the "
+                "network"
             )
         places = [folder.resolve().parent / "keys" / KEY_NAME, *key_files.standard_places(KEY_NAME)]
         path = key_files.find(key, KEY_VARIABLE, places)
@@ -145,10 +169,7 @@ class EdgeClient:
                 "ensembler keys new makes a pair"
             )
         pair = key_files.load_pair(path)
-        return _opened(
-            ZmqTransport(server, server_key=server_key, keys=pair)
-            for server, server_key in zip(servers, pinned, strict=True)
-        )
+        return _opened(ZmqTransport(address, server_key=public, keys=pair) for address, public in known)
 
     # --- the public calls ---
 
@@ -252,6 +273,13 @@ class EdgeClient:
         """Says what this client is, without asking the server; nothing in it is secret."""
         return self._describe()
 
+    def statistics(self) -> tuple[ReplicaStatistics, ...]:
+        """Returns what was counted about each server since this client was made: per operator, its replicas in order.
+
+        No server is asked, and nothing in it is secret.
+        """
+        return tuple(each for index, party in enumerate(self._parties) for each in party.statistics(index))
+
     @property
     def timeout_ms(self) -> float:
         """The deadline of a call that gives none itself, in milliseconds."""
@@ -282,7 +310,7 @@ class EdgeClient:
         self.close()
 
     def __repr__(self) -> str:
-        servers = [party.server for party in self._parties]
+        servers = [",".join(party.servers) for party in self._parties]
         shown = servers[0] if len(servers) == 1 else servers
         return f"EdgeClient(server={shown!r}, bodies_id={self._manifest.wire.bodies_id[:12]!r})"
 
@@ -393,19 +421,6 @@ def _rows_per_request(wire: WireSpec) -> int:
     """Returns how many images fit into one request and its reply, also when they are unpacked."""
     codes = max(math.prod(wire.feature_shape), wire.num_nets * wire.answer_width)
     return max(1, min(MAX_REQUEST_ROWS, LIMITS.tensor_bytes // codes))
-
-
-def _addresses(server: str | Sequence[str], manifest: ClientManifest, bundle: Path) -> tuple[str, ...]:
-    """Returns one address for each operator."""
-    addresses = (server,) if isinstance(server, str) or not isinstance(server, Iterable) else tuple(server)
-    if not all(isinstance(address, str) for address in addresses):
-        raise ConfigError(f"server = {server!r}: give tcp://host:port, for several operators a list of such addresses")
-    if len(addresses) != len(manifest.parties):
-        raise ConfigError(
-            f"the bundle {bundle} was exported for {len(manifest.parties)} operators, {len(addresses)} server "
-            "addresses were given; give one for each, in the order of the export"
-        )
-    return addresses
 
 
 def _opened(transports: Iterable[Transport]) -> list[Transport]:

@@ -28,7 +28,7 @@ class ClientInfo:
         noise_mode: ``fixed``, ``fresh``, ``drawn`` (one of several tensors for each image) or ``none``.
         dropout: the share of the features that is sent as 0.0, other ones for each image.
         backend: the inference runtime.
-        servers: the addresses.
+        servers: the addresses, one text for each operator; replicas are joined by commas.
         encrypted: whether the connections are.
         privacy: what the bundle's privacy card says, who signed it, and whether it is of these files; None if the
             bundle has none.

@@ -1,69 +1,67 @@
-"""One operator's server, as a client sees it: connections, retries, and errors that name it."""
+"""One operator, as a client sees it: a few replicas of the same nets, of which one answers each request.
+
+A request goes to the replica that answered last. The next one gets the same bytes when it fails, or has said nothing
+for its share of the time that is left; those that were asked before are still listened to. Never are two asked at
+once from the start: that would double the load of all.
+"""
 
 from __future__ import annotations
 
+import math
 import threading
 import time
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Sequence
 
 import numpy as np
 import numpy.typing as npt
 
 from ensembler.protocol.errors import (
+    AuthenticationError,
     BusyError,
-    ConfigError,
     DeadlineExceededError,
     EnsemblerError,
-    ExpiredError,
-    InternalError,
     ProtocolError,
+    ServerUnreachableError,
     ShuttingDownError,
-    from_wire,
 )
 from ensembler.protocol.manifest import PartySpec, WireSpec
-from ensembler.protocol.messages import ERROR, RESULT, Message, decode, encode
-from ensembler.transport.base import Connection, Frames, Transport
+from ensembler.protocol.messages import Message, encode
+from ensembler.replica import Asked, Replica, Reply, Request
+from ensembler.statistics import ReplicaStatistics
 
 Codes = npt.NDArray[np.uint8]
 
-SHUTDOWN_RETRY_MS = 100.0
-MIN_RETRY_MS = 1.0
+SHUTDOWN_RETRY_S = 0.1
+# Between two tries of a replica that is away; the wait doubles.
+RECONNECT_S = 0.05
+RECONNECT_MAX_S = 1.0
+# A server cannot make the device spin.
+MIN_RETRY_S = 0.001
+# How long one of several silent replicas is listened to before the next one.
+LISTEN_S = 0.005
 
-
-@dataclass(frozen=True)
-class Reply:
-    """A result, and what travelled for it, headers included."""
-
-    message: Message
-    bytes_up: int
-    bytes_down: int
-
-    def number(self, name: str) -> float:
-        """Returns a number of the reply's info, 0 where there is none."""
-        return _number(self.message.info.get(name))
+# When replicas failed in different ways, the one that passes soonest by itself is the call's error.
+_HOPE = (BusyError, ShuttingDownError, DeadlineExceededError, ServerUnreachableError, EnsemblerError)
 
 
 class Party:
-    """Asks one server. Thread-safe: every exchange has a connection of its own.
+    """Asks one operator. Thread-safe.
 
     Args:
-        server: the address, for errors.
         spec: which of the N nets it holds.
-        transport: moves the frames.
+        replicas: its servers, the preferred one first.
     """
 
-    def __init__(self, server: str, spec: PartySpec, transport: Transport) -> None:
-        self.server = server
+    def __init__(self, spec: PartySpec, replicas: Sequence[Replica]) -> None:
         self.spec = spec
+        self.replicas = tuple(replicas)
+        self.servers = tuple(replica.server for replica in self.replicas)
         self.bodies_id = bytes.fromhex(spec.bodies_id)
-        self._transport = transport
-        self._idle: list[Connection] = []
-        self._lock = threading.Lock()
-        self._closed = threading.Event()
+        self.closed = threading.Event()
+        self._preferred = self.replicas[0]
 
     def exchange(self, request: Message, deadline: float) -> Reply:
-        """Sends a request until it is answered; every retry sends the same bytes.
+        """Sends a request until it is answered; every retry, to whichever replica, sends the same bytes.
 
         Encoding again would add new noise to the same image, which a server could average away.
 
@@ -77,36 +75,24 @@ class Party:
             ProtocolError: the server answered with something that is not an answer.
             ConfigError: closed meanwhile.
         """
-        frames = encode(request)
+        return _Exchange(self, Request(encode(request), request.request_id), deadline).run()
 
-        def accept(reply: Frames) -> Reply | None:
-            message = decode(reply)
-            if message.request_id != request.request_id:
-                return None  # a late answer to an earlier request of this connection
-            return Reply(message, sum(map(len, frames)), sum(map(len, reply)))
+    def prefer(self, replica: Replica) -> None:
+        """Notes which replica answered last."""
+        replica.wake()
+        self._preferred = replica
 
-        while True:
-            connection = self._borrow()
-            try:
-                reply = connection.exchange(frames, accept, deadline)
-            except BaseException:
-                # Whatever it was, an answer may still come on this line: no later request shall meet it.
-                connection.close()
-                raise
-            self._give_back(connection)
-            if reply.message.operation == RESULT:
-                return reply
-            error = _error_of(reply.message)
-            if isinstance(error, BusyError):
-                self._pause(error.retry_after_ms, deadline, error)
-            elif isinstance(error, ShuttingDownError):
-                self._pause(SHUTDOWN_RETRY_MS, deadline, error)
-            elif isinstance(error, ExpiredError):
-                raise DeadlineExceededError(
-                    f"{self.server}: {error}; raise timeout_ms, or look at the server's load"
-                ) from None
-            else:
-                raise error
+    def order(self) -> list[Replica]:
+        """Returns the replicas in the order in which a request goes to them."""
+        return sorted(self.replicas, key=lambda replica: (replica.resting, replica is not self._preferred))
+
+    def statistics(self, party: int) -> list[ReplicaStatistics]:
+        """Returns the numbers of each replica; ``party`` is the position of this one."""
+        first = self.order()[0]
+        return [
+            each.counts.read(party=party, server=each.server, preferred=each is first, resting=each.resting)
+            for each in self.replicas
+        ]
 
     def answers(self, reply: Reply, rows: int, wire: WireSpec) -> Codes:
         """Returns the codes ``(rows, n, F)`` of this party's n nets.
@@ -122,46 +108,145 @@ class Party:
         if message.tensor is None or message.tensor.shape != expected or message.bits != wire.answer_bits:
             shape = None if message.tensor is None else message.tensor.shape
             raise ProtocolError(
-                f"{self.server} answered with shape {shape} in {message.bits} bits, {expected} in {wire.answer_bits} "
+                f"{reply.server} answered with shape {shape} in {message.bits} bits, {expected} in {wire.answer_bits} "
                 "was asked for; is it the right server?"
             )
         if message.bodies_id != self.bodies_id:
-            raise ProtocolError(f"{self.server} answered for other nets than were asked for")
+            raise ProtocolError(f"{reply.server} answered for other nets than were asked for")
         return message.tensor
 
     def close(self) -> None:
         """Closes all connections; exchanges in other threads end with an error."""
-        self._closed.set()
-        with self._lock:
-            idle, self._idle = self._idle, []
-        for connection in idle:
-            connection.close()
-        self._transport.close()
+        self.closed.set()
+        for replica in self.replicas:
+            replica.close()
 
-    def _pause(self, wait_ms: float, deadline: float, error: EnsemblerError) -> None:
-        """Waits before a retry; raises ``error`` when that would be too late."""
-        wait_s = max(MIN_RETRY_MS, wait_ms) / 1000  # a server cannot make the device spin
-        if time.monotonic() + wait_s >= deadline:
+
+class _Exchange:
+    """One request's way through the replicas of a party."""
+
+    def __init__(self, party: Party, request: Request, deadline: float) -> None:
+        self._party = party
+        self._request = request
+        self._deadline = deadline
+        self._asked: list[Asked] = []  # silent so far, in the order in which they were asked
+        self._patience = 0.0  # until when nobody else is asked
+        self._sends = 0
+        # Of those that failed: what they said last, from when they may be asked again, and the wait if they are away.
+        self._errors: dict[Replica, EnsemblerError] = {}
+        self._again = dict.fromkeys(party.replicas, 0.0)
+        self._away_s = dict.fromkeys(party.replicas, RECONNECT_S)
+
+    def run(self) -> Reply:
+        """Returns the first result; see ``Party.exchange``."""
+        try:
+            while (now := time.monotonic()) < self._deadline:
+                turn, replica = self._next(now)
+                if turn <= now and replica is not None:
+                    self._ask(replica, now)
+                elif self._asked:
+                    reply = self._listen(min(turn, self._deadline))
+                    if reply is not None:
+                        return reply
+                elif turn >= self._deadline:
+                    break  # whoever may be asked again, may be so too late
+                else:
+                    self._party.closed.wait(turn - now)
+            raise self._failure()
+        finally:
+            for asked in self._asked:
+                asked.close()
+
+    def _next(self, now: float) -> tuple[float, Replica | None]:
+        """Returns which replica is asked next, and when: never, if all were asked or have refused."""
+        under_way = {asked.replica for asked in self._asked}
+        left = [replica for replica in self._party.order() if replica not in under_way]
+        # The sort is stable: of those that may be asked now, the party's first.
+        replica = min(left, key=lambda each: max(now, self._again[each]), default=None)
+        if replica is None or self._again[replica] == math.inf:
+            return math.inf, None
+        return max(self._again[replica], self._patience), replica
+
+    def _ask(self, replica: Replica, now: float) -> None:
+        for asked in self._asked:
+            asked.replica.rest()  # whoever is silent for that long is not the first to be asked in other calls
+        try:
+            self._asked.append(replica.ask(self._request, again=self._sends > 0))
+        except EnsemblerError as error:
+            self._fails(replica, error)
+            return
+        finally:
+            self._sends += 1
+        others = sum(again < self._deadline for again in self._again.values()) - len(self._asked)
+        self._patience = now + (self._deadline - now) / (1 + others)
+
+    def _listen(self, until: float) -> Reply | None:
+        """Waits for those that were asked; None: nobody answered until then, or somebody failed."""
+        while True:
+            now = time.monotonic()
+            for asked in tuple(self._asked):
+                try:
+                    reply = asked.reply(until if len(self._asked) == 1 else min(until, now + LISTEN_S))
+                except EnsemblerError as error:
+                    if asked is self._asked[-1]:  # else the last one still has its time
+                        self._patience = 0.0
+                    self._asked.remove(asked)
+                    self._fails(asked.replica, error)
+                    return None
+                if reply is not None:
+                    if asked is self._asked[-1]:  # who answers later than that is no better for it
+                        self._party.prefer(asked.replica)
+                    return reply
+            if time.monotonic() >= until:
+                return None
+
+    def _fails(self, replica: Replica, error: EnsemblerError) -> None:
+        """Notes an error, and when the replica may be asked again; raises it if the client was closed."""
+        if self._party.closed.is_set():
             raise error
-        self._closed.wait(wait_s)
+        self._errors[replica] = error
+        replica.counts.failed(error)
+        now = time.monotonic()
+        if isinstance(error, BusyError):
+            wait_s = max(MIN_RETRY_S, error.retry_after_ms / 1000)
+        elif isinstance(error, ShuttingDownError):
+            wait_s = SHUTDOWN_RETRY_S
+        elif isinstance(error, ServerUnreachableError) or (
+            isinstance(error, AuthenticationError) and not error.certain
+        ):
+            # Not beyond the half of what is left: a server that comes back shortly before the deadline is met.
+            wait_s = max(RECONNECT_S, min(self._away_s[replica], (self._deadline - now) / 2))
+            self._away_s[replica] = min(2 * self._away_s[replica], RECONNECT_MAX_S)
+        else:
+            wait_s = math.inf
+        self._again[replica] = now + wait_s
+        if not isinstance(error, BusyError):
+            replica.rest()
 
-    def _borrow(self) -> Connection:
-        with self._lock:
-            if self._closed.is_set():
-                raise ConfigError("this EdgeClient is closed; make a new one")
-            if self._idle:
-                return self._idle.pop()
-        return self._transport.connect()
+    def _failure(self) -> EnsemblerError:
+        """Returns the call's error; of several replicas it says what each one said."""
+        for asked in self._asked:
+            self._errors[asked.replica] = error = asked.silence()
+            asked.replica.counts.failed(error)
+            asked.replica.rest()
+        errors = [self._errors[replica] for replica in self._party.replicas if replica in self._errors]
+        if not errors:
+            return DeadlineExceededError(
+                f"the deadline passed before {' or '.join(self._party.servers)} could be asked; raise timeout_ms"
+            )
+        hopeful = min(errors, key=_hope)
+        if len(self._party.replicas) == 1:
+            return hopeful
+        text = f"none of {len(self._party.replicas)} replicas answered: " + "; ".join(
+            _named(replica.server, self._errors[replica]) if replica in self._errors else f"{replica.server}: not asked"
+            for replica in self._party.replicas
+        )
+        if isinstance(hopeful, BusyError):
+            return BusyError(text, min(error.retry_after_ms for error in errors if isinstance(error, BusyError)))
+        return type(hopeful)(text)
 
-    def _give_back(self, connection: Connection) -> None:
-        with self._lock:
-            if not self._closed.is_set():
-                self._idle.append(connection)
-                return
-        connection.close()
 
-
-def exchange_all(parties: list[Party], requests: list[Message], deadline: float) -> list[Reply]:
+def exchange_all(parties: Sequence[Party], requests: Sequence[Message], deadline: float) -> list[Reply]:
     """Asks all parties at once and waits for all; one that fails, fails the call, whichever it is.
 
     Which nets are selected has no say in it: an answer that is not needed is waited for like any other. Ctrl-C ends the
@@ -188,8 +273,8 @@ def exchange_all(parties: list[Party], requests: list[Message], deadline: float)
         thread.join()
     replies = []
     for party, outcome in zip(parties, outcomes, strict=True):
-        if isinstance(outcome, EnsemblerError) and party.server not in str(outcome):
-            outcome.args = (f"{party.server}: {outcome}",)
+        if isinstance(outcome, EnsemblerError):
+            outcome.args = (_named(party.servers[0], outcome),)
         if not isinstance(outcome, Reply):
             assert outcome is not None
             raise outcome
@@ -197,13 +282,9 @@ def exchange_all(parties: list[Party], requests: list[Message], deadline: float)
     return replies
 
 
-def _error_of(message: Message) -> EnsemblerError:
-    info = message.info
-    code, text = info.get("code"), info.get("message")
-    if message.operation != ERROR or not isinstance(code, int) or not isinstance(text, str):
-        return InternalError("the server answered with neither a result nor an error")
-    return from_wire(code, text, _number(info.get("retry_after_ms")))
+def _hope(error: EnsemblerError) -> int:
+    return next(index for index, kind in enumerate(_HOPE) if isinstance(error, kind))
 
 
-def _number(value: Any) -> float:
-    return float(value) if isinstance(value, int | float) else 0.0
+def _named(server: str, error: EnsemblerError) -> str:
+    return str(error) if server in str(error) else f"{server}: {error}"

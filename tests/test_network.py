@@ -176,7 +176,7 @@ def test_a_device_that_was_refused_before_its_first_request_is_told_so_too(tiny,
     deadline = time.monotonic() + 60
     with client(tiny, running, key=stranger) as edge:
         (party,) = edge._parties
-        first = party._transport._first
+        first = party.replicas[0]._transport._first
         while first._socket.getsockopt(zmq.EVENTS) & zmq.POLLOUT:
             assert time.monotonic() < deadline
             first._monitor.poll(100, zmq.POLLIN)
@@ -184,16 +184,17 @@ def test_a_device_that_was_refused_before_its_first_request_is_told_so_too(tiny,
             edge.predict(tiny_images[0])
 
 
-def test_a_send_that_finds_no_queue_ends_at_the_deadline(tiny, running, tmp_path):
+def test_a_line_that_was_refused_says_so_again_and_takes_no_request(tiny, running, tmp_path):
     _, stranger = keys.create(tmp_path, "stranger")
     server_key = keys.load_public(tiny.keys / "server.key")
     transport = ZmqTransport(running, server_key=server_key, keys=keys.load_pair(stranger))
     connection = transport.connect()
-    deadline = time.monotonic() + 60
+    connection.send([b"x"])
     with pytest.raises(AuthenticationError):
-        connection.exchange([b"x"], lambda _: None, deadline)
-    with pytest.raises(TransportError):  # the refusal is known already, and is not told twice
-        connection.exchange([b"x"], lambda _: None, time.monotonic() + 0.2)
+        connection.receive(lambda _: None, time.monotonic() + 60)
+    assert not connection.usable()
+    with pytest.raises(AuthenticationError):
+        connection.send([b"x"])
     connection.close()
     transport.close()
 

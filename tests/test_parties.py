@@ -11,7 +11,7 @@ import pytest
 
 from ensembler.cli import main
 from ensembler.client import EdgeClient
-from ensembler.party import Party, Reply, exchange_all
+from ensembler.party import Party, exchange_all
 from ensembler.protocol.errors import (
     AuthenticationError,
     ConfigError,
@@ -22,6 +22,7 @@ from ensembler.protocol.errors import (
 )
 from ensembler.protocol.manifest import PartySpec, load_client, load_server
 from ensembler.protocol.messages import Message
+from ensembler.replica import Replica, Reply
 from ensembler.transport.inprocess import InProcessTransport
 
 OPEN = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100")
@@ -154,14 +155,14 @@ def test_ctrl_c_ends_a_call_without_waiting_for_the_other_operators():
     entered, release, ended = threading.Event(), threading.Event(), threading.Event()
 
     class Interrupted:
-        server = "a"
+        servers = ("a",)
 
         def exchange(self, request, deadline):
             assert entered.wait(30)
             raise KeyboardInterrupt
 
     class Silent:
-        server = "b"
+        servers = ("b",)
 
         def exchange(self, request, deadline):
             entered.set()
@@ -179,12 +180,13 @@ def test_ctrl_c_ends_a_call_without_waiting_for_the_other_operators():
 def test_an_operator_that_answers_something_else_is_named(change, tiny):
     wire = load_client(tiny.client).wire
     spec = PartySpec(bodies_id="ab" * 32, num_nets=1, server_public_key=None)
-    party = Party("tcp://second:5555", spec, InProcessTransport(lambda _: []))
+    server = "tcp://second:5555"
+    party = Party(spec, [Replica(server, InProcessTransport(lambda _: []))])
     tensor = np.zeros((2, 1, wire.answer_width), np.uint8)
     right = Message(operation="result", request_id=bytes(16), bodies_id=party.bodies_id, tensor=tensor)
-    assert party.answers(Reply(right, 0, 0), 2, wire) is tensor
+    assert party.answers(Reply(right, server, 0, 0), 2, wire) is tensor
     with pytest.raises(ProtocolError, match=r"^tcp://second:5555 answered "):
-        party.answers(Reply(replace(right, **change), 0, 0), 2, wire)
+        party.answers(Reply(replace(right, **change), server, 0, 0), 2, wire)
 
 
 @pytest.mark.parametrize("missing", [0, 1])

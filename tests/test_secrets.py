@@ -167,7 +167,9 @@ def test_no_object_shows_a_secret(secrets, tiny, tiny_images, gate):
             *(load_client(tiny.client), load_server(tiny.server), ExportOptions(secret=hidden[1])),
             *(RunFolder.open(tiny.run).read_secret(), RunFolder.open(tiny.run), load_trained(RunFolder.open(tiny.run))),
             *(encrypted._parties, [vars(party) for party in encrypted._parties], vars(encrypted), vars(client)),
-            vars(encrypted._parties[0]._transport),
+            *(vars(replica) for replica in encrypted._parties[0].replicas),
+            vars(encrypted._parties[0].replicas[0]._transport),
+            *(client.statistics(), encrypted.statistics()),
             vars(encrypted._runtime),
         ]
         for each in objects:

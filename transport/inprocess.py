@@ -31,14 +31,27 @@ class InProcessConnection:
 
     def __init__(self, handler: Handler) -> None:
         self._handler = handler
+        self._replies: list[Frames] = []
 
-    def exchange(self, request: Frames, accept: Callable[[Frames], T | None], deadline: float) -> T:  # noqa: ARG002
+    def usable(self) -> bool:
         """See ``Connection``."""
-        for reply in self._handler([bytes(frame) for frame in request]):
+        return True
+
+    def send(self, request: Frames) -> None:
+        """See ``Connection``; returns when the handler does."""
+        self._replies = self._handler([bytes(frame) for frame in request])
+
+    def receive(self, accept: Callable[[Frames], T | None], until: float) -> T | None:  # noqa: ARG002
+        """See ``Connection``."""
+        for reply in self._replies:
             accepted = accept(reply)
             if accepted is not None:
                 return accepted
-        raise DeadlineExceededError("the in-process handler gave no answer to this request")
+        raise self.silence()
+
+    def silence(self) -> DeadlineExceededError:
+        """See ``Connection``."""
+        return DeadlineExceededError("the in-process handler gave no answer to this request")
 
     def close(self) -> None:
         """See ``Connection``."""

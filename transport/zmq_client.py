@@ -25,8 +25,9 @@ from ensembler.transport.keys import KeyPair
 
 T = TypeVar("T")
 
-RECONNECT_MS = 50
-RECONNECT_MAX_MS = 1000
+# A line that is lost is replaced, not repaired: an idle device leaves a server alone that has gone. Libzmq reports that
+# an attempt failed by saying when it tries again, so it is told to try, in an hour.
+RECONNECT_MS = 3_600_000
 HANDSHAKE_MS = 5000
 # A peer that vanished without a word (power, cable) is noticed after the timeout.
 HEARTBEAT_MS = 2000
@@ -37,8 +38,8 @@ _EVENTS = (
     | zmq.EVENT_HANDSHAKE_SUCCEEDED
     | zmq.EVENT_HANDSHAKE_FAILED_AUTH
     | zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL
-    | zmq.EVENT_HANDSHAKE_FAILED_NO_DETAIL
     | zmq.EVENT_DISCONNECTED
+    | zmq.EVENT_CONNECT_RETRIED
 )
 
 
@@ -73,7 +74,11 @@ class ZmqTransport:
         with self._lock:
             first, self._first = self._first, None
         with mapped_errors(self.endpoint):  # the transport may be closed meanwhile, by another thread
-            return first or self._open()
+            if first is not None:
+                if first.usable():
+                    return first
+                first.close()
+            return self._open()
 
     def _open(self) -> ZmqConnection:
         socket = self._context.socket(zmq.DEALER)
@@ -86,7 +91,6 @@ class ZmqTransport:
     def _connected(self, socket: zmq.Socket[bytes]) -> ZmqConnection:
         set_limits(socket)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
-        socket.setsockopt(zmq.RECONNECT_IVL_MAX, RECONNECT_MAX_MS)
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
         if self._server_key is not None and self._keys is not None:
@@ -149,48 +153,54 @@ class ZmqConnection:
         self._poller = zmq.Poller()
         self._poller.register(socket, zmq.POLLIN)
         self._poller.register(monitor, zmq.POLLIN)
-        self._reached = False  # a TCP connection was made since the last loss
-        self._ready = False  # the handshake succeeded, and the connection was not lost since
-        self._ever_ready = False
-        self._losses = 0  # connections that ended before their handshake did
+        self._reached_s: float | None = None  # when the TCP connection was there
+        self._ready = False  # the handshake succeeded
+        self._lost: TransportError | None = None  # why this line carries nothing any more
 
-    def exchange(self, request: Frames, accept: Callable[[Frames], T | None], deadline: float) -> T:
+    def usable(self) -> bool:
         """See ``Connection``."""
         with mapped_errors(self._endpoint):
-            self._send(request, deadline)
+            self._look()
+        return self._lost is None
+
+    def send(self, request: Frames) -> None:
+        """See ``Connection``."""
+        with mapped_errors(self._endpoint):
+            self._look()
+            if self._lost is not None:
+                raise self._lost
+            try:
+                self._socket.send_multipart(request, zmq.DONTWAIT, copy=False)
+            except zmq.Again:  # a line that ends takes its queue along, maybe before its monitor says so
+                raise self._gone() from None
+
+    def receive(self, accept: Callable[[Frames], T | None], until: float) -> T | None:
+        """See ``Connection``."""
+        with mapped_errors(self._endpoint):
             while True:
                 # Whole milliseconds, rounded up: a poll of 0 would spin through the last one.
-                remaining_ms = max(0, math.ceil(1000 * (deadline - time.monotonic())))
+                remaining_ms = max(0, math.ceil(1000 * (until - time.monotonic()))) if self._lost is None else 0
                 events = dict(self._poller.poll(remaining_ms))
-                if self._monitor in events and self._restored():
-                    self._send(request, deadline)
-                if self._socket in events:
+                if self._monitor in events:
+                    self._look()
+                if self._socket in events:  # also of a line that was lost since: what came, came
                     accepted = accept(self._socket.recv_multipart())
                     if accepted is not None:
                         return accepted
-                if time.monotonic() >= deadline:
-                    raise self._too_late()
+                elif self._lost is not None:
+                    raise self._lost
+                if time.monotonic() >= until:
+                    return None
 
-    def _send(self, request: Frames, deadline: float) -> None:
-        """Sends, never for longer than until the deadline.
-
-        A server that refuses the handshake takes the queue of this connection with it, also between ``connect`` and
-        the first request; a send that waits for a queue would then wait for ever.
-        """
-        while True:
-            try:
-                self._socket.send_multipart(request, zmq.DONTWAIT, copy=False)
-            except zmq.Again:
-                self._restored()  # raises where the handshake was refused
-                remaining_ms = math.ceil(1000 * (deadline - time.monotonic()))
-                if remaining_ms <= 0:
-                    raise self._too_late() from None
-                poller = zmq.Poller()
-                poller.register(self._socket, zmq.POLLOUT)
-                poller.register(self._monitor, zmq.POLLIN)
-                poller.poll(remaining_ms)
-            else:
-                return
+    def silence(self) -> TransportError:
+        """See ``Connection``."""
+        if self._lost is not None:
+            return self._lost
+        if self._ready:
+            return DeadlineExceededError(
+                f"{self._endpoint} gave no answer before the deadline; raise timeout_ms, or look at the server's load"
+            )
+        return self._unfinished() if self._reached_s is not None else self._unreachable()
 
     def close(self) -> None:
         """See ``Connection``."""
@@ -199,43 +209,48 @@ class ZmqConnection:
         self._monitor.close(linger=0)
         self._socket.close(linger=0)
 
-    def _restored(self) -> bool:
-        """Reads the monitor; returns whether the connection came back after a loss, so what was sent may be gone."""
-        restored = False
+    def _look(self) -> None:
+        """Reads what became of the line from the monitor."""
         while self._monitor.poll(0):
-            event = parse_monitor_message(self._monitor.recv_multipart())
-            kind = event["event"]
+            kind = parse_monitor_message(self._monitor.recv_multipart())["event"]
             if kind == zmq.EVENT_CONNECTED:
-                self._reached = True
+                self._reached_s = time.monotonic()
             elif kind == zmq.EVENT_HANDSHAKE_SUCCEEDED:
-                restored = self._ever_ready and not self._ready
-                self._reached = self._ready = self._ever_ready = True
+                self._ready = True
+            elif self._lost is not None:
+                pass  # what follows a loss says less than the loss
             elif kind == zmq.EVENT_DISCONNECTED:
-                self._losses += not self._ready
-                self._ready = False
-            elif kind in (zmq.EVENT_HANDSHAKE_FAILED_AUTH, zmq.EVENT_HANDSHAKE_FAILED_PROTOCOL):
-                raise self._refused()
-        return restored
+                self._lost = self._gone() if self._ready else self._lost_in_handshake()
+            elif kind == zmq.EVENT_CONNECT_RETRIED:
+                self._lost = self._unreachable()
+            else:
+                self._lost = AuthenticationError(self._refusal())
 
-    def _refused(self) -> AuthenticationError:
-        return AuthenticationError(
+    def _lost_in_handshake(self) -> TransportError:
+        # After its full time it is libzmq of this side that ends a handshake, and nobody refused anything.
+        if self._reached_s is not None and time.monotonic() - self._reached_s > 0.9 * HANDSHAKE_MS / 1000:
+            return self._unfinished()
+        return AuthenticationError(self._refusal(), certain=False)
+
+    def _refusal(self) -> str:
+        return (
             f"{self._endpoint} refused the encrypted handshake: either it does not know this device's public key "
-            "(put the device's .key into the server's authorized folder), or it is another server than the bundle "
-            "pins, or one of the two sides runs in plaintext"
+            "(put the device's .key into the server's authorized folder), or it is another server than the one whose "
+            "key is pinned, or one of the two sides runs in plaintext"
         )
 
-    def _too_late(self) -> TransportError:
-        if self._ready:
-            return DeadlineExceededError(
-                f"{self._endpoint} gave no answer before the deadline; raise timeout_ms, or look at the server's load"
-            )
-        if self._losses and not self._ever_ready:
-            return self._refused()
-        if self._reached:
-            return ServerUnreachableError(
-                f"{self._endpoint} accepted the connection, but the encrypted handshake did not finish before the "
-                "deadline; raise timeout_ms, or check that the address is an Ensembler server's"
-            )
+    def _unfinished(self) -> ServerUnreachableError:
+        return ServerUnreachableError(
+            f"{self._endpoint} accepted the connection, but the encrypted handshake did not finish before the "
+            "deadline; raise timeout_ms, or check that the address is an Ensembler server's"
+        )
+
+    def _gone(self) -> ServerUnreachableError:
+        return ServerUnreachableError(
+            f"the connection to {self._endpoint} was lost and not restored before the deadline; was the server stopped?"
+        )
+
+    def _unreachable(self) -> ServerUnreachableError:
         return ServerUnreachableError(
             f"{self._endpoint} could not be reached before the deadline; is the server running, is the address right, "
             "does a firewall block it?"

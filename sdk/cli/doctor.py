@@ -8,7 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from ensembler.cli.console import Console
-from ensembler.cli.predict import add_bundle_secret, client_of
+from ensembler.cli.predict import add_connection, client_of
 from ensembler.edge_runtime import diagnosis
 from ensembler.edge_runtime.diagnosis import Finding
 from ensembler.protocol.errors import ConfigError, EnsemblerError, KeyFileError
@@ -24,11 +24,7 @@ SIGNS = {"ok": "ok", "warning": "WARNING", "error": "ERROR"}
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("bundle", nargs="?", type=Path, help="a client bundle, to look at that too")
-    parser.add_argument("--server", action="append", help="tcp://host:port, to ask it; once for each operator")
-    parser.add_argument("--key", type=Path, help="the device's secret key file")
-    add_bundle_secret(parser)
-    parser.add_argument("--plaintext", action="store_true", help="connect without encryption")
-    parser.add_argument("--timeout-ms", type=float, default=5000.0, help="of the server's answer (default: 5000)")
+    add_connection(parser, required=False)
 
 
 def run(options: argparse.Namespace, console: Console) -> int:

@@ -11,6 +11,8 @@ from ensembler.cli.console import Console
 from ensembler.client import BUNDLE_KEY_VARIABLE, EdgeClient
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.backends import BACKENDS
+from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.manifest import is_curve_key
 
 NAME = "predict"
 HELP = "classify images with a client bundle and a server"
@@ -21,21 +23,33 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("bundle", type=Path, help="the folder of a client bundle")
     parser.add_argument("images", nargs="+", help="image files")
     add_connection(parser)
+    add_backend(parser)
     parser.add_argument("--top-k", type=int, default=3, help="classes to show (default: 3)")
 
 
-def add_connection(parser: argparse.ArgumentParser) -> None:
-    """Declares the options of a verb that predicts: server, keys, deadline and runtime."""
+def add_connection(parser: argparse.ArgumentParser, *, required: bool = True) -> None:
+    """Declares the options of a verb that asks a server: addresses, keys, deadline."""
     parser.add_argument(
         "--server",
         action="append",
-        required=True,
-        help="tcp://host:port; once for each operator, in the export's order",
+        required=required,
+        help="tcp://host:port; once for each operator, in the export's order; several addresses with commas are "
+        "replicas of one operator",
+    )
+    parser.add_argument(
+        "--server-key",
+        action="append",
+        metavar="[ADDRESS=]KEY",
+        help="the server's public key instead of the pinned one, a file or its 40 characters; once for each ADDRESS",
     )
     parser.add_argument("--key", type=Path, default=None, help="the device's secret key file")
     add_bundle_secret(parser)
     parser.add_argument("--plaintext", action="store_true", help="connect without encryption")
-    parser.add_argument("--timeout-ms", type=float, default=5000.0, help="deadline of each image (default: 5000)")
+    parser.add_argument("--timeout-ms", type=float, default=5000.0, help="deadline of each answer (default: 5000)")
+
+
+def add_backend(parser: argparse.ArgumentParser) -> None:
+    """Declares the option of a verb that runs the models."""
     parser.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)}, or auto (default: auto)")
 
 
@@ -64,11 +78,31 @@ def client_of(options: argparse.Namespace, **more: Any) -> EdgeClient:
         options.bundle,
         options.server,
         key=options.key,
+        server_key=_server_key(options.server_key),
         **bundle_secret(options),
         plaintext=options.plaintext,
         timeout_ms=options.timeout_ms,
         **more,
     )
+
+
+def _server_key(given: list[str] | None) -> str | dict[str, str] | None:
+    """Returns the argument of ``EdgeClient`` for what ``--server-key`` said."""
+    if not given:
+        return None
+    # A key may have the same signs in it as an address before it.
+    pairs = [("", each) if is_curve_key(each) or "://" not in each else _split(each) for each in given]
+    if len(pairs) == 1 and not pairs[0][0]:
+        return pairs[0][1]
+    addresses = [address for address, _ in pairs]
+    if "" in addresses or len(set(addresses)) < len(addresses):
+        raise ConfigError("--server-key: give one key for all servers, or ADDRESS=KEY once for each address")
+    return dict(pairs)
+
+
+def _split(pair: str) -> tuple[str, str]:
+    address, _, key = pair.partition("=")
+    return address, key
 
 
 def run(options: argparse.Namespace, console: Console) -> int:

@@ -18,7 +18,7 @@ from typing import Any
 
 from ensembler.cli.console import EXIT_INTERRUPTED, Console
 from ensembler.cli.journal import Journal
-from ensembler.cli.predict import add_connection, client_of
+from ensembler.cli.predict import add_backend, add_connection, client_of
 from ensembler.client import EdgeClient
 from ensembler.edge_runtime.images import ImageLike, to_pixels
 from ensembler.fallback import cloud_is_away
@@ -42,6 +42,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     source.add_argument("--folder", type=Path, help="answer the image files that are in it and that arrive")
     source.add_argument("--camera", action="store_true", help="answer the newest frame of a Raspberry Pi's camera")
     add_connection(parser)
+    add_backend(parser)
     parser.add_argument("--results", type=Path, help="append the lines to this file (default: standard output)")
     parser.add_argument(
         "--after",

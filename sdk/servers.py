@@ -1,0 +1,89 @@
+"""What an application says about its servers: addresses, and keys in the place of pinned ones."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TypeAlias
+
+from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.manifest import ClientManifest, is_curve_key
+from ensembler.protocol.options import expanded
+from ensembler.transport.keys import load_public
+
+Servers: TypeAlias = "str | Sequence[str | Sequence[str]]"
+ServerKey: TypeAlias = "str | os.PathLike[str]"
+ServerKeys: TypeAlias = "ServerKey | Mapping[str, ServerKey]"
+
+
+def server_addresses(server: Servers, manifest: ClientManifest, bundle: Path) -> tuple[tuple[str, ...], ...]:
+    """Returns the addresses of each operator's replicas, the preferred one first.
+
+    Raises:
+        ConfigError: no addresses, not one entry for each operator, or an address twice for one operator.
+    """
+    entries = (server,) if isinstance(server, str) or not isinstance(server, Iterable) else tuple(server)
+    found = [_replicas(entry) for entry in entries]
+    if not all(found):
+        raise ConfigError(
+            f"server = {server!r}: give tcp://host:port, for several operators a list of such addresses, for "
+            "replicas of one operator a tuple of addresses in the place of one"
+        )
+    if len(found) != len(manifest.parties):
+        raise ConfigError(
+            f"the bundle {bundle} was exported for {len(manifest.parties)} operators, {len(found)} server "
+            "addresses were given; give one for each, in the order of the export, and replicas of one operator as one "
+            "entry: tcp://a:5555,tcp://b:5555"
+        )
+    for replicas in found:
+        twice = {address for address in replicas if replicas.count(address) > 1}
+        if twice:
+            raise ConfigError(f"server = {server!r}: {min(twice)} is there twice; a replica is another server")
+    return tuple(found)
+
+
+def server_keys(
+    server_key: ServerKeys | None, servers: Sequence[Sequence[str]], manifest: ClientManifest
+) -> list[tuple[str, str | None]]:
+    """Returns every address with the public key that its server must have: the one that is given, else the pinned one.
+
+    Args:
+        server_key: as ``EdgeClient``.
+        servers: the addresses of each operator.
+        manifest: of the client bundle.
+
+    Raises:
+        ConfigError: a key for an address that is none of the servers', or what is neither a path nor a key.
+        KeyFileError: a file that is missing or no key.
+    """
+    known = [address for replicas in servers for address in replicas]
+    if server_key is None:
+        given = {}
+    elif isinstance(server_key, Mapping):
+        given = {address: _key(key) for address, key in server_key.items()}
+    else:
+        given = dict.fromkeys(known, _key(server_key))
+    for address in given:
+        if address not in known:
+            raise ConfigError(f"a server_key was given for {address!r}, which is none of {', '.join(known)}")
+    return [
+        (address, given.get(address, party.server_public_key))
+        for party, replicas in zip(manifest.parties, servers, strict=True)
+        for address in replicas
+    ]
+
+
+def _replicas(entry: object) -> tuple[str, ...]:
+    """Returns the addresses of one entry, none of an impossible one."""
+    several = entry.split(",") if isinstance(entry, str) else entry
+    if not isinstance(several, Iterable):
+        return ()
+    addresses = tuple(several)
+    return tuple(each.strip() for each in addresses) if all(isinstance(each, str) for each in addresses) else ()
+
+
+def _key(given: ServerKey) -> str:
+    path = expanded("server_key", given)
+    # Every character of a key may be in a path too.
+    return str(given) if is_curve_key(str(given)) and not path.is_file() else load_public(path)
