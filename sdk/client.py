@@ -32,6 +32,7 @@ from ensembler.replica import Replica, Reply
 from ensembler.servers import ServerKeys, Servers, server_addresses, server_keys
 from ensembler.statistics import ReplicaStatistics
 from ensembler.streaming import answers, checked_in_flight
+from ensembler.tracing import trace_info
 from ensembler.transport import keys as key_files
 from ensembler.transport.base import Transport
 from ensembler.transport.zmq_client import ZmqTransport
@@ -261,8 +262,11 @@ class EdgeClient:
         """
         self._process.require()
         timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
-        request = Message(operation=STATUS, request_id=os.urandom(REQUEST_ID_BYTES))
-        replies = exchange_all(self._parties, [request] * len(self._parties), time.monotonic() + timeout / 1000)
+        request_id = os.urandom(REQUEST_ID_BYTES)
+        requests = [
+            Message(operation=STATUS, request_id=request_id, bodies_id=each.bodies_id) for each in self._parties
+        ]
+        replies = exchange_all(self._parties, requests, time.monotonic() + timeout / 1000)
         found = [
             {**reply.message.info, "fits": reply.message.info.get("bodies_id") == party.spec.bodies_id}
             for party, reply in zip(self._parties, replies, strict=True)
@@ -320,7 +324,7 @@ class EdgeClient:
         codes = self._runtime.encode(pixels)
         sent = time.monotonic()
         request_id = os.urandom(REQUEST_ID_BYTES)
-        wire = self._manifest.wire
+        wire, info = self._manifest.wire, trace_info()
         requests = [
             Message(
                 operation=INFER,
@@ -329,6 +333,7 @@ class EdgeClient:
                 budget_ms=max(0.0, 1000 * (deadline - sent)),
                 tensor=codes,
                 bits=wire.feature_codec.bits,
+                info=info,
             )
             for party in self._parties
         ]

@@ -212,6 +212,24 @@ def test_a_request_with_a_trace_gets_a_span_in_it(tiny, in_thread, spans, tiny_i
         assert (f"{span.context.trace_id:032x}" == TRACE) == sent.startswith("00-")
 
 
+def test_an_applications_trace_goes_on_in_the_server_without_its_baggage(tiny, in_thread, spans, tiny_images):
+    from opentelemetry import baggage, context, trace
+
+    spans.clear()
+    _, endpoint = in_thread(OnnxEngine(tiny.server, threads=1))
+    token = context.attach(baggage.set_baggage("who", "a name"))
+    with client(tiny, endpoint, plaintext=True) as edge:
+        with trace.get_tracer("app").start_as_current_span("photo") as span:
+            edge.predict(tiny_images[0])
+        edge.predict(tiny_images[1])  # outside a span nothing is sent
+        edge.status()
+    context.detach(token)
+    served = [one for one in spans.get_finished_spans() if one.name == "ensembler.infer"]
+    assert len(served) == 1
+    assert served[0].context.trace_id == span.get_span_context().trace_id
+    assert served[0].parent.span_id == span.get_span_context().span_id
+
+
 # --- the control socket ---
 
 
