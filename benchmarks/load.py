@@ -134,8 +134,8 @@ def figures(name: str, found: dict[str, Any]) -> list[dict[str, Any]]:
     note = (
         f"{name} bodies; capacity {found['capacity']:.1f} images/s in a closed loop, {row['rate']:.0f} offered; "
         f"deadline {found['deadline_ms']:.0f} ms; {row['result_requests']} answered, {row['late_requests']} of them "
-        f"late, {row['busy_requests']} Busy, {row['expired_requests']} Expired, {row['no_reply_requests']} without a reply; "
-        f"sender behind by {row['behind_p99_ms']:.1f} ms at p99"
+        f"late, {row['busy_requests']} Busy, {row['expired_requests']} Expired, "
+        f"{row['no_reply_requests']} without a reply; sender behind by {row['behind_p99_ms']:.1f} ms at p99"
     )
     made = [
         results.figure(f"overload_goodput_ratio{suffix}", round(row["goodput_ratio"], 4), "ratio", ">= 0.9", note),
