@@ -27,14 +27,12 @@ from ensembler.protocol import program as programs
 from ensembler.protocol.codec import require_codes
 from ensembler.protocol.errors import BundleError, ConfigError
 from ensembler.protocol.manifest import ServerManifest, load_server
-from ensembler.protocol.program import Program, Value
+from ensembler.protocol.program import Program
 
 BUCKETS = (1, 2, 4, 8, 16, 32, 64)  # rows of a CUDA graph; a batch is filled up to the next, a larger one is divided
 CAPTURE_WARM_UPS = 3  # torch asks for a few runs before a capture, in which cuDNN chooses
 # What a step may put out for one image. A program of a few lines could ask for any number, and torch would try.
 MAX_STEP_VALUES = 1 << 28
-# Whose weights are bf16 on CUDA: what autocast computes in it. Everything else stays float32.
-_LOWERED = frozenset({"addmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "matmul", "mm"})
 
 Run = Callable[[Sequence[Tensor], Tensor], Tensor]
 
@@ -77,9 +75,10 @@ class TorchEngine:
         torch.set_num_threads(self.threads if self._stacked else 1)
         self._compute: Callable[[Codes], Codes]
         if on_cuda:
-            nets = lowered(program, [tensor.to(self._device) for tensor in tensors])
+            run = programs.bind(program, torch, low=torch.bfloat16)
+            nets = [tensor.to(self._device) for tensor in lowered(program, tensors)]
             together = stacked_run(run, nets) if self._stacked else in_turn(run, nets, wire.num_nets)
-            self._compute = _CudaGraphs(in_bf16(together, "cuda"), wire.feature_shape, self._device)
+            self._compute = _CudaGraphs(together, wire.feature_shape, self._device)
         elif self._stacked:
             together = stacked_run(run, tensors)
             self._compute = lambda features: together(torch.tensor(features)).numpy()
@@ -129,26 +128,9 @@ def in_turn(run: Run, tensors: Sequence[Tensor], num_nets: int) -> Callable[[Ten
     return lambda codes: torch.stack([run(net, codes) for net in nets], dim=1)
 
 
-def in_bf16(compute: Callable[[Tensor], Tensor], device_type: str) -> Callable[[Tensor], Tensor]:
-    """Returns ``compute`` with convolutions and products in bf16; codes and codecs stay exact."""
-
-    def computed(codes: Tensor) -> Tensor:
-        # No cache: what a graph records must not depend on what an earlier run had cast.
-        with torch.autocast(device_type, torch.bfloat16, cache_enabled=False):
-            return compute(codes)
-
-    return computed
-
-
 def lowered(program: Program, tensors: Sequence[Tensor]) -> list[Tensor]:
     """Returns the tensors with the weights of convolutions and products in bf16, so that no run casts them again."""
-    weights = {
-        argument.index - 1
-        for call in program.calls
-        if call.operator.partition(".")[0] in _LOWERED
-        for argument in call.arguments
-        if isinstance(argument, Value)
-    }
+    weights = programs.lowered_tensors(program)
     return [tensor.bfloat16() if index in weights else tensor for index, tensor in enumerate(tensors)]
 
 

@@ -233,7 +233,7 @@ class _Graph:
         """Returns the program and the tensors that it uses, in the order of their first use."""
         order: dict[str, int] = {}
         for node in self._calls:
-            names = [each.name for each in node.all_input_nodes if each.op == "placeholder"]
+            names = [self._meant(each).name for each in node.all_input_nodes]
             for name in (*names, self._biases.get(node, "")):
                 if name in tensors:
                     order.setdefault(name, len(order) + 1)

@@ -77,6 +77,12 @@ _ATEN = """
 """
 OPERATORS = frozenset(_ATEN.split()) | _PYTHON.keys()
 DTYPES = frozenset({"float32", "uint8", "int64", "bool"})
+# What is computed in fewer bits where that is asked for, and what then needs its weights' 32.
+LOWERED = frozenset({"addmm", "bmm", "conv1d", "conv2d", "conv3d", "conv_transpose2d", "linear", "matmul", "mm"})
+_RAISED = frozenset(
+    {"_native_batch_norm_legit_no_training", "group_norm", "layer_norm", "native_group_norm", "native_layer_norm"}
+    | {"prelu", "rms_norm"}
+)
 OPTIONS = frozenset({"alpha", "approximate", "correction", "dtype", "enable_gqa", "keepdim", "scale"})
 
 
@@ -195,7 +201,13 @@ def opened(
     return program, [found[name] for name in names]
 
 
-def bind(program: Program, torch: Any) -> Callable[[Sequence[Any], Any], Any]:
+def lowered_tensors(program: Program) -> set[int]:
+    """Returns which of the net's tensors are weights of what may be computed in fewer bits."""
+    calls = (call for call in program.calls if call.operator.partition(".")[0] in LOWERED)
+    return {value - 1 for call in calls for value in _values(call) if 1 <= value <= program.num_tensors}
+
+
+def bind(program: Program, torch: Any, *, low: Any = None) -> Callable[[Sequence[Any], Any], Any]:
     """Returns the program as a function of one net's tensors and the codes.
 
     ``torch.func.vmap`` of it over stacked tensors computes N nets as one.
@@ -203,11 +215,14 @@ def bind(program: Program, torch: Any) -> Callable[[Sequence[Any], Any], Any]:
     Args:
         program: validated.
         torch: the module of that name.
+        low: the dtype of what is between the codecs, for instance ``torch.bfloat16``; None leaves it in float32.
     """
     functions: list[Callable[..., Any]] = []
+    dtypes: list[Any] = []
     for call in program.calls:
         name, _, overload = call.operator.partition(".")
         functions.append(_PYTHON[name] if not overload else getattr(getattr(torch.ops.aten, name), overload))
+        dtypes.append(None if low is None else low if name in LOWERED else torch.float32 if name in _RAISED else None)
     first = program.num_tensors + 1
     last_use = {program.output: len(program.calls)}
     for index in reversed(range(len(program.calls))):
@@ -228,9 +243,12 @@ def bind(program: Program, torch: Any) -> Callable[[Sequence[Any], Any], Any]:
                 return getattr(torch, argument.name)
             return [given(item) for item in argument] if isinstance(argument, tuple) else argument
 
-        for function, call, dead in zip(functions, program.calls, ended, strict=True):
+        for function, dtype, call, dead in zip(functions, dtypes, program.calls, ended, strict=True):
             options = {name: given(option) for name, option in call.options.items()}
-            values.append(function(*(given(argument) for argument in call.arguments), **options))
+            arguments = [given(argument) for argument in call.arguments]
+            if dtype is not None:
+                arguments = [each.to(dtype) if isinstance(each, torch.Tensor) else each for each in arguments]
+            values.append(function(*arguments, **options))
             for value in dead:
                 values[value] = None  # its memory serves the next call
         return values[program.output]
