@@ -68,7 +68,7 @@ class TorchEngine:
         on_cuda = self._device.type == "cuda"
         self._stacked = on_cuda if stacked is None else stacked
         wire = self.manifest.wire
-        program, tensors = programs.opened(bundle, self.manifest, safetensors.torch.load_file)
+        program, tensors = programs.opened(bundle, self.manifest, safetensors.torch.load)
         run = programs.bind(program, torch)
         _require_bounded(run, tensors, wire.feature_shape)
         self._crew = Crew(0 if on_cuda or self._stacked else self.threads - 1)

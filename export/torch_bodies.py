@@ -80,7 +80,7 @@ def sessions(folder: Path, manifest: ServerManifest) -> list[Session]:
     Raises:
         BundleError: the files are no program, or not its tensors.
     """
-    program, stacked = programs.opened(folder, manifest, safetensors.torch.load_file)
+    program, stacked = programs.opened(folder, manifest, safetensors.torch.load)
     run = programs.bind(program, torch)
     return [_Net(run, [tensor[index] for tensor in stacked]) for index in range(manifest.wire.num_nets)]
 

@@ -172,14 +172,15 @@ def parse(data: bytes, source: str) -> Program:
 
 
 def opened(
-    bundle: Path, manifest: ServerManifest, load: Callable[[Path], Mapping[str, Any]]
+    bundle: Path, manifest: ServerManifest, load: Callable[[bytes], Mapping[str, Any]]
 ) -> tuple[Program, list[Any]]:
     """Reads the bodies of a torch bundle whose files are verified.
 
     Args:
         bundle: the folder.
         manifest: of it.
-        load: reads the tensors by their names, as safetensors does.
+        load: reads the tensors by their names, as safetensors does. It is given bytes: what it mapped instead could
+            change under a running server.
 
     Returns:
         The program and its tensors in its order, ``(N, ...)`` each.
@@ -192,7 +193,7 @@ def opened(
         raise BundleError(f"{graph} is larger than {MAX_PROGRAM_BYTES} bytes: not a program")
     program = parse(graph.read_bytes(), str(graph))
     try:
-        found = load(weights)
+        found = load(weights.read_bytes())
     except Exception as error:  # the loader's own class, which this module does not know
         raise BundleError(f"{weights} does not hold tensors; export the bundle again") from error
     names, nets = program.tensor_names(), manifest.wire.num_nets

@@ -74,7 +74,7 @@ def test_no_secret_tensor_is_in_the_torch_bundle(tiny):
     assert [name for name, tensor in tensors.items() if haystack.holds(tensor)] == []
     assert [name for name, array in initialisers(tiny.client) if haystack.holds(array)] == []
     # The control: a bias of a body's first convolution, its batch norm folded in.
-    _, tensors = programs.opened(tiny.server_torch, load_server(tiny.server_torch), safetensors.torch.load_file)
+    _, tensors = programs.opened(tiny.server_torch, load_server(tiny.server_torch), safetensors.torch.load)
     assert haystack.holds(tensors[0][1].numpy())
 
 
@@ -342,7 +342,7 @@ def test_a_batch_is_divided_where_there_are_more_threads_than_nets(tiny, codes, 
 
 def test_in_bf16_the_codecs_stay_exact_and_the_answers_close(tiny, codes, answers_in_float):
     # The arithmetic of a GPU, on the CPU: what is cast, and what it costs.
-    program, tensors = programs.opened(tiny.server_torch, load_server(tiny.server_torch), safetensors.torch.load_file)
+    program, tensors = programs.opened(tiny.server_torch, load_server(tiny.server_torch), safetensors.torch.load)
     weights = lowered(program, tensors)
     dtypes = [tensor.dtype for tensor in weights]
     assert dtypes[-2:] == [torch.float32] * 2  # scale and zero point
