@@ -14,8 +14,11 @@ from typing import Protocol
 import numpy as np
 import numpy.typing as npt
 
-from ensembler.protocol.errors import BundleError, ConfigError
-from ensembler.protocol.manifest import ServerManifest
+from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
+from ensembler.protocol.manifest import BodiesFormat, ServerManifest, load_server
+
+AUTO = "auto"
+DEVICES = (AUTO, "cpu", "cuda")
 
 Codes = npt.NDArray[np.uint8]
 
@@ -71,18 +74,22 @@ class EngineOptions:
     """How an engine is made.
 
     Attributes:
-        kind: one of ``ENGINES``.
+        kind: one of ``ENGINES``; ``auto`` takes what reads the bundle's format.
         threads: computing threads for all nets together; None takes the usable cores.
+        device: one of ``DEVICES``; ``auto`` takes a GPU that the engine's library finds.
         workers: processes of their own that compute; 0 computes in this one.
     """
 
-    kind: str = "onnxruntime"
+    kind: str = AUTO
     threads: int | None = None
+    device: str = AUTO
     workers: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in ENGINES:
-            raise ConfigError(f"--engine {self.kind!r} is unknown; known: {', '.join(ENGINES)}")
+        if self.kind not in (AUTO, *ENGINES):
+            raise ConfigError(f"--engine {self.kind!r} is unknown; known: {', '.join((AUTO, *ENGINES))}")
+        if self.device not in DEVICES:
+            raise ConfigError(f"--device {self.device!r} is unknown; known: {', '.join(DEVICES)}")
         if self.threads is not None and self.threads < 1:
             raise ConfigError("an engine needs at least one thread")
         if not 0 <= self.workers <= MAX_WORKERS:
@@ -94,13 +101,15 @@ def load(bundle: Path, options: EngineOptions) -> Engine:
 
     Raises:
         BundleError: missing, damaged, of another version, or its nets do not compute what its manifest says.
+        ConfigError: the engine cannot compute on the device.
         MissingExtraError: the engine is not installed.
     """
     if options.workers:
         from ensembler.cloud_runtime.worker_engine import WorkerEngine
 
         return WorkerEngine(bundle, options)
-    engine = ENGINES[options.kind](bundle, options)
+    kind = _READERS[load_server(bundle).format] if options.kind == AUTO else options.kind
+    engine = ENGINES[kind](bundle, options)
     try:
         warm_up(engine)
     except BaseException:
@@ -122,6 +131,19 @@ def warm_up(engine: Engine) -> None:
         raise BundleError(f"the bundle's bodies cannot compute what its manifest says: {error}") from error
 
 
+def require_format(manifest: ServerManifest, wanted: BodiesFormat, bundle: Path) -> None:
+    """Refuses a bundle whose bodies are in another format than the engine reads.
+
+    Raises:
+        BundleError: they are.
+    """
+    if manifest.format != wanted:
+        raise BundleError(
+            f"{bundle} holds bodies in the format {manifest.format}, this engine reads {wanted}: "
+            f"--engine {_READERS[manifest.format]} reads them"
+        )
+
+
 def usable_cores() -> int:
     """Returns how many cores this process may use."""
     return len(os.sched_getaffinity(0))
@@ -130,10 +152,20 @@ def usable_cores() -> int:
 def _onnxruntime(bundle: Path, options: EngineOptions) -> Engine:
     from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 
-    return OnnxEngine(bundle, threads=options.threads)
+    return OnnxEngine(bundle, threads=options.threads, device=options.device)
+
+
+def _torch(bundle: Path, options: EngineOptions) -> Engine:
+    try:
+        from ensembler.cloud_runtime.torch_engine import TorchEngine
+    except ModuleNotFoundError as error:
+        raise MissingExtraError(str(error.name), "cloud-torch", "serving a torch bundle") from error
+    return TorchEngine(bundle, threads=options.threads, device=options.device)
 
 
 # Each imports its own library when it is chosen, and no other.
 ENGINES: dict[str, Callable[[Path, EngineOptions], Engine]] = {
     "onnxruntime": _onnxruntime,
+    "torch": _torch,
 }
+_READERS: dict[BodiesFormat, str] = {"onnx": "onnxruntime", "torch": "torch"}

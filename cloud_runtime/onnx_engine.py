@@ -3,50 +3,60 @@
 Ten onnxruntime sessions with a pool each steal each other's cores (measured: 8 times slower than one thread each), so
 every session has one thread and the engine spreads (body, part of the batch) pieces over its own few threads. Parts are
 small because an int8 body is faster per image on a few rows, whose activations stay in the cache, than on many.
+
+Where onnxruntime has its CUDA provider (the package onnxruntime-gpu) the nets run there, a whole batch at once. That
+path was written without a GPU at hand and has not been run.
 """
 
 from __future__ import annotations
 
-import itertools
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ensembler.cloud_runtime.engine import Codes, usable_cores
+from ensembler.cloud_runtime.crew import Crew
+from ensembler.cloud_runtime.engine import Codes, require_format, usable_cores
 from ensembler.protocol.codec import require_codes
 from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
 from ensembler.protocol.manifest import ServerManifest, load_server
+from ensembler.protocol.messages import LIMITS
 
 PART_ROWS = 8
+CUDA = "CUDAExecutionProvider"
 
 
 class OnnxEngine:
-    """The N bodies of one server bundle in onnxruntime, on the CPU.
+    """The N bodies of one server bundle in onnxruntime.
 
     Args:
         bundle: the folder of a server bundle; every file is verified before it is loaded.
         threads: how many pieces run at once; None takes the machine's usable cores.
-        part_rows: rows of one piece.
+        part_rows: rows of one piece, on the CPU.
+        device: one of ``engine.DEVICES``.
 
     Raises:
-        BundleError: missing, damaged, of another version, or onnxruntime cannot load it.
+        BundleError: missing, damaged, of another version or format, or onnxruntime cannot load it.
+        ConfigError: this onnxruntime cannot compute on the device.
         MissingExtraError: onnxruntime is not installed.
     """
 
     lanes = 1
     in_process = True
 
-    def __init__(self, bundle: Path, *, threads: int | None = None, part_rows: int = PART_ROWS) -> None:
+    def __init__(
+        self, bundle: Path, *, threads: int | None = None, part_rows: int = PART_ROWS, device: str = "auto"
+    ) -> None:
         self.manifest: ServerManifest = load_server(bundle)
+        require_format(self.manifest, "onnx", bundle)
         self.threads = usable_cores() if threads is None else threads
         if self.threads < 1 or part_rows < 1:
             raise ConfigError("an engine needs at least one thread and one row in a part")
-        self._part_rows = part_rows
-        self.sessions = [_session(bundle / name) for name in self.manifest.bodies]
-        self._crew = _Crew(self.threads - 1)
+        providers = _providers(device)
+        self.sessions = [_session(bundle / name, providers) for name in self.manifest.bodies]
+        self._on_cuda = CUDA in self.sessions[0].get_providers()
+        self._part_rows = LIMITS.rows if self._on_cuda else part_rows
+        self._crew = Crew(self.threads - 1)
 
     def run(self, features: Codes) -> Codes:
         """See ``Engine``."""
@@ -69,93 +79,39 @@ class OnnxEngine:
 
     def describe(self) -> str:
         """See ``Engine``."""
-        return f"onnxruntime on {self.threads} threads"
+        return f"onnxruntime on {'CUDA' if self._on_cuda else f'{self.threads} threads'}"
 
     def close(self) -> None:
         """Ends the engine's threads."""
         self._crew.close()
 
 
-def _session(path: Path) -> Any:
+def _onnxruntime() -> Any:
     try:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cloud", "serving") from error
     ort.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
+    return ort
+
+
+def _providers(device: str) -> list[str]:
+    available = CUDA in _onnxruntime().get_available_providers()
+    if device == "cuda" and not available:
+        raise ConfigError(
+            "--device cuda: this onnxruntime has no CUDA provider; install onnxruntime-gpu in the place of onnxruntime"
+        )
+    cpu = ["CPUExecutionProvider"]
+    return [CUDA, *cpu] if available and device != "cpu" else cpu
+
+
+def _session(path: Path, providers: list[str]) -> Any:
+    ort = _onnxruntime()
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
     try:
-        return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
+        return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises its own classes, which differ between versions
         raise BundleError(f"{path} cannot be loaded by onnxruntime {ort.__version__}; export it again") from error
-
-
-class _Crew:
-    """Threads that help the caller with a list of pieces. The caller works too, so one thread needs no hand-over."""
-
-    def __init__(self, helpers: int) -> None:
-        self._job: _Job | None = None
-        self._generation = 0
-        self._closed = False
-        self._changed = threading.Condition()
-        self._threads = [threading.Thread(target=self._help, name=f"engine-{i}", daemon=True) for i in range(helpers)]
-        for thread in self._threads:
-            thread.start()
-
-    def run(self, work: Callable[..., None], pieces: list[tuple[int, int]]) -> None:
-        """Calls ``work`` on every piece and returns when all are done; the first error is raised."""
-        job = _Job(work, pieces)
-        if self._threads and len(pieces) > 1:
-            with self._changed:
-                self._job = job
-                self._generation += 1
-                self._changed.notify_all()
-        job.work()
-        job.done.wait()
-        if job.error is not None:
-            raise job.error
-
-    def close(self) -> None:
-        with self._changed:
-            self._closed = True
-            self._changed.notify_all()
-        for thread in self._threads:
-            thread.join()
-
-    def _help(self) -> None:
-        seen = 0
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._generation != seen)  # noqa: B023
-                if self._closed:
-                    return
-                seen, job = self._generation, self._job
-            if job is not None:
-                job.work()
-
-
-class _Job:
-    """Pieces that several threads take one by one."""
-
-    def __init__(self, work: Callable[..., None], pieces: list[tuple[int, int]]) -> None:
-        self._work = work
-        self._pieces = pieces
-        self._next = itertools.count()  # next() is atomic in CPython
-        self._left = len(pieces)
-        self._lock = threading.Lock()
-        self.done = threading.Event()
-        self.error: BaseException | None = None
-
-    def work(self) -> None:
-        while (index := next(self._next)) < len(self._pieces):
-            try:
-                if self.error is None:
-                    self._work(*self._pieces[index])
-            except BaseException as error:
-                self.error = error
-            with self._lock:
-                self._left -= 1
-                if self._left == 0:
-                    self.done.set()

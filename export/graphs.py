@@ -63,7 +63,7 @@ def from_torch(module: nn.Module, examples: Sequence[Tensor], *, inputs: Sequenc
     """
     batch = torch.export.Dim("batch")
     try:
-        with _quiet():
+        with quiet():
             program = torch.onnx.export(
                 module,
                 tuple(examples),
@@ -119,7 +119,7 @@ def optimised(graph: onnx.ModelProto) -> onnx.ModelProto:
 
     onnxscript folds what the exporter leaves open; a batch norm that stayed a node of its own would be quantised twice.
     """
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         source, target = Path(folder) / "in.onnx", Path(folder) / "out.onnx"
         onnx.save(onnxscript.optimizer.optimize(graph), source)
         quant_pre_process(str(source), str(target), skip_symbolic_shape=True)
@@ -154,7 +154,7 @@ def quantised(
         options["OpTypesToExcludeOutputQuantization"] = ["Gemm", "MatMul", "Add"]
     copy = onnx.ModelProto()
     copy.CopyFrom(graph)  # onnxruntime moves the weights of what it is given into a temporary file
-    with tempfile.TemporaryDirectory() as folder, _quiet():
+    with tempfile.TemporaryDirectory() as folder, quiet():
         target = Path(folder) / "out.onnx"
         quantize_static(
             copy,
@@ -462,7 +462,7 @@ def _replace_value(values: Any, name: str, new: onnx.ValueInfoProto) -> None:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """Keeps the exporter's and quantiser's chatter (missing torchvision, histograms on stdout) off the terminal."""
     import contextlib
     import io

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from ensembler.edge_runtime.backends import BACKENDS, Session, median_ms, open_session, readers
 from ensembler.edge_runtime.runtime import open_head
 from ensembler.edge_runtime.sealing import BundleSecret, opener
+from ensembler.export import torch_bodies
 from ensembler.protocol.errors import GateFailedError
 from ensembler.protocol.manifest import ClientManifest, ModelFormat, ModelPair, ServerManifest, WireSpec
 from ensembler.protocol.text import aligned
@@ -253,7 +254,7 @@ def measure_bodies(
         features: held-out stage-1 features as they arrive, ``(M, C, h, w)`` float32.
     """
     wire = _joined(servers)
-    nets = [open_session(folder / name) for folder, manifest in servers for name in manifest.bodies]
+    nets = _nets(servers)
     tally = _Tally()
     for part in torch.split(features, BATCH):
         codes = wire.feature_codec.encode(part.numpy())
@@ -262,7 +263,7 @@ def measure_bodies(
             tally.add(f"body {i}", wanted[:, i], found[:, i])
         tally.add("bodies", wanted, found)
         tally.add_wire("bodies", plain, wanted, wire.answer_bits)
-    sizes = [manifest.files[name].size_bytes for _, manifest in servers for name in manifest.bodies]
+    sizes = [size for _, manifest in servers for size in _sizes(manifest)]
     rows = [tally.stage(f"body {i}", sizes[i], median_ms(net, {"features": codes[:1]})) for i, net in enumerate(nets)]
     return (*rows, tally.stage("bodies", sum(sizes), None))
 
@@ -302,7 +303,7 @@ def measure(
         for backend in readers([pair.format for pair in client_manifest.models])
     ]
     head, tail = runtimes[0].head, runtimes[0].tail
-    nets = [open_session(place / name) for place, manifest in servers for name in manifest.bodies]
+    nets = _nets(servers)
     selected = list(client.selector)
     chosen = [bodies[i] for i in selected]
     codecs = tuple(wire.answer_codecs[i] for i in selected)
@@ -414,6 +415,24 @@ class _Device:
         values = np.unique(logits)  # of an integer model: whole steps
         step = np.diff(values).min() if len(values) > 1 else 1.0
         return max(int(of_codes), round(float(np.abs(logits - np.concatenate(other.logits)).max() / step)))
+
+
+def _nets(servers: Sequence[tuple[Path, ServerManifest]]) -> list[Session]:
+    """Opens all N bodies, each by itself, in the server's order."""
+    found: list[Session] = []
+    for folder, manifest in servers:
+        if manifest.format == "torch":
+            found += torch_bodies.sessions(folder, manifest)
+        else:
+            found += [open_session(folder / name) for name in manifest.bodies]
+    return found
+
+
+def _sizes(manifest: ServerManifest) -> list[int]:
+    """Returns the bytes of each body; of nets that share their files, its part of them."""
+    sizes = [manifest.files[name].size_bytes for name in manifest.bodies]
+    nets = manifest.wire.num_nets
+    return sizes if manifest.format == "onnx" else [sum(sizes) // nets] * nets
 
 
 def _joined(servers: Sequence[tuple[Path, ServerManifest]]) -> WireSpec:

@@ -24,10 +24,11 @@ import torch
 from torch import Tensor, nn
 
 from ensembler.edge_runtime.sealing import SUFFIX, BundleSecret, Sealer, checked_for_sealing, new_seal
-from ensembler.export import client_models, graphs, parity
+from ensembler.export import client_models, graphs, parity, torch_bodies
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError, ExportError
 from ensembler.protocol.manifest import (
     MANIFEST_NAME,
+    BodiesFormat,
     ClientManifest,
     ImageSpec,
     ModelFormat,
@@ -66,6 +67,7 @@ class ExportOptions:
         formats: of head and tail; of several the one that is fastest here becomes the bundle's default.
         server_precision: of the bodies; ``auto`` is int8 where that reaches the gate, else float32. Not used when
             ``server_bundles`` are given.
+        server_format: of the bodies. In ``torch`` they are float32.
         parties: among how many operators the N bodies are divided, each with a server bundle of its own.
         server_bundles: existing server bundles of the same stage 1, one for each operator: only a client bundle is made
             for them.
@@ -80,6 +82,7 @@ class ExportOptions:
     client_precision: Precision = "int8"
     formats: tuple[ModelFormat, ...] = ("onnx",)
     server_precision: Literal["auto", "int8", "float32"] = "auto"
+    server_format: BodiesFormat = "onnx"
     parties: int = 1
     server_bundles: tuple[Path, ...] = ()
     server_public_keys: tuple[str, ...] | None = None
@@ -118,6 +121,7 @@ def export(
         MissingExtraError: the package that encrypts a bundle, or that makes TFLite models, is not installed.
     """
     client_models.check(options.formats, options.client_precision)
+    _check_server(options)
     if options.secret is not None:
         checked_for_sealing(options.secret)
     job = _checked(run_path, out, options)
@@ -230,6 +234,14 @@ class _Job:
     parties: tuple[PartySpec, ...]
     existing: Sequence[tuple[Path, ServerManifest]]
     made: Sequence[str]
+
+
+def _check_server(options: ExportOptions) -> None:
+    """Refuses a server bundle that cannot be made, before anything is."""
+    if options.server_format == "torch" and options.server_precision == "int8":
+        raise ConfigError("--format torch makes float32 bodies: leave --server-precision int8 out, or --format torch")
+    if options.server_format == "torch" and options.server_bundles:
+        raise ConfigError("--format torch is of the bodies, and --server-bundle names bodies that are there already")
 
 
 def _checked(run_path: Path, out: Path, options: ExportOptions) -> _Job:
@@ -357,8 +369,11 @@ def _make_servers(
 
     With ``auto`` the bodies are float32 where int8 misses the gate on stage-1 features.
     """
-    wanted = options.server_precision
-    template = graphs.from_torch(bodies[0], [torch.zeros(2, *wires[0].feature_shape)])
+    wanted, template = options.server_precision, None
+    if options.server_format == "torch":
+        wanted = "float32"
+    else:
+        template = graphs.from_torch(bodies[0], [torch.zeros(2, *wires[0].feature_shape)])
     for precision in ("int8", "float32") if wanted == "auto" else (wanted,):
         servers, left = [], list(bodies)
         for folder, wire in zip(folders, wires, strict=True):
@@ -377,7 +392,7 @@ def _make_servers(
 
 def _write_server(
     folder: Path,
-    template: onnx.ModelProto,
+    template: onnx.ModelProto | None,
     bodies: Sequence[nn.Module],
     wire: WireSpec,
     samples: Tensor,
@@ -385,7 +400,34 @@ def _write_server(
     label: str,
     progress: Callable[[str], None],
 ) -> ServerManifest:
+    """Writes one server bundle; without a template in the torch format."""
     folder.mkdir(mode=0o755)
+    if template is None:
+        progress(f"{label}: {len(bodies)} bodies as one program")
+        names = torch_bodies.write(folder, bodies, wire)
+    else:
+        names = _write_graphs(folder, template, bodies, wire, samples, precision, label, progress)
+    manifest = ServerManifest(
+        wire=wire,
+        precision=precision,
+        bodies=names,
+        files={name: describe_file(folder / name) for name in names},
+        format="onnx" if template is not None else "torch",
+    )
+    (folder / MANIFEST_NAME).write_bytes(to_json(manifest))
+    return manifest
+
+
+def _write_graphs(
+    folder: Path,
+    template: onnx.ModelProto,
+    bodies: Sequence[nn.Module],
+    wire: WireSpec,
+    samples: Tensor,
+    precision: Precision,
+    label: str,
+    progress: Callable[[str], None],
+) -> tuple[str, ...]:
     names = tuple(f"body_{position:02d}.onnx" for position in range(len(bodies)))
     for position, body in enumerate(bodies):
         progress(f"{label}: body {position + 1} of {len(bodies)}, {precision}")
@@ -397,14 +439,7 @@ def _write_server(
             )
         graph = graphs.attach_codes(graph, "features", wire.feature_codec, output="answer", out_codec=codec)
         (folder / names[position]).write_bytes(graphs.scrubbed(graph))
-    manifest = ServerManifest(
-        wire=wire,
-        precision=precision,
-        bodies=names,
-        files={name: describe_file(folder / name) for name in names},
-    )
-    (folder / MANIFEST_NAME).write_bytes(to_json(manifest))
-    return manifest
+    return names
 
 
 # --- the client bundle ---

@@ -49,10 +49,12 @@ _Z85 = "0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ.-:+=^!/*?
 
 # Fields of a client manifest that an earlier one has not, and what they then are.
 _OPTIONAL: dict[str, Any] = {"noise_law": "gaussian", "noise_tensors": 0, "dropout": 0.0}
+_BODIES_FORMAT = "bodies_format"  # of a server manifest; absent where the bodies are ONNX
 _ALSO = "also"  # the models in the other format; absent where there is none
 _SURROGATE = re.compile("[\ud800-\udfff]")
 
 ModelFormat = Literal["onnx", "tflite"]
+BodiesFormat = Literal["onnx", "torch"]
 NoiseMode = Literal["none", "fixed", "fresh", "drawn"]
 NoiseLaw = Literal["gaussian", "uniform"]
 Precision = Literal["int8", "float32"]
@@ -119,12 +121,21 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class ServerManifest:
-    """The manifest of a server bundle: the wire and one graph per body, in the server's order."""
+    """The manifest of a server bundle.
+
+    Attributes:
+        wire: what the bodies take and give.
+        precision: in which they compute.
+        bodies: the names of their files: one graph for each, in the server's order; or in the format ``torch`` the
+            program of all and their stacked tensors.
+        format: of the bodies.
+    """
 
     wire: WireSpec
     precision: Precision
     bodies: tuple[str, ...]
     files: Mapping[str, FileEntry]
+    format: BodiesFormat = "onnx"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -230,6 +241,8 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
     }
     if isinstance(manifest, ServerManifest):
         document |= {"kind": "server", "bodies": list(manifest.bodies)}
+        if manifest.format != "onnx":
+            document[_BODIES_FORMAT] = manifest.format
     else:
         document |= {
             "kind": "client",
@@ -309,11 +322,18 @@ def parse_server(data: bytes, source: str = MANIFEST_NAME) -> ServerManifest:
     reader = _open(data, source, "server")
     files = reader.files()
     wire = reader.wire()
+    reader.document = {_BODIES_FORMAT: "onnx"} | reader.document
+    bodies_format: BodiesFormat = reader.choice(_BODIES_FORMAT, ("onnx", "torch"))
+    count = wire.num_nets if bodies_format == "onnx" else 2
     bodies = tuple(reader.strings("bodies", MAX_NETS))
-    if len(set(bodies)) != len(bodies) or len(bodies) != wire.num_nets or not files.keys() >= set(bodies):
-        raise reader.error("bodies", f"does not name {wire.num_nets} of the bundle's files")
+    if len(set(bodies)) != len(bodies) or len(bodies) != count or not files.keys() >= set(bodies):
+        raise reader.error("bodies", f"does not name {count} of the bundle's files")
     return ServerManifest(
-        wire=wire, precision=reader.choice("precision", ("int8", "float32")), bodies=bodies, files=files
+        wire=wire,
+        precision=reader.choice("precision", ("int8", "float32")),
+        bodies=bodies,
+        files=files,
+        format=bodies_format,
     )
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 
 import numpy as np
@@ -88,6 +89,28 @@ class Tiny:
     @property
     def keys(self) -> Path:
         return self.out / "keys"
+
+    @cached_property
+    def torch_out(self) -> Path:
+        """The same client, and the bodies in the torch format, made when they are first asked for."""
+        from ensembler.export.pipeline import export
+        from ensembler.transport.keys import load_public
+
+        out, keys = self.out.with_name(f"{self.out.name}-torch"), (load_public(self.keys / "server.key"),)
+        export(self.run, out, open_export(server_public_keys=keys, server_format="torch"))
+        return out
+
+    @property
+    def server_torch(self) -> Path:
+        return self.torch_out / "server"
+
+
+def open_export(**options):
+    """Options of an export whose gates are open: the tiny run is hardly trained."""
+    from ensembler.export.parity import Gates
+    from ensembler.export.pipeline import ExportOptions
+
+    return ExportOptions(gates=Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0), **options)
 
 
 @pytest.fixture(scope="session")
@@ -172,15 +195,12 @@ def tiny_run(tiny_data, tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_data, tiny_run, tmp_path_factory) -> Tiny:
-    """Client bundle, server bundle and keys of the tiny run. The gates are open: it is hardly trained."""
+    """Client bundle, server bundle and keys of the tiny run."""
     from ensembler.cli.export import new_keys
-    from ensembler.export.parity import Gates
-    from ensembler.export.pipeline import ExportOptions, export
+    from ensembler.export.pipeline import export
 
     out = tmp_path_factory.mktemp("bundles")
-    key = new_keys(out / "keys")
-    open_gates = Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)
-    export(tiny_run, out, ExportOptions(server_public_keys=key, gates=open_gates))
+    export(tiny_run, out, open_export(server_public_keys=new_keys(out / "keys")))
     return Tiny(tiny_data, tiny_run, out)
 
 
@@ -264,6 +284,22 @@ def answers(tiny, codes) -> np.ndarray:
 
     nets = [ort.InferenceSession(str(tiny.server / name)) for name in load_server(tiny.server).bodies]
     return np.stack([net.run(None, {"features": codes})[0] for net in nets], axis=1)
+
+
+@pytest.fixture(scope="session")
+def answers_in_float(tiny, codes) -> np.ndarray:
+    """What torch answers to the same codes with the bodies of the run, in float32."""
+    import torch
+
+    from ensembler.protocol.manifest import load_server
+    from ensembler.training.runs import RunFolder
+    from ensembler.training.stages import load_bodies
+
+    wire = load_server(tiny.server).wire
+    features = torch.from_numpy(wire.feature_codec.decode(codes))
+    with torch.inference_mode():
+        nets = [body(features).numpy() for body in load_bodies(RunFolder.open(tiny.run))]
+    return np.stack([codec.encode(net) for codec, net in zip(wire.answer_codecs, nets, strict=True)], axis=1)
 
 
 def forged_server(manifest, folder: Path, **changes) -> None:

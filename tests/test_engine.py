@@ -1,6 +1,6 @@
 """One table for all engines: every body answers every row, and nothing that is no such bundle is taken.
 
-An engine has a line in ``BUNDLES``: which server bundle of the tiny run it reads.
+An engine has a line in ``BUNDLES``: which server bundle of the tiny run it reads, and what that answers.
 """
 
 from __future__ import annotations
@@ -11,15 +11,18 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from conftest import forged_server
 
 from ensembler.cloud_runtime.engine import ENGINES, EngineOptions, load
 from ensembler.protocol.errors import BundleError, BundleTamperedError, ConfigError
 from ensembler.protocol.manifest import load_server
 
-# By kind of engine: the attribute of ``tiny`` that holds its bundle, and by how many codes an answer may differ from
-# onnxruntime's, whose integers the others need not round alike.
-BUNDLES = {"onnxruntime": ("server", 0)}
+# By kind of engine: the attribute of ``tiny`` that holds its bundle, the fixture of what it answers, and by how many
+# codes an answer may differ from that: not all round alike.
+BUNDLES = {"onnxruntime": ("server", "answers", 0), "torch": ("server_torch", "answers_in_float", 1)}
+
+pytestmark = pytest.mark.usefixtures("one_thread")  # the torch engine sets how many torch has
 
 
 @pytest.fixture(params=BUNDLES, scope="module")
@@ -32,6 +35,12 @@ def bundle(tiny, kind):
     return getattr(tiny, BUNDLES[kind][0])
 
 
+@pytest.fixture(scope="module")
+def wanted(kind, request):
+    """The answers to ``codes``."""
+    return request.getfixturevalue(BUNDLES[kind][1])
+
+
 @pytest.fixture
 def engine(bundle, kind):
     opened = load(bundle, EngineOptions(kind=kind, threads=2))
@@ -41,7 +50,7 @@ def engine(bundle, kind):
 
 def assert_alike(kind, found, expected):
     assert found.dtype == np.uint8
-    np.testing.assert_allclose(found.astype(int), expected.astype(int), rtol=0, atol=BUNDLES[kind][1])
+    np.testing.assert_allclose(found.astype(int), expected.astype(int), rtol=0, atol=BUNDLES[kind][2])
 
 
 def test_every_engine_has_its_line():
@@ -49,8 +58,8 @@ def test_every_engine_has_its_line():
 
 
 @pytest.mark.parametrize("rows", [1, 7, 21])
-def test_every_body_answers_every_row(engine, kind, codes, answers, rows):
-    assert_alike(kind, engine.run(codes[:rows]), answers[:rows])
+def test_every_body_answers_every_row(engine, kind, codes, wanted, rows):
+    assert_alike(kind, engine.run(codes[:rows]), wanted[:rows])
 
 
 def test_the_same_codes_get_the_same_answers_alone_and_in_company(engine, kind, codes):
@@ -59,16 +68,16 @@ def test_the_same_codes_get_the_same_answers_alone_and_in_company(engine, kind, 
     assert_alike(kind, alone, together)
 
 
-def test_as_many_batches_as_it_has_lanes_are_computed_at_once(engine, kind, codes, answers):
+def test_as_many_batches_as_it_has_lanes_are_computed_at_once(engine, kind, codes, wanted):
     with ThreadPoolExecutor(engine.lanes) as pool:
         for found in pool.map(engine.run, [codes] * 3 * engine.lanes):
-            assert_alike(kind, found, answers)
+            assert_alike(kind, found, wanted)
 
 
-def test_it_may_be_called_from_one_thread_after_another(engine, kind, codes, answers):
+def test_it_may_be_called_from_one_thread_after_another(engine, kind, codes, wanted):
     with ThreadPoolExecutor(1) as first, ThreadPoolExecutor(1) as second:
         for pool in (first, second):
-            assert_alike(kind, pool.submit(engine.run, codes).result(60), answers)
+            assert_alike(kind, pool.submit(engine.run, codes).result(60), wanted)
 
 
 def test_it_says_what_computes_and_that_it_can(engine):
@@ -103,5 +112,28 @@ def test_bodies_that_answer_with_codes_of_more_bits_than_the_manifest_says_are_r
 
 
 def test_an_engine_that_is_not_there_is_refused(tiny):
-    with pytest.raises(ConfigError, match="'abacus' is unknown; known: onnxruntime"):
+    with pytest.raises(ConfigError, match="'abacus' is unknown; known: auto, onnxruntime, torch"):
         load(tiny.server, EngineOptions(kind="abacus"))
+
+
+@pytest.mark.parametrize(("name", "words"), [("server", "onnxruntime on"), ("server_torch", "torch on")])
+def test_unless_told_it_is_the_engine_that_reads_the_bundles_format(tiny, name, words):
+    engine = load(getattr(tiny, name), EngineOptions(threads=1))
+    assert engine.describe().startswith(words)
+    engine.close()
+
+
+@pytest.mark.parametrize(("name", "kind"), [("server", "torch"), ("server_torch", "onnxruntime")])
+def test_an_engine_that_does_not_read_the_format_is_refused(tiny, name, kind):
+    reader = {"torch": "onnxruntime", "onnxruntime": "torch"}[kind]
+    with pytest.raises(BundleError, match=f"--engine {reader} reads them"):
+        load(getattr(tiny, name), EngineOptions(kind=kind))
+
+
+@pytest.mark.parametrize("kind", BUNDLES)
+def test_a_device_that_is_not_there_is_refused(tiny, kind):
+    with pytest.raises(ConfigError, match="'abacus' is unknown; known: auto, cpu, cuda"):
+        EngineOptions(kind=kind, device="abacus")
+    if not torch.cuda.is_available():
+        with pytest.raises(ConfigError, match="--device cuda: "):
+            load(getattr(tiny, BUNDLES[kind][0]), EngineOptions(kind=kind, device="cuda"))

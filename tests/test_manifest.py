@@ -129,6 +129,23 @@ def test_two_pairs_of_one_format_are_refused():
         parse("client", changed)
 
 
+TORCH = dataclasses.replace(
+    SERVER, bodies=("b.json", "b.safetensors"), files={"b.json": entry(), "b.safetensors": entry()}, format="torch"
+)
+
+
+def test_bodies_in_onnx_are_written_as_they_always_were():
+    assert "bodies_format" not in document("server")
+    assert json.loads(to_json(TORCH))["bodies_format"] == "torch"
+    assert parse_server(to_json(TORCH)) == TORCH
+
+
+@pytest.mark.parametrize("bodies", [["b.json"], ["b.json", "b.json"], ["b.json", "b.safetensors", "b.json"]])
+def test_bodies_in_torch_are_two_files(bodies):
+    with pytest.raises(BundleError, match="bodies does not name 2 of the bundle's files"):
+        parse("server", json.loads(to_json(TORCH)) | {"bodies": bodies})
+
+
 @both
 def test_a_manifest_is_read_as_it_was_written(kind):
     written = KINDS[kind][0]
@@ -390,6 +407,8 @@ def test_a_mangled_field_is_refused_by_name(kind, path):
         ("client", ("files", "head.onnx", "size_bytes"), 1 << 40),
         ("server", ("wire", "answer_width"), (1 << 20) + 1),
         ("server", ("wire", "answer_codecs"), [{}] * 1025),
+        ("server", ("bodies_format",), "tensorflow"),
+        ("server", ("bodies_format",), None),
         ("server", ("bodies",), ["body_00.onnx", "body_01.onnx"]),
         ("server", ("bodies",), ["body_00.onnx", "body_01.onnx", "body_01.onnx"]),
         ("server", ("bodies",), ["body_00.onnx", "body_01.onnx", "body_03.onnx"]),

@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from conftest import forged_server
 
-from ensembler.cloud_runtime.onnx_engine import OnnxEngine, _Crew
+from ensembler.cloud_runtime.crew import Crew
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.protocol.errors import BundleError, ConfigError
 from ensembler.protocol.manifest import load_server
 
@@ -47,7 +48,7 @@ def test_a_file_that_is_no_graph_is_refused(tiny, tmp_path):
 
 @pytest.mark.parametrize("helpers", [0, 1, 3])
 def test_a_crew_does_every_piece_once(helpers):
-    crew, done, lock = _Crew(helpers), [], threading.Lock()
+    crew, done, lock = Crew(helpers), [], threading.Lock()
 
     def work(a, b):
         with lock:
@@ -63,7 +64,7 @@ def test_a_crew_does_every_piece_once(helpers):
 
 @pytest.mark.parametrize("helpers", [0, 2])
 def test_an_error_in_a_piece_is_raised_and_the_crew_works_on(helpers):
-    crew = _Crew(helpers)
+    crew = Crew(helpers)
 
     def work(a, b):
         if a == 3:
@@ -76,6 +77,6 @@ def test_an_error_in_a_piece_is_raised_and_the_crew_works_on(helpers):
 
 
 def test_pieces_run_at_the_same_time_when_there_are_helpers():
-    crew, both = _Crew(1), threading.Barrier(2, timeout=30)
+    crew, both = Crew(1), threading.Barrier(2, timeout=30)
     crew.run(lambda a, b: both.wait(), [(0, 0), (1, 0)])  # ends only if two threads meet
     crew.close()

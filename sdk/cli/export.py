@@ -17,7 +17,7 @@ from ensembler.cli.package import add_packaging, is_bundle, package, refuse_othe
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.sealing import BundleSecret
 from ensembler.protocol.errors import ConfigError, EnsemblerError
-from ensembler.protocol.manifest import ModelFormat, Precision
+from ensembler.protocol.manifest import BodiesFormat, ModelFormat, Precision
 from ensembler.transport import keys
 
 if TYPE_CHECKING:
@@ -40,10 +40,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--format",
-        choices=["onnx", "tflite"],
+        choices=["onnx", "tflite", "torch"],
         action="append",
-        help="of head and tail; may be repeated, then the faster one here is the bundle's default (default: onnx, or "
-        "what --target runs)",
+        help="onnx, tflite: of head and tail; with both, the faster one here is the bundle's default (default: onnx, "
+        "or what --target runs). torch: of the bodies, in the place of onnx",
     )
     parser.add_argument("--quantize", choices=["int8", "none"], default="int8", help="head and tail (default: int8)")
     parser.add_argument(
@@ -127,9 +127,8 @@ def _export(options: argparse.Namespace, target: Target | None, console: Console
         raise ConfigError("--server-bundle needs --server-key: the public key of the server that serves it")
     if options.server_bundle and options.parties not in (1, len(options.server_bundle)):
         raise ConfigError(f"--parties {options.parties}: {len(options.server_bundle)} server bundles were given")
-    formats: tuple[ModelFormat, ...] = tuple(options.format or ("onnx",))
+    formats, server_format = _formats(options.format or [], ["onnx"] if target is None else formats_for(target))
     if target is not None:
-        formats = tuple(options.format or formats_for(target)[:1])
         # Not after the minutes of an export.
         runtime_for(target, formats, options.runtime)
         if options.package != "wheelhouse":
@@ -145,6 +144,7 @@ def _export(options: argparse.Namespace, target: Target | None, console: Console
                 client_precision=precision,
                 formats=formats,
                 server_precision=options.server_precision,
+                server_format=server_format,
                 parties=options.parties,
                 server_bundles=tuple(options.server_bundle),
                 server_public_keys=server_keys,
@@ -187,6 +187,14 @@ def _export(options: argparse.Namespace, target: Target | None, console: Console
         lines += ["", *said]
     lines.append(f"next: ensembler serve {servers[0]} --bind tcp://0.0.0.0:5555")
     return document, lines
+
+
+def _formats(
+    given: Sequence[ModelFormat | BodiesFormat], usual: Sequence[ModelFormat]
+) -> tuple[tuple[ModelFormat, ...], BodiesFormat]:
+    """Returns the formats of head and tail, and that of the bodies."""
+    of_client: list[ModelFormat] = [each for each in given if each != "torch"]
+    return tuple(of_client or usual[:1]), "torch" if "torch" in given else "onnx"
 
 
 def _secret(options: argparse.Namespace) -> BundleSecret | None:
