@@ -46,9 +46,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--plaintext", action="store_true", help="no encryption, and everybody may connect")
     parser.add_argument(
         "--engine",
-        default="onnxruntime",
-        help="what computes (default: onnxruntime)",
+        default="auto",
+        help="what computes: onnxruntime, torch or ray (default: what reads the bundle's format)",
     )
+    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: a GPU where the engine finds one)")
     parser.add_argument(
         "--threads",
         type=int,
@@ -108,7 +109,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
         max_client_rows=options.max_client_rows,
         batch_wait_ms=options.batch_wait_ms,
     )
-    engine_options = engines.EngineOptions(kind=options.engine, threads=options.threads, workers=options.workers)
+    engine_options = engines.EngineOptions(
+        kind=options.engine, device=options.device, threads=options.threads, workers=options.workers
+    )
     meter = PrometheusMeter() if options.http else None
     with ExitStack() as opened:
         loading = opened.enter_context(ExitStack())
