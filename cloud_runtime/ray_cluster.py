@@ -90,7 +90,7 @@ def _begin(ray: Any, address: str | None, cores: int | None) -> None:
         else:
             _require_reachable(address)
             ray.init(address=address, **options)
-    except (OSError, RuntimeError, ValueError) as error:
+    except Exception as error:  # Ray raises whatever it meets, Exception itself too
         raise ConfigError(
             f"Ray cannot be {'started' if address is None else f'reached at {address}'}: {error}"
         ) from error

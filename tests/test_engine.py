@@ -6,6 +6,7 @@ An engine has a line in ``BUNDLES``: which server bundle of the tiny run it read
 from __future__ import annotations
 
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -14,16 +15,20 @@ import pytest
 from conftest import forged_server
 
 from ensembler.cloud_runtime.engine import ENGINES, EngineOptions, load
-from ensembler.protocol.errors import BundleError, BundleTamperedError, ConfigError
+from ensembler.protocol.errors import BundleError, BundleTamperedError, ConfigError, MissingExtraError
 from ensembler.protocol.manifest import load_server
 
 # By kind of engine: the attribute of ``tiny`` that holds its bundle, and by how many codes an answer may differ from
 # onnxruntime's, whose integers the others need not round alike.
-BUNDLES = {"onnxruntime": ("server", 0)}
+BUNDLES = {"onnxruntime": ("server", 0), "ray": ("server", 0)}
+# What an engine imports that not every environment has; and the make target whose environment does.
+NEEDS = {"ray": "make test-ray"}
 
 
 @pytest.fixture(params=BUNDLES, scope="module")
 def kind(request):
+    if request.param in NEEDS:
+        pytest.importorskip(request.param, reason=f"{NEEDS[request.param]} runs it")
     return request.param
 
 
@@ -100,6 +105,25 @@ def test_bodies_that_answer_with_codes_of_more_bits_than_the_manifest_says_are_r
     forged_server(manifest, folder, wire=replace(manifest.wire, answer_codecs=codecs))
     with pytest.raises(BundleError, match="a body answers with codes above 3, which u2 does not have"):
         load(folder, EngineOptions(kind=kind))
+
+
+def test_an_engine_whose_package_is_missing_names_the_cure(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"needs ray: pip install 'ensembler-edge\[ray\]'"):
+        load(tiny.server, EngineOptions(kind="ray"))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"address": "host:6379"}, "are of --engine ray, not of onnxruntime"),
+        ({"replicas": 2}, "are of --engine ray, not of onnxruntime"),
+        ({"kind": "ray", "replicas": 0}, "--replicas 0: at least one"),
+    ],
+)
+def test_options_that_an_engine_does_not_have_are_refused(given, reason):
+    with pytest.raises(ConfigError, match=reason):
+        EngineOptions(**given)
 
 
 def test_an_engine_that_is_not_there_is_refused(tiny):
