@@ -22,6 +22,8 @@ from typing import Any
 from ensembler.cloud_runtime.engine import usable_cores
 from ensembler.protocol.errors import ConfigError, MissingExtraError
 
+log = logging.getLogger("ensembler.ray")
+
 # Left to itself Ray tries an address for two minutes, then ends the process.
 REACH_S = 5.0
 JOIN_S = 40.0
@@ -70,8 +72,17 @@ def _imported(address: str | None) -> Any:
     try:
         import ray
     except ImportError as error:
-        raise MissingExtraError("ray", "ray", "the nets on several machines") from error
+        raise MissingExtraError("ray", "ray", "work on several machines") from error
+    from ray._private import worker
+
+    # It prints what happens in the cluster on standard output, and has no option against it.
+    worker.print_to_stdstream = _to_log
     return ray
+
+
+def _to_log(data: dict[str, Any], ignore_prefix: bool) -> None:  # noqa: ARG001 (Ray's signature)
+    """Takes what Ray would print; its first sentence says what happened, and pages of its own logs follow."""
+    log.info("Ray: %s", "".join(data["lines"][:1]).strip().partition(". ")[0].partition("\n")[0])
 
 
 def _begin(ray: Any, address: str | None, cores: int | None) -> None:

@@ -38,8 +38,9 @@ RUN_S = 60.0
 FETCH_S = 10.0
 # To send a group's files to a machine, load and warm them.
 OPEN_S = 180.0
-# A machine where a copy could not be started is tried again after so long.
-AGAIN_S = 10.0
+# Where a copy was lost or could not be started nothing is started for so long, since it may take Ray as long to find
+# that a machine is gone; unless there is no other.
+REST_S = 15.0
 # Ray sends an array of more bytes through its store, for which it is put there once for all groups.
 INLINE_BYTES = 100 * 1024
 
@@ -120,7 +121,8 @@ class RayEngine:
         self.lanes = 2 * options.replicas
         self._options = options
         self._copies: list[_Copy] = []
-        self._resting: dict[str, float] = {}  # nodes where nothing is started until then
+        self._nodes: dict[str, int] = {}  # the machines, by Ray's node id, and how many CPUs each gives
+        self._resting: dict[str, float] = {}  # those where nothing is started until then
         self._lock = threading.Lock()
         self._wake = threading.Event()
         self._closing = threading.Event()
@@ -139,7 +141,7 @@ class RayEngine:
 
     def _begin(self, bundle: Path) -> None:
         """Divides the bodies and starts every copy; returns when all compute."""
-        nodes = self._nodes()
+        nodes = self._living()
         if not nodes:
             raise ConfigError("no machine of the Ray cluster has a CPU to give; start one with --num-cpus above 0")
         bodies = self.manifest.bodies
@@ -181,10 +183,9 @@ class RayEngine:
         todo, asked = list(range(len(self._parts))), dict[Any, _Copy]()
         try:
             while todo or asked:
-                while todo:
-                    copy = self._take(todo[-1])
+                for copy in self._take(todo):
                     asked[copy.actor.run.remote(sent)] = copy
-                    todo.pop()
+                todo.clear()
                 ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
                 for ref in ready:
                     copy = asked[ref]
@@ -248,19 +249,31 @@ class RayEngine:
 
     # --- which copy computes ---
 
-    def _take(self, group: int) -> _Copy:
-        """Picks the copy with the least to do, its machine counted."""
+    def _take(self, groups: list[int]) -> list[_Copy]:
+        """Picks a copy of each group, the one with the least to do, its machine counted; all or none.
+
+        Raises:
+            EngineLostError: there is none of one group. No other has been asked for it in vain.
+        """
+        taken: list[_Copy] = []
         with self._lock:
-            busy: dict[str, int] = {}
-            for copy in self._copies:
-                busy[copy.node] = busy.get(copy.node, 0) + copy.batches
-            fit = [copy for copy in self._copies if copy.group == group and copy.is_open]
-            if not fit:
-                part = self._parts[group]
-                raise EngineLostError(f"no machine computes nets {part.start + 1} to {part.stop} at the moment")
-            best = min(fit, key=lambda copy: (busy[copy.node], copy.batches))
-            best.batches += 1
-            return best
+            try:
+                for group in groups:
+                    busy: dict[str, int] = {}
+                    for copy in self._copies:
+                        busy[copy.node] = busy.get(copy.node, 0) + copy.batches
+                    fit = [copy for copy in self._copies if copy.group == group and copy.is_open]
+                    if not fit:
+                        part = self._parts[group]
+                        raise EngineLostError(f"no machine computes nets {part.start + 1} to {part.stop} at the moment")
+                    best = min(fit, key=lambda copy: (busy[copy.node], copy.batches))
+                    best.batches += 1
+                    taken.append(best)
+            except EngineLostError:
+                for copy in taken:
+                    copy.batches -= 1
+                raise
+        return taken
 
     def _give_back(self, copy: _Copy) -> None:
         with self._lock:
@@ -273,6 +286,8 @@ class RayEngine:
                 return
             copy.is_lost = True
             self._copies.remove(copy)
+            if len(self._nodes) > 1 or not copy.is_open:
+                self._resting[copy.node] = time.monotonic() + REST_S
         reason = str(why).strip().splitlines()[0]
         log.warning("group %d of the nets is lost on node %s: %s", copy.group, copy.node, reason)
         self._end(copy)
@@ -296,19 +311,19 @@ class RayEngine:
     def _round(self) -> None:
         """Hears the copies, and starts or stops what is to be."""
         self._listen()
-        nodes = self._nodes()
+        self._nodes = self._living()
         for copy in list(self._copies):
-            if copy.node not in nodes:
+            if copy.node not in self._nodes:
                 self._lose(copy, "its machine left the cluster")
         now = time.monotonic()
         resting = {node for node, until in self._resting.items() if until > now}
         used = {copy.node for copy in self._copies}
-        usable = [node for node in nodes if node not in resting or node in used]
+        usable = [node for node in self._nodes if node not in resting or node in used]
         while (step := self._next_step(usable)) is not None:
             if not step.start:
                 self._stop(step)
             elif step.node not in resting:
-                self._start(step, nodes[step.node])
+                self._start(step)
             else:
                 break
 
@@ -334,8 +349,6 @@ class RayEngine:
                 cause = _cause(error) if isinstance(error, RayTaskError) else error
                 if self._keeper is None:
                     raise _startable(cause) from error
-                if not copy.is_open:
-                    self._resting[copy.node] = time.monotonic() + AGAIN_S
                 self._lose(copy, cause)
                 continue
             if not copy.is_open and self._keeper is not None:
@@ -344,22 +357,25 @@ class RayEngine:
             copy.asked = copy.actor.ping.options(concurrency_group="health").remote()
             copy.asked_s = time.monotonic()
 
-    def _nodes(self) -> dict[str, int]:
+    def _living(self) -> dict[str, int]:
         """Returns the living machines that have CPUs to give, and how many."""
         found = [(node["NodeID"], int(node["Resources"].get("CPU", 0))) for node in self._ray.nodes() if node["Alive"]]
         return {name: cpus for name, cpus in sorted(found) if cpus > 0}
 
-    def _start(self, step: Step, cpus: int) -> None:
+    def _start(self, step: Step) -> None:
         # No CPUs are reserved: the machines that are left take everything, however little that gives each net.
         actor = self._actors.options(scheduling_strategy=self._on_node(step.node, soft=False)).remote()
-        asked = actor.open.remote(self._files[step.group], self._options.threads or cpus)
+        asked = actor.open.remote(self._files[step.group], self._options.threads or self._nodes[step.node])
         copy = _Copy(group=step.group, node=step.node, actor=actor, asked=asked, asked_s=time.monotonic())
         with self._lock:
             self._copies.append(copy)
 
     def _stop(self, step: Step) -> None:
         (copy,) = [copy for copy in self._copies if (copy.group, copy.node) == (step.group, step.node)]
-        self._lose(copy, "it moved to another machine")
+        with self._lock:
+            copy.is_lost = True
+            self._copies.remove(copy)
+        self._end(copy)
 
 
 def _files(bundle: Path, manifest: ServerManifest, part: slice) -> dict[str, bytes]:
