@@ -108,13 +108,15 @@ def test_copies_of_a_group_are_on_different_nodes(tiny, nodes, codes, answers):
 # --- what dies ---
 
 
-def test_a_killed_actor_is_replaced(engine, codes, answers, record_property):
+def test_a_killed_actor_is_replaced_and_the_nets_are_spread_again(engine, codes, answers, record_property, monkeypatch):
+    monkeypatch.setattr(ray_engine, "REST_S", 2.0)
     (first, *_) = engine._copies
     os.kill(inside(first, process_of), signal.SIGKILL)
     until(engine, codes, lambda: first not in engine._copies)
     record_property("recovery_s", until_right(engine, codes, answers))
     assert engine.alive()
-    assert sorted(engine.places().values()) == [[0], [1]]
+    until(engine, codes, lambda: sorted(engine.places().values()) == [[0], [1]])
+    np.testing.assert_array_equal(engine.run(codes), answers)
 
 
 def test_a_machine_that_falls_silent_costs_no_answer_where_there_is_a_copy(tiny, nodes, codes, answers, monkeypatch):
