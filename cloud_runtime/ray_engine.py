@@ -1,7 +1,7 @@
 """The N nets on several machines: groups of bodies in Ray actors, each group on several machines if so wanted.
 
 The gateway (this process) sends a batch to one copy of every group and puts their answers together. A copy that dies,
-or that no longer says it is well, is left out at once; the batch goes to another copy, and a new one is started.
+or that no longer says it is well, is left out at once; the batch goes to another copy, or waits for the new one.
 Only arrays that were checked go in and come out. Start reading at ``RayEngine.run``; what runs on the machines is
 ``Group``.
 """
@@ -13,6 +13,7 @@ import logging
 import tempfile
 import threading
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ log = logging.getLogger("ensembler.ray")
 LOOK_S = 0.5
 # A machine without power answers nothing and refuses nothing. Busy ones answer too, in a thread for that alone.
 PING_S = 10.0
-# No device waits that long for a batch; a copy that does not answer in it, though it says it is well, is given up.
+# No device waits that long for a batch: in it, what was lost comes back and every copy answers, or is given up.
 RUN_S = 60.0
 # To bring an answer here that is known to be there.
 FETCH_S = 10.0
@@ -115,6 +116,8 @@ class RayEngine:
         MissingExtraError: Ray is not installed.
     """
 
+    in_process = False
+
     def __init__(self, bundle: Path, options: EngineOptions) -> None:
         self.manifest: ServerManifest = load_server(bundle)
         # While a copy computes one batch, the next is on its way to it.
@@ -123,7 +126,7 @@ class RayEngine:
         self._copies: list[_Copy] = []
         self._nodes: dict[str, int] = {}  # the machines, by Ray's node id, and how many CPUs each gives
         self._resting: dict[str, float] = {}  # those where nothing is started until then
-        self._lock = threading.Lock()
+        self._lock = threading.Condition()  # of the copies; notified when one computes
         self._wake = threading.Event()
         self._closing = threading.Event()
         self._keeper: threading.Thread | None = None
@@ -168,7 +171,7 @@ class RayEngine:
         Raises:
             BadRequestError: no wire codes of this bundle's features; nothing was sent.
             BundleError: a machine answers with something else than the manifest says.
-            EngineLostError: no copy of a group is left, or none answered in time.
+            EngineLostError: no copy of a group came back, or answered, in time.
         """
         from ray.exceptions import RayError, RayTaskError
 
@@ -183,7 +186,7 @@ class RayEngine:
         todo, asked = list(range(len(self._parts))), dict[Any, _Copy]()
         try:
             while todo or asked:
-                for copy in self._take(todo):
+                for copy in self._take(todo, until):
                     asked[copy.actor.run.remote(sent)] = copy
                 todo.clear()
                 ready, _ = ray.wait(list(asked), num_returns=len(asked), timeout=LOOK_S)
@@ -213,7 +216,7 @@ class RayEngine:
     def alive(self) -> bool:
         """See ``Engine``: whether every group has a copy that computes."""
         with self._lock:
-            return {copy.group for copy in self._copies if copy.is_open} >= set(range(len(self._parts)))
+            return self._covered(range(len(self._parts)))
 
     def describe(self) -> str:
         """See ``Engine``."""
@@ -249,31 +252,28 @@ class RayEngine:
 
     # --- which copy computes ---
 
-    def _take(self, groups: list[int]) -> list[_Copy]:
-        """Picks a copy of each group, the one with the least to do, its machine counted; all or none.
+    def _take(self, groups: list[int], until: float) -> list[_Copy]:
+        """Picks a copy of each group, the one with the least to do, its machine counted; waits for those to come.
 
         Raises:
-            EngineLostError: there is none of one group. No other has been asked for it in vain.
+            EngineLostError: there is none of one group in time. No other has been asked for it in vain.
         """
-        taken: list[_Copy] = []
         with self._lock:
-            try:
-                for group in groups:
-                    busy: dict[str, int] = {}
-                    for copy in self._copies:
-                        busy[copy.node] = busy.get(copy.node, 0) + copy.batches
-                    fit = [copy for copy in self._copies if copy.group == group and copy.is_open]
-                    if not fit:
-                        part = self._parts[group]
-                        raise EngineLostError(f"no machine computes nets {part.start + 1} to {part.stop} at the moment")
-                    best = min(fit, key=lambda copy: (busy[copy.node], copy.batches))
-                    best.batches += 1
-                    taken.append(best)
-            except EngineLostError:
-                for copy in taken:
-                    copy.batches -= 1
-                raise
-        return taken
+            if not self._lock.wait_for(lambda: self._covered(groups), until - time.monotonic()):
+                raise EngineLostError("no machine computes some of the nets at the moment")
+            return [self._least_busy(group) for group in groups]
+
+    def _covered(self, groups: Iterable[int]) -> bool:
+        return {copy.group for copy in self._copies if copy.is_open}.issuperset(groups)
+
+    def _least_busy(self, group: int) -> _Copy:
+        busy: dict[str, int] = {}
+        for copy in self._copies:
+            busy[copy.node] = busy.get(copy.node, 0) + copy.batches
+        fit = [copy for copy in self._copies if copy.group == group and copy.is_open]
+        best = min(fit, key=lambda copy: (busy[copy.node], copy.batches))
+        best.batches += 1
+        return best
 
     def _give_back(self, copy: _Copy) -> None:
         with self._lock:
@@ -353,7 +353,9 @@ class RayEngine:
                 continue
             if not copy.is_open and self._keeper is not None:
                 log.warning("group %d of the nets computes on node %s", copy.group, copy.node)
-            copy.is_open = True
+            with self._lock:
+                copy.is_open = True
+                self._lock.notify_all()
             copy.asked = copy.actor.ping.options(concurrency_group="health").remote()
             copy.asked_s = time.monotonic()
 
