@@ -7,6 +7,7 @@ PYTHON ?= python3
 VENV ?= .venv
 TFLITE ?= .venv-tflite
 LEGACY ?= .venv-legacy
+RAY ?= .venv-ray
 TORCH_INDEX ?=
 BUNDLES ?= out/demo
 BIN = $(VENV)/bin
@@ -16,7 +17,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-tflite test-legacy test-arm lint docs bench results cifar wire privacy tables models clean
+.PHONY: demo test test-tflite test-legacy test-ray test-arm lint docs bench ray results cifar wire privacy tables models clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -33,6 +34,11 @@ test-tflite: $(TFLITE)/.installed
 # The runtime of 32-bit boards goes with NumPy 1 alone.
 test-legacy: $(LEGACY)/.installed
 	$(LEGACY)/bin/python -m pytest tests/test_backends.py
+
+# Several machines: a real Ray cluster of two nodes on this one. Ray is 0.5 GB and its cluster takes the cores to itself.
+test-ray: $(RAY)/.installed
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/test_engine.py
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/cluster
 
 # Packages for three boards, installed and run on emulated ones; as root on Debian or its like, with qemu-user-static and
 # mmdebstrap. Where boards cannot be emulated the tests are skipped and say why.
@@ -58,6 +64,11 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/overhead.py $(BUNDLES)
 	$(BIN)/python benchmarks/device.py $(BUNDLES)
 	$(BIN)/python benchmarks/timing.py
+
+# A machine of a Ray cluster killed under load, again and again; minutes.
+ray: $(RAY)/.installed
+	test -d $(BUNDLES)/client || $(BIN)/ensembler demo --out $(BUNDLES)
+	$(RAY)/bin/python benchmarks/ray_nodes.py $(BUNDLES)
 
 # The slim net on CIFAR-10, an hour on two cores. CIFAR10=PATH of the authors' archive, or an npz pair.
 cifar: $(INSTALLED)
@@ -117,5 +128,13 @@ $(LEGACY)/.installed: setup.cfg pyproject.toml constraints/legacy.txt
 		--editable '.[tflite-runtime,image]' pytest pytest-timeout
 	touch $@
 
+$(RAY)/.installed: setup.cfg pyproject.toml constraints/ray.txt
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/ray.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(RAY)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/ray.txt \
+		--editable '.[ray,export,encrypt,image]' pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TFLITE) $(LEGACY) build out *.egg-info
+	rm -rf $(VENV) $(TFLITE) $(LEGACY) $(RAY) build out *.egg-info
