@@ -10,6 +10,7 @@ LEGACY ?= .venv-legacy
 FUZZ ?= .venv-fuzz
 FUZZ_INPUTS ?= 5000000
 PEERS ?= .venv-peers
+RAY ?= .venv-ray
 TORCH_INDEX ?=
 BUNDLES ?= out/demo
 BIN = $(VENV)/bin
@@ -19,7 +20,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-tflite test-legacy test-arm test-image lint docs bench load peers results cifar wire privacy tables \
+.PHONY: demo test test-tflite test-legacy test-ray test-arm test-image lint docs bench load peers ray results cifar wire privacy tables \
 	models fuzz soak clean
 
 demo: $(INSTALLED)
@@ -37,6 +38,11 @@ test-tflite: $(TFLITE)/.installed
 # The runtime of 32-bit boards goes with NumPy 1 alone.
 test-legacy: $(LEGACY)/.installed
 	$(LEGACY)/bin/python -m pytest tests/test_backends.py
+
+# Several machines: a real Ray cluster of two nodes on this one. Ray is 0.5 GB and its cluster takes the cores to itself.
+test-ray: $(RAY)/.installed
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/test_engine.py
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/cluster
 
 # Packages for three boards, installed and run on emulated ones; as root on Debian or its like, with qemu-user-static and
 # mmdebstrap. Where boards cannot be emulated the tests are skipped and say why.
@@ -75,6 +81,10 @@ load: $(INSTALLED) peers
 
 # The other servers have an environment of their own; none of them is a dependency.
 peers: $(PEERS)/.installed
+# A machine of a Ray cluster killed under load, again and again; minutes.
+ray: $(RAY)/.installed
+	test -d $(BUNDLES)/client || $(BIN)/ensembler demo --out $(BUNDLES)
+	$(RAY)/bin/python benchmarks/ray_nodes.py $(BUNDLES)
 
 # The slim net on CIFAR-10, an hour on two cores. CIFAR10=PATH of the authors' archive, or an npz pair.
 cifar: $(INSTALLED)
@@ -154,5 +164,13 @@ $(PEERS)/.installed: setup.cfg pyproject.toml constraints/peers.txt
 		--editable '.[cloud,encrypt]' grpcio httptools litserve mosec uvloop
 	touch $@
 
+$(RAY)/.installed: setup.cfg pyproject.toml constraints/ray.txt
+	test -x $(RAY)/bin/python || $(PYTHON) -m venv $(RAY)
+	$(RAY)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/ray.txt \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(RAY)/bin/pip --disable-pip-version-check install --quiet --constraint constraints/ray.txt \
+		--editable '.[ray,export,encrypt,image]' pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TFLITE) $(LEGACY) $(FUZZ) $(PEERS) build out *.egg-info
+	rm -rf $(VENV) $(TFLITE) $(LEGACY) $(FUZZ) $(PEERS) $(RAY) build out *.egg-info

@@ -72,7 +72,7 @@ class Load:
 
     def run(self, seed: int) -> None:
         """Calls without a pause; one thread's work."""
-        draw = random.Random(seed)
+        draw = random.Random(seed)  # noqa: S311 (which image)
         while not self.stop.is_set():
             index = draw.randrange(len(self.images))
             begun, right, error = time.monotonic(), False, None
@@ -111,11 +111,13 @@ def measure(folder: Path, rounds: int, threads: int, timeout_ms: float) -> Load:
     rng = np.random.Generator(np.random.PCG64(SEED))
     shape = (IMAGES, runtime.manifest.image.height, runtime.manifest.image.width, 3)
     if runtime.manifest.noise_mode not in ("fixed", "none") or runtime.manifest.dropout:
-        raise SystemExit("this bundle draws for every image, so an answer cannot be compared; take one with fixed noise")
+        raise SystemExit(
+            "this bundle draws for every image, so an answer cannot be compared; take one with fixed noise"
+        )
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     expected = np.concatenate([runtime.finish(engine.run(runtime.encode(image[None]))) for image in images])
     engine.close()
-    draw, bind = random.Random(SEED), "tcp://127.0.0.1:*"
+    draw, bind = random.Random(SEED), "tcp://127.0.0.1:*"  # noqa: S311 (which moment)
     with server(folder / "server", bind) as (endpoint, process):
         client = EdgeClient(folder / "client", endpoint)
         load = Load(client, images, expected, timeout_ms)

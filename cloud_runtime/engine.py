@@ -75,15 +75,20 @@ class EngineOptions:
 
     Attributes:
         kind: one of ``ENGINES``; ``auto`` takes what reads the bundle's format.
-        threads: computing threads for all nets together; None takes the usable cores.
+        threads: computing threads for all nets together; None takes the usable cores. Of ``ray``: for each group of
+            nets, and None takes the CPUs that its machine gives Ray.
         device: one of ``DEVICES``; ``auto`` takes a GPU that the engine's library finds.
         workers: processes of their own that compute; 0 computes in this one.
+        address: of ``ray`` alone: its head, ``HOST:PORT``, or ``auto``; None starts a Ray of this machine alone.
+        replicas: of ``ray`` alone: on how many machines each group of nets is, if there are as many.
     """
 
     kind: str = AUTO
     threads: int | None = None
     device: str = AUTO
     workers: int = 0
+    address: str | None = None
+    replicas: int = 1
 
     def __post_init__(self) -> None:
         if self.kind not in (AUTO, *ENGINES):
@@ -94,6 +99,14 @@ class EngineOptions:
             raise ConfigError("an engine needs at least one thread")
         if not 0 <= self.workers <= MAX_WORKERS:
             raise ConfigError(f"--workers {self.workers}: 0 to {MAX_WORKERS} processes can compute")
+        if self.replicas < 1:
+            raise ConfigError(f"--replicas {self.replicas}: at least one")
+        if self.kind == "ray" and self.device == "cuda":
+            raise ConfigError("--device cuda: the Ray engine computes on processors")
+        if self.kind != "ray" and (self.address is not None or self.replicas > 1):
+            raise ConfigError(f"--address and --replicas are of --engine ray, not of {self.kind}")
+        if self.kind == "ray" and self.workers:
+            raise ConfigError("--workers is not of --engine ray, whose nets compute in processes of its own anyway")
 
 
 def load(bundle: Path, options: EngineOptions) -> Engine:
@@ -163,9 +176,16 @@ def _torch(bundle: Path, options: EngineOptions) -> Engine:
     return TorchEngine(bundle, threads=options.threads, device=options.device)
 
 
+def _ray(bundle: Path, options: EngineOptions) -> Engine:
+    from ensembler.cloud_runtime.ray_engine import RayEngine
+
+    return RayEngine(bundle, options)
+
+
 # Each imports its own library when it is chosen, and no other.
 ENGINES: dict[str, Callable[[Path, EngineOptions], Engine]] = {
     "onnxruntime": _onnxruntime,
     "torch": _torch,
+    "ray": _ray,
 }
 _READERS: dict[BodiesFormat, str] = {"onnx": "onnxruntime", "torch": "torch"}

@@ -6,6 +6,7 @@ An engine has a line in ``BUNDLES``: which server bundle of the tiny run it read
 from __future__ import annotations
 
 import shutil
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
@@ -15,18 +16,26 @@ import torch
 from conftest import forged_server
 
 from ensembler.cloud_runtime.engine import ENGINES, EngineOptions, load
-from ensembler.protocol.errors import BundleError, BundleTamperedError, ConfigError
+from ensembler.protocol.errors import BundleError, BundleTamperedError, ConfigError, MissingExtraError
 from ensembler.protocol.manifest import load_server
 
 # By kind of engine: the attribute of ``tiny`` that holds its bundle, the fixture of what it answers, and by how many
 # codes an answer may differ from that: not all round alike.
-BUNDLES = {"onnxruntime": ("server", "answers", 0), "torch": ("server_torch", "answers_in_float", 1)}
+BUNDLES = {
+    "onnxruntime": ("server", "answers", 0),
+    "torch": ("server_torch", "answers_in_float", 1),
+    "ray": ("server", "answers", 0),
+}
+# What an engine imports that not every environment has; and the make target whose environment does.
+NEEDS = {"ray": "make test-ray"}
 
 pytestmark = pytest.mark.usefixtures("one_thread")  # the torch engine sets how many torch has
 
 
 @pytest.fixture(params=BUNDLES, scope="module")
 def kind(request):
+    if request.param in NEEDS:
+        pytest.importorskip(request.param, reason=f"{NEEDS[request.param]} runs it")
     return request.param
 
 
@@ -111,6 +120,26 @@ def test_bodies_that_answer_with_codes_of_more_bits_than_the_manifest_says_are_r
         load(folder, EngineOptions(kind=kind))
 
 
+def test_an_engine_whose_package_is_missing_names_the_cure(tiny, monkeypatch):
+    monkeypatch.setitem(sys.modules, "ray", None)
+    with pytest.raises(MissingExtraError, match=r"needs ray: pip install 'ensembler-edge\[ray\]'"):
+        load(tiny.server, EngineOptions(kind="ray"))
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        ({"address": "host:6379"}, "are of --engine ray, not of auto"),
+        ({"kind": "onnxruntime", "replicas": 2}, "are of --engine ray, not of onnxruntime"),
+        ({"kind": "ray", "device": "cuda"}, "--device cuda: the Ray engine computes on processors"),
+        ({"kind": "ray", "replicas": 0}, "--replicas 0: at least one"),
+    ],
+)
+def test_options_that_an_engine_does_not_have_are_refused(given, reason):
+    with pytest.raises(ConfigError, match=reason):
+        EngineOptions(**given)
+
+
 def test_an_engine_that_is_not_there_is_refused(tiny):
     with pytest.raises(ConfigError, match="'abacus' is unknown; known: auto, onnxruntime, torch"):
         load(tiny.server, EngineOptions(kind="abacus"))
@@ -134,6 +163,6 @@ def test_an_engine_that_does_not_read_the_format_is_refused(tiny, name, kind):
 def test_a_device_that_is_not_there_is_refused(tiny, kind):
     with pytest.raises(ConfigError, match="'abacus' is unknown; known: auto, cpu, cuda"):
         EngineOptions(kind=kind, device="abacus")
-    if not torch.cuda.is_available():
+    if not torch.cuda.is_available() and kind != "ray":
         with pytest.raises(ConfigError, match="--device cuda: "):
             load(getattr(tiny, BUNDLES[kind][0]), EngineOptions(kind=kind, device="cuda"))

@@ -42,6 +42,8 @@ from ensembler.training.config import TrainConfig
 from ensembler.training.models import ArchSpec
 
 RUN_VERSION = 2
+CONFIG_FILE = "config.json"
+METRICS_FILE = "metrics.jsonl"
 CONFUSION_FILE = "confusion.json"
 NOISE_STAGE = "noise"  # of learned noise, in metrics.jsonl
 
@@ -114,7 +116,7 @@ class RunFolder:
         run = cls(path)
         try:
             run.write_json(
-                "config.json",
+                CONFIG_FILE,
                 {
                     "version": RUN_VERSION,
                     "config": config.to_dict(),
@@ -165,13 +167,13 @@ class RunFolder:
     @classmethod
     def _of_this_version(cls, path: Path) -> RunFolder:
         run = cls(path)
-        if not (path / "config.json").is_file():
+        if not (path / CONFIG_FILE).is_file():
             raise DataError(f"{path} is not a run folder; ensembler train --out {path} makes one")
-        document = run.read_json("config.json")
+        document = run.read_json(CONFIG_FILE)
         complete = {"config", "image_size", "labels"} <= document.keys()
         if document.get("version") != RUN_VERSION or not complete:
             raise DataError(f"{path} was written by another version; train again, or install the matching version")
-        with run._complete("config.json"):
+        with run._complete(CONFIG_FILE):
             size, labels = document["image_size"], document["labels"]
             _require(len(size) == 2 and all(type(side) is int for side in size))
             _require(isinstance(labels, list) and all(isinstance(label, str) for label in labels))
@@ -183,29 +185,29 @@ class RunFolder:
     @property
     def config(self) -> TrainConfig:
         """The options of the run."""
-        return TrainConfig.from_dict(self.read_json("config.json")["config"])
+        return TrainConfig.from_dict(self.read_json(CONFIG_FILE)["config"])
 
     @property
     def labels(self) -> tuple[str, ...]:
         """The class names."""
-        return tuple(self.read_json("config.json")["labels"])
+        return tuple(self.read_json(CONFIG_FILE)["labels"])
 
     @property
     def arch(self) -> ArchSpec:
         """Which net."""
-        config, document = self.config, self.read_json("config.json")
+        config, document = self.config, self.read_json(CONFIG_FILE)
         height, width = document["image_size"]
         return config.arch_spec((height, width), len(document["labels"]))
 
     @property
     def data_digest(self) -> str:
         """The digest of the data; empty where none was stored."""
-        return str(self.read_json("config.json").get("data_digest") or "")
+        return str(self.read_json(CONFIG_FILE).get("data_digest") or "")
 
     @property
     def stage1_source(self) -> Path | None:
         """The run whose stage 1 this one takes."""
-        source = self.read_json("config.json").get("stage1_from")
+        source = self.read_json(CONFIG_FILE).get("stage1_from")
         return Path(str(source)) if source else None
 
     def stage1_file(self, index: int) -> str:
@@ -284,7 +286,7 @@ class RunFolder:
                 content = (source.path / name).read_bytes()
             except OSError as error:
                 raise DataError(f"{source.path / name} cannot be read ({error}); train again") from error
-            self._replace(name, partial(_write_bytes, content), 0o600)
+            self.write_bytes(name, content)
 
     # --- files ---
 
@@ -306,6 +308,10 @@ class RunFolder:
         plain = {key: value.detach().cpu().contiguous() for key, value in tensors.items()}
         texts = dict(metadata) if metadata else None
         self._replace(name, lambda path: save_file(plain, path, metadata=texts), 0o600)
+
+    def write_bytes(self, name: str, content: bytes) -> None:
+        """Stores a part that was made elsewhere, as it is."""
+        self._replace(name, partial(_write_bytes, content), 0o600)
 
     def load_tensors(self, name: str) -> dict[str, Tensor]:
         """Reads named tensors.
@@ -351,7 +357,7 @@ class RunFolder:
 
     def append_metrics(self, record: Mapping[str, Any]) -> None:
         """Adds one line to ``metrics.jsonl``."""
-        path = self.path / "metrics.jsonl"
+        path = self.path / METRICS_FILE
         try:
             with self._metrics_lock(), path.open("a", encoding="utf-8") as stream:
                 stream.write(json.dumps(record) + "\n")
@@ -361,7 +367,7 @@ class RunFolder:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Returns the records of ``metrics.jsonl`` up to the first torn line, if there is one."""
         try:
-            lines = (self.path / "metrics.jsonl").read_bytes().splitlines(keepends=True)
+            lines = (self.path / METRICS_FILE).read_bytes().splitlines(keepends=True)
         except FileNotFoundError:
             return []
         records: list[dict[str, Any]] = []
@@ -378,9 +384,16 @@ class RunFolder:
     def keep_metrics(self, wanted: Callable[[dict[str, Any]], bool]) -> None:
         """Drops every record of ``metrics.jsonl`` that is not ``wanted``, and a torn line."""
         with self._metrics_lock():
-            if self.has("metrics.jsonl"):
+            if self.has(METRICS_FILE):
                 text = "".join(json.dumps(record) + "\n" for record in self.read_metrics() if wanted(record))
-                self._replace("metrics.jsonl", lambda path: path.write_text(text, encoding="utf-8"), 0o600)
+                self._replace(METRICS_FILE, lambda path: path.write_text(text, encoding="utf-8"), 0o600)
+
+    def replace_metrics(self, piece: Mapping[str, Any], lines: bytes) -> None:
+        """Puts ``lines`` in the place of the records of ``metrics.jsonl`` that hold what ``piece`` holds."""
+        with self._metrics_lock():
+            others = [record for record in self.read_metrics() if not piece.items() <= record.items()]
+            text = "".join(json.dumps(record) + "\n" for record in others)
+            self._replace(METRICS_FILE, partial(_write_bytes, text.encode() + lines), 0o600)
 
     @contextmanager
     def _metrics_lock(self) -> Iterator[None]:

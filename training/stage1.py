@@ -1,8 +1,8 @@
 """Stage 1 of Ensembler (Section III-C): N nets, each trained alone, with its own fixed noise after the head (Eq. 2).
 
 The nets have nothing in common but the data, so several may be trained at once, each in a process of its own: see
-``together``. Baselines are trained here too; they do to their features what the client will do. Start reading at
-``stage1``.
+``together``, or on several machines: see ``ray_pool``. Baselines are trained here too; they do to their features what
+the client will do. Start reading at ``stage1``.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ from ensembler.training.fit import (
 )
 from ensembler.training.models import ArchSpec, Net, build_net, feature_shape
 from ensembler.training.perturbation import Perturbation
+from ensembler.training.ray_pool import RayPool
 from ensembler.training.runs import RunFolder, module_tensors, restore
 from ensembler.training.shredder import learn
 from ensembler.training.wire import fake_quantise
@@ -68,7 +69,14 @@ def mean_logits(items: Sequence[Stage1Net], x: Tensor, codec: AffineCodec | None
     return torch.stack([item.net.tail(item.net.body(sent)) for item in items]).mean(0)
 
 
-def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, reporter: Reporter) -> list[Stage1Net]:
+def stage1(
+    run: RunFolder,
+    config: TrainConfig,
+    arch: ArchSpec,
+    data: Tensors,
+    reporter: Reporter,
+    pool: RayPool | None = None,
+) -> list[Stage1Net]:
     """Returns the N nets, frozen, in training order; a stored one is kept, the others are trained.
 
     Args:
@@ -77,14 +85,18 @@ def stage1(run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, r
         arch: which net.
         data: on the device that trains.
         reporter: told of the progress.
+        pool: the machines that train an ensemble's nets; None is this one. A baseline is always trained here.
     """
     device = data.train_x.device
     everything = range(config.trained_nets)
     missing = [index for index in everything if not run.has(run.stage1_file(index))]
     if missing and config.stage1_pieces < config.trained_nets:
         return train_piece(run, config, arch, everything, data, reporter)
-    if config.jobs > 1 and len(missing) > 1:
-        steps = config.epochs_stage1 * steps_per_epoch(len(data.train_x), config.batch_size)
+    steps = config.epochs_stage1 * steps_per_epoch(len(data.train_x), config.batch_size)
+    if pool is not None and config.is_ensemble and missing:
+        pool.train_nets(run, config, missing, data, steps, reporter)
+        missing = []
+    elif config.jobs > 1 and len(missing) > 1:
         together.train_nets(run, config, missing, device, steps, reporter)
         missing = []
     trained = []

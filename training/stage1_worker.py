@@ -1,4 +1,4 @@
-"""What one process of ``together`` does: ``python -m ensembler.training.stage1_worker RUN ORDER``."""
+"""What a process of ``together`` or of ``ray_pool`` does: ``python -m ensembler.training.stage1_worker RUN ORDER``."""
 
 from __future__ import annotations
 
@@ -7,14 +7,16 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from ensembler.protocol.errors import DataError
 from ensembler.training import data as data_sets
 from ensembler.training.checkpoint import data_digest
+from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Tensors
 from ensembler.training.runs import RunFolder
 from ensembler.training.stage1 import train_piece
@@ -47,6 +49,18 @@ def _say(*event: object) -> None:
     print(json.dumps(event), flush=True)
 
 
+def _data(run: RunFolder, config: TrainConfig, sent: str | None) -> Tensors:
+    """Loads what the run trains on, or what was sent here: a file of the fields of ``Tensors``."""
+    device = torch.device(config.device)
+    if sent is not None:
+        with np.load(sent) as arrays:
+            return Tensors(*(torch.from_numpy(arrays[field.name]).to(device) for field in fields(Tensors)))
+    dataset = data_sets.load(config.data)
+    if run.data_digest and data_digest(dataset) != run.data_digest:
+        raise DataError(f"--data {config.data}: was changed while the run was training")
+    return Tensors.of(dataset, device, config.train_limit)
+
+
 def main(arguments: Sequence[str]) -> int:
     """Trains the nets of one process; ``arguments`` are the run folder and the order, as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its processes
@@ -54,10 +68,7 @@ def main(arguments: Sequence[str]) -> int:
     torch.set_num_threads(order["threads"])
     try:
         config = replace(run.config, device=order["device"])
-        dataset = data_sets.load(config.data)
-        if run.data_digest and data_digest(dataset) != run.data_digest:
-            raise DataError(f"--data {config.data}: was changed while the run was training")
-        data = Tensors.of(dataset, torch.device(config.device), config.train_limit)
+        data = _data(run, config, order.get("data"))
         for index in order["nets"]:
             train_piece(run, config, run.arch, [index], data, _Telling(index, hold=order["hold"]))
     except tuple(ERRORS.values()) as error:

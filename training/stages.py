@@ -37,6 +37,7 @@ from ensembler.training.fit import (
 from ensembler.training.losses import max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise
 from ensembler.training.perturbation import Draw, Perturbation
+from ensembler.training.ray_pool import RayPool
 from ensembler.training.runs import (
     CONFUSION_FILE,
     ClientSecret,
@@ -311,7 +312,12 @@ def _baseline_client(nets: Sequence[Stage1Net], wire: WireState, secret: ClientS
 
 
 def train(
-    config: TrainConfig, out: Path, *, stage1_from: Path | None = None, reporter: Reporter | None = None
+    config: TrainConfig,
+    out: Path,
+    *,
+    stage1_from: Path | None = None,
+    reporter: Reporter | None = None,
+    pool: RayPool | None = None,
 ) -> dict[str, Any]:
     """Runs the three stages, or a baseline, into the new run folder ``out``.
 
@@ -320,6 +326,7 @@ def train(
         out: must not exist, or be empty.
         stage1_from: take stage 1 and the wire of this finished run, so that the new client fits the same server.
         reporter: told of the progress.
+        pool: the machines that train the nets of stage 1; None is this one. All else is always done here.
 
     Returns:
         What ``summary.json`` holds: accuracies in percent and the cosines.
@@ -340,11 +347,16 @@ def train(
         only_linear(build_net(arch).tail)
     run = RunFolder.create(out, config, arch, dataset.labels, data_digest=data_digest(dataset), stage1_from=stage1_from)
     with training_lock(run):
-        return _run_stages(run, config, arch, Tensors.of(dataset, device, config.train_limit), reporter)
+        return _run_stages(run, config, arch, Tensors.of(dataset, device, config.train_limit), reporter, pool)
 
 
 def resume(
-    path: Path, *, device: str | None = None, jobs: int | None = None, reporter: Reporter | None = None
+    path: Path,
+    *,
+    device: str | None = None,
+    jobs: int | None = None,
+    reporter: Reporter | None = None,
+    pool: RayPool | None = None,
 ) -> dict[str, Any]:
     """Goes on with an interrupted run at its last finished epoch.
 
@@ -355,6 +367,7 @@ def resume(
         device: ``auto``, ``cpu`` or ``cuda`` in place of the stored one.
         jobs: in place of the stored number.
         reporter: told of the progress.
+        pool: as for ``train``; the run does not remember where it was trained.
 
     Returns:
         As ``train``.
@@ -375,21 +388,21 @@ def resume(
                 "put those back, or train again into a new folder"
             )
         data = Tensors.of(dataset, placed, config.train_limit)
-        return _run_stages(run, config, run.arch, data, reporter or Silent())
+        return _run_stages(run, config, run.arch, data, reporter or Silent(), pool)
 
 
 def _run_stages(
-    run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, reporter: Reporter
+    run: RunFolder, config: TrainConfig, arch: ArchSpec, data: Tensors, reporter: Reporter, pool: RayPool | None
 ) -> dict[str, Any]:
     """Does what is missing in the run folder; what is there is taken as it is. Returns the summary."""
     if run.has("wire.json"):
         _require_stage1(run, config)
-        nets = stage1(run, config, arch, data, reporter)
+        nets = stage1(run, config, arch, data, reporter, pool)
     else:
         source = RunFolder.open(run.stage1_source) if run.stage1_source is not None else None
         if source is not None:
             run.copy_stage1(source)
-        nets = stage1(run, config, arch, data, reporter)
+        nets = stage1(run, config, arch, data, reporter, pool)
         run.write_wire(_wire(config, source, nets, data))
     wire = run.read_wire()
     if not run.has(run.SECRET_FILE):

@@ -20,7 +20,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, TextIO
 
@@ -34,6 +34,8 @@ from ensembler.training.runs import RunFolder
 STOP_S = 10  # for a process that was told to end
 ENDED = "ended"
 ERRORS: Mapping[str, type[EnsemblerError]] = {kind.__name__: kind for kind in (ConfigError, DataError)}
+
+Event = tuple[str, int, Any]  # what happened, to which net, and its number or text
 
 
 def train_nets(
@@ -56,18 +58,43 @@ def train_nets(
         TrainingError: a process ended without saying why.
     """
     jobs = min(config.jobs, len(nets))
-    reporter.begin(f"stage 1, {len(nets)} nets, {jobs} at a time", len(nets) * steps)
-    summaries = {}
     with _started(run, nets, jobs, device) as workers:
-        for event, index, detail in workers.events():
-            if event == "begin":
-                for _ in range(steps - detail):  # done before the run was resumed
-                    reporter.step(f"net {index + 1}: resumed")
-            elif event == "step":
-                reporter.step(f"net {index + 1}: {detail}")
-            else:
-                summaries[index] = detail
+        follow(workers.events(), nets, steps, reporter, f"stage 1, {len(nets)} nets, {jobs} at a time")
+
+
+def follow(events: Iterable[Event], nets: Sequence[int], steps: int, reporter: Reporter, label: str) -> None:
+    """Tells ``reporter`` of all nets as one piece of work, to the end of ``events``.
+
+    Args:
+        events: of ``nets``, which train elsewhere.
+        nets: their indices.
+        steps: of one net from its beginning.
+        reporter: told.
+        label: what the reporter calls it.
+    """
+    reporter.begin(label, len(nets) * steps)
+    summaries = {}
+    for event, index, detail in events:
+        if event == "begin":
+            for _ in range(steps - detail):  # done before the run was resumed
+                reporter.step(f"net {index + 1}: resumed")
+        elif event == "step":
+            reporter.step(f"net {index + 1}: {detail}")
+        else:
+            summaries[index] = detail
     reporter.end("; ".join(f"net {index + 1}: {summaries[index]}" for index in nets))
+
+
+def heard(line: str) -> Event:
+    """Returns what a worker's line of JSON says: ``begin`` with the number of steps, ``step`` and ``end`` with a text.
+
+    Raises:
+        EnsemblerError: the line tells of one.
+    """
+    event, index, detail = json.loads(line)
+    if event == "error":
+        raise ERRORS[index](detail)
+    return event, index, detail
 
 
 def step_s(run: RunFolder, jobs: int, device: torch.device) -> float:
@@ -119,8 +146,8 @@ class _Workers:
             self._told.put((number, line))
         self._told.put((number, ENDED))
 
-    def events(self) -> Iterator[tuple[str, int, Any]]:
-        """Yields ``begin`` with the number of steps, ``step`` and ``end`` with a text, each with the net's index."""
+    def events(self) -> Iterator[Event]:
+        """Yields what the processes tell, see ``heard``."""
         left = len(self._processes)
         while left:
             number, line = self._told.get()
@@ -128,12 +155,9 @@ class _Workers:
                 left -= 1
                 status = self._processes[number].wait()
                 if status:
-                    raise TrainingError(_death(status))
+                    raise TrainingError(death(status))
                 continue
-            event, index, detail = json.loads(line)
-            if event == "error":
-                raise ERRORS[index](detail)
-            yield event, index, detail
+            yield heard(line)
 
     def release(self) -> None:
         """Lets processes that hold go on."""
@@ -187,7 +211,8 @@ def _started(
         workers.stop()
 
 
-def _death(status: int) -> str:
+def death(status: int) -> str:
+    """Returns how a process ended that did not say why, from its exit status, and what to do."""
     how = f"was ended by signal {-status} ({signal.strsignal(-status)})" if status < 0 else f"failed, status {status}"
     return (
         f"a process that trained stage-1 nets {how}; if memory ran out, --jobs 1 needs the least. "

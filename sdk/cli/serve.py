@@ -49,7 +49,18 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default="auto",
         help="what computes: onnxruntime, torch or ray (default: what reads the bundle's format)",
     )
-    parser.add_argument("--device", default="auto", help="cpu, cuda or auto (default: a GPU where the engine finds one)")
+    parser.add_argument(
+        "--address",
+        metavar="HOST:PORT",
+        default=None,
+        help="ray: of the cluster's head (default: a Ray of this machine)",
+    )
+    parser.add_argument(
+        "--replicas", type=int, default=1, help="ray: on how many machines each group of nets is (default: 1)"
+    )
+    parser.add_argument(
+        "--device", default="auto", help="cpu, cuda or auto (default: a GPU where the engine finds one)"
+    )
     parser.add_argument(
         "--threads",
         type=int,
@@ -110,7 +121,12 @@ def run(options: argparse.Namespace, console: Console) -> int:
         batch_wait_ms=options.batch_wait_ms,
     )
     engine_options = engines.EngineOptions(
-        kind=options.engine, device=options.device, threads=options.threads, workers=options.workers
+        kind=options.engine,
+        device=options.device,
+        threads=options.threads,
+        workers=options.workers,
+        address=options.address,
+        replicas=options.replicas,
     )
     meter = PrometheusMeter() if options.http else None
     with ExitStack() as opened:

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ensembler.cli.console import Console, ProgressReporter, need_torch
 from ensembler.protocol.errors import ConfigError
+
+if TYPE_CHECKING:
+    from ensembler.training.ray_pool import RayPool
 
 NAME = "train"
 HELP = "train N nets, draw the secret selector, train the client (Ensembler, three stages)"
 
 # What the parser adds for every verb, and what may stand beside --resume.
-NOT_OF_THE_RUN = frozenset({"verb", "json", "resume", "device", "jobs"})
+NOT_OF_THE_RUN = frozenset({"verb", "json", "resume", "device", "jobs", "engine", "ray_address"})
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -63,6 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--jobs", type=int, help="stage-1 nets that train at once; --dry-run says if it is faster here (default: 1)"
     )
+    parser.add_argument("--engine", choices=("local", "ray"), help="where stage 1 trains: here, or over Ray")
+    parser.add_argument("--ray-address", help="HOST:PORT of Ray's head, or auto (default: a Ray of this machine alone)")
     parser.add_argument(
         "--stage1", type=Path, default=None, help="reuse stage 1 of this run: a further client for its server"
     )
@@ -89,7 +96,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from ensembler.training.runs import RunFolder
     from ensembler.training.stages import resume, train
 
+    if options.ray_address is not None and options.engine != "ray":
+        raise ConfigError("--ray-address is of --engine ray")
     if options.dry_run and options.resume is None:
+        if options.engine == "ray":
+            raise ConfigError("train --dry-run measures this machine alone; leave --engine ray away")
         if options.data is None:
             raise ConfigError("train --dry-run needs --data")
         if options.stage1 is not None:
@@ -102,11 +113,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
     try:
         if options.resume is not None:
             _refuse_beside_resume(options)
-            summary = resume(options.resume, device=options.device, jobs=options.jobs, reporter=reporter)
+            with _pool(options) as pool:
+                summary = resume(options.resume, device=options.device, jobs=options.jobs, reporter=reporter, pool=pool)
         else:
             if options.data is None or options.out is None:
                 raise ConfigError("train needs --data and --out for a new run, or --resume RUN for an interrupted one")
-            summary = train(_config(options), options.out, stage1_from=options.stage1, reporter=reporter)
+            config = _config(options)
+            with _pool(options) as pool:
+                summary = train(config, options.out, stage1_from=options.stage1, reporter=reporter, pool=pool)
     except KeyboardInterrupt as interrupt:
         if out is not None and (out / "config.json").is_file() and not (out / "summary.json").is_file():
             raise KeyboardInterrupt(f"to go on: ensembler train --resume {out}") from interrupt
@@ -122,6 +136,19 @@ def run(options: argparse.Namespace, console: Console) -> int:
     )
     console.result({"run": str(out), **summary}, text)
     return 0
+
+
+@contextmanager
+def _pool(options: argparse.Namespace) -> Iterator[RayPool | None]:
+    """Connects to the machines that train, if there are any but this one."""
+    if options.engine != "ray":
+        yield None
+        return
+    from ensembler.cloud_runtime.ray_cluster import connected
+    from ensembler.training.ray_pool import RayPool
+
+    with connected(options.ray_address) as ray:
+        yield RayPool(ray)
 
 
 def _config(options: argparse.Namespace) -> Any:
@@ -145,5 +172,5 @@ def _refuse_beside_resume(options: argparse.Namespace) -> None:
     if given:
         raise ConfigError(
             f"{', '.join(given)}: not with --resume, where every option comes from {options.resume / 'config.json'}; "
-            "only --device and --jobs may be given"
+            "only --device, --jobs, --engine and --ray-address may be given"
         )
