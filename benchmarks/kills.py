@@ -72,7 +72,7 @@ class Load:
 
     def run(self, seed: int) -> None:
         """Calls without a pause; one thread's work."""
-        draw = random.Random(seed)
+        draw = random.Random(seed)  # noqa: S311 (no secret)
         while not self.stop.is_set():
             index = draw.randrange(len(self.images))
             begun, right, error = time.monotonic(), False, None
@@ -111,12 +111,14 @@ def measure(folder: Path, rounds: int, threads: int, timeout_ms: float) -> Load:
     rng = np.random.Generator(np.random.PCG64(SEED))
     shape = (IMAGES, runtime.manifest.image.height, runtime.manifest.image.width, 3)
     if runtime.manifest.noise_mode not in ("fixed", "none") or runtime.manifest.dropout:
-        raise SystemExit("this bundle draws for every image, so an answer cannot be compared; take one with fixed noise")
+        raise SystemExit(
+            "this bundle draws for every image, so an answer cannot be compared; take one with fixed noise"
+        )
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     expected = np.concatenate([runtime.finish(engine.run(runtime.encode(image[None]))) for image in images])
     engine.close()
-    draw, bind = random.Random(SEED), "tcp://127.0.0.1:*"
-    with server(folder / "server", bind) as (endpoint, process):
+    draw = random.Random(SEED)  # noqa: S311 (no secret)
+    with server(folder / "server", "tcp://127.0.0.1:*") as (endpoint, process):
         client = EdgeClient(folder / "client", endpoint)
         load = Load(client, images, expected, timeout_ms)
         workers = [threading.Thread(target=load.run, args=(seed,), daemon=True) for seed in range(threads)]
