@@ -72,7 +72,7 @@ class Load:
 
     def run(self, seed: int) -> None:
         """Calls without a pause; one thread's work."""
-        draw = random.Random(seed)  # noqa: S311 (which image)
+        draw = random.Random(seed)  # noqa: S311 (no secret)
         while not self.stop.is_set():
             index = draw.randrange(len(self.images))
             begun, right, error = time.monotonic(), False, None
@@ -117,8 +117,8 @@ def measure(folder: Path, rounds: int, threads: int, timeout_ms: float) -> Load:
     images = rng.integers(0, 256, shape, dtype=np.uint8)
     expected = np.concatenate([runtime.finish(engine.run(runtime.encode(image[None]))) for image in images])
     engine.close()
-    draw, bind = random.Random(SEED), "tcp://127.0.0.1:*"  # noqa: S311 (which moment)
-    with server(folder / "server", bind) as (endpoint, process):
+    draw = random.Random(SEED)  # noqa: S311 (no secret)
+    with server(folder / "server", "tcp://127.0.0.1:*") as (endpoint, process):
         client = EdgeClient(folder / "client", endpoint)
         load = Load(client, images, expected, timeout_ms)
         workers = [threading.Thread(target=load.run, args=(seed,), daemon=True) for seed in range(threads)]

@@ -148,8 +148,8 @@ class _Exchange:
                     reply = self._listen(min(turn, self._deadline))
                     if reply is not None:
                         return reply
-                elif turn >= self._deadline:
-                    break  # whoever may be asked again, may be so too late
+                elif turn > self._deadline:
+                    break  # nobody may be asked in time
                 else:
                     self._party.closed.wait(turn - now)
             raise self._failure()
@@ -208,18 +208,20 @@ class _Exchange:
         replica.counts.failed(error)
         now = time.monotonic()
         if isinstance(error, BusyError):
-            wait_s = max(MIN_RETRY_S, error.retry_after_ms / 1000)
+            again = now + max(MIN_RETRY_S, error.retry_after_ms / 1000)
         elif isinstance(error, ShuttingDownError):
-            wait_s = SHUTDOWN_RETRY_S
+            again = now + SHUTDOWN_RETRY_S
         elif isinstance(error, ServerUnreachableError) or (
             isinstance(error, AuthenticationError) and not error.certain
         ):
-            # Not beyond the half of what is left: a server that comes back shortly before the deadline is met.
+            # Not beyond the half of what is left: a server that comes back shortly before the deadline is met. And
+            # whoever is away is waited for until the deadline itself.
             wait_s = max(RECONNECT_S, min(self._away_s[replica], (self._deadline - now) / 2))
+            again = min(now + wait_s, self._deadline)
             self._away_s[replica] = min(2 * self._away_s[replica], RECONNECT_MAX_S)
         else:
-            wait_s = math.inf
-        self._again[replica] = now + wait_s
+            again = math.inf
+        self._again[replica] = again
         if not isinstance(error, BusyError):
             replica.rest()
 
