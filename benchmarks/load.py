@@ -172,9 +172,7 @@ def plot(found: dict[str, dict[str, Any]], path: Path) -> None:
         }.items():
             seconds = one["seconds"] if key != "goodput" else 1.0
             right.plot(x, [row[key] / seconds / one["capacity"] for row in rows], marker=".", label=label)
-        right.set(
-            title=f"{name}: capacity {one['capacity']:.0f} images/s", ylabel="share of the capacity", yscale="symlog"
-        )
+        right.set(title=f"{name}: capacity {one['capacity']:.0f} images/s", ylabel="share of the capacity")
         for axis in (left, right):
             axis.set(xscale="log", xlabel="offered, in capacities")
             axis.set_xticks(x, [f"{value:g}" for value in x])

@@ -8,9 +8,9 @@ do. All systems get the same bodies in the same engine (``OnnxEngine``: sessions
 as there are cores), the same limit of a batch, and 16 connections from one process with one image under way on each
 (benchmarks/traffic.py); all answers are compared with the bodies' own.
 
-First every peer tries each of its settings, and the one with most answers a second goes on; Ensembler runs with its
-defaults. Then all systems are measured in rounds, each round in another order, every time in fresh processes, and the
-medians over the rounds are compared. Encrypted: CURVE beside TLS 1.3, where the peer has TLS itself.
+First every system tries each of its settings, and the one with most answers a second goes on. Then all systems are
+measured in rounds, each round in another order, every time in fresh processes, and the medians over the rounds are
+compared. Encrypted: CURVE beside TLS 1.3, where the peer has TLS itself.
 
 The ceiling is the best that the same sessions do when they are called in a loop, over sizes of batches and arrangements
 of threads, measured in the same rounds.
@@ -30,7 +30,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
@@ -39,7 +39,7 @@ import numpy as np
 import results
 import zmq
 from bundles import BUNDLES, Identities, served
-from traffic import Asked, GrpcLine, HttpLine, Line, Measured, ZmqLine, closed_loop
+from traffic import Asked, GrpcLine, HttpLine, Line, Measured, ZmqLine, closed_loop, first_answer
 
 from ensembler.cloud_runtime.engine import usable_cores
 from ensembler.cloud_runtime.onnx_engine import PART_ROWS, OnnxEngine
@@ -47,7 +47,7 @@ from ensembler.cloud_runtime.onnx_engine import PART_ROWS, OnnxEngine
 CLIENTS = 16
 # Nothing is gained by waiting for more images than there are clients, and a server that waits would always do so.
 BATCH = CLIENTS
-START_S = 60.0
+START_S = 120.0
 PEERS = Path(__file__).resolve().parent / "peers"
 
 
@@ -70,18 +70,15 @@ class System:
         return f"{self.name}, {security}"
 
 
-# What each peer may be tuned with. Its documentation says which option there is, the first round which value is best.
+# What each system may be tuned with. Its documentation says which option there is, the first round which value is best.
 SETTINGS: dict[str, tuple[tuple[str, ...], ...]] = {
+    "ensembler": ((), ("--batch-wait-ms", "1"), ("--batch-wait-ms", "5")),
     "mosec": (("--wait-ms", "1"), ("--wait-ms", "5"), ("--wait-ms", "10")),
     "litserve": ((), ("--plain-queue",), ("--wait-ms", "1"), ("--wait-ms", "5")),
     "grpc": ((), ("--wait-ms", "1"), ("--wait-ms", "5")),
 }
+OTHERS = [name for name in SETTINGS if name != "ensembler"]
 WITHOUT_TLS = ("mosec",)
-
-
-def settings_of(system: System) -> list[System]:
-    """Returns the system with each of its settings."""
-    return [replace(system, settings=settings) for settings in SETTINGS.get(system.name, ((),))]
 
 
 @contextmanager
@@ -92,7 +89,7 @@ def connected(system: System, bundle: Path, asked: Asked, work: Path) -> Iterato
     if system.name == "ensembler":
         identities = Identities.new(Path(tempfile.mkdtemp(dir=work)), CLIENTS) if system.encrypted else None
         context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
-        limits = ("--max-batch-rows", str(BATCH), "--threads", str(usable_cores()))
+        limits = ("--max-batch-rows", str(BATCH), "--threads", str(usable_cores()), *system.settings)
         with served(bundle, identities, *limits, log=log) as endpoint:
             lines = [ZmqLine(context, endpoint, asked, identities, index) for index in range(CLIENTS)]
             try:
@@ -158,7 +155,7 @@ def _await_first_answer(connect: Callable[[], Line], asked: Asked, log: Path) ->
             time.sleep(0.05)
             continue
         try:
-            closed_loop([line], asked, warm_s=0, seconds=0.1)
+            first_answer(line, asked)
             return
         except (OSError, SystemExit):
             time.sleep(0.2)
@@ -305,17 +302,14 @@ class Table:
 
 
 def run(bundle: Path, options: argparse.Namespace, work: Path) -> Table:
-    """Tunes the peers, then measures all in rounds."""
+    """Tunes all systems, then measures them in rounds."""
     asked = Asked(bundle)
     names = [(name, encrypted) for encrypted in (False, True) for name in ("ensembler", *options.peers)]
     systems = []
     for name, encrypted in names:
         if encrypted and name in WITHOUT_TLS:
             continue
-        candidates = settings_of(System(name, encrypted))
-        if len(candidates) == 1:
-            systems += candidates
-            continue
+        candidates = [System(name, encrypted, settings) for settings in SETTINGS[name]]
         tried = {c: measure(c, bundle, asked, work, options.tuning_seconds).rate for c in candidates}
         for candidate, rate in tried.items():
             print(f"  tried {candidate} {' '.join(candidate.settings) or 'defaults'}: {rate:.1f} images/s", flush=True)
@@ -371,10 +365,10 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
     parser.add_argument("--bundles", type=Path, default=bundles.FOLDER, help="what benchmarks/bundles.py made")
     parser.add_argument("--only", choices=BUNDLES, help="one of the bundles")
-    parser.add_argument("--peers", nargs="*", default=list(SETTINGS), choices=list(SETTINGS))
+    parser.add_argument("--peers", nargs="+", default=OTHERS, choices=OTHERS)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=8.0, help="of each measurement")
-    parser.add_argument("--tuning-seconds", type=float, default=4.0, help="of each setting of a peer")
+    parser.add_argument("--tuning-seconds", type=float, default=4.0, help="of each setting that is tried")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
     tables = {}

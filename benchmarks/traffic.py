@@ -327,6 +327,19 @@ class Measured:
         return float(np.percentile(self.latencies_ms, percent))
 
 
+def first_answer(line: Line, asked: Asked) -> None:
+    """Asks once and waits for the answer."""
+    poller = zmq.Poller()
+    poller.register(line.polled, zmq.POLLIN)
+    line.ask(0)
+    while poller.poll(WAIT_MS):
+        answer = line.answer()
+        if answer is not None:
+            asked.check(0, answer)
+            return
+    raise SystemExit(f"no answer in {WAIT_MS} ms")
+
+
 def closed_loop(lines: Sequence[Line], asked: Asked, *, warm_s: float, seconds: float) -> Measured:
     """Keeps one request under way on each line; every answer is compared with the bodies' own."""
     poller = zmq.Poller()
