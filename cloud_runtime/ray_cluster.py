@@ -60,7 +60,7 @@ def connected(address: str | None, *, cores: int | None = None) -> Iterator[Any]
         with _lock:
             _users.remove(address)
             if not _users and _ours:
-                ray.shutdown()
+                _end(ray)
 
 
 def _imported(address: str | None) -> Any:
@@ -102,12 +102,19 @@ def _begin(ray: Any, address: str | None, cores: int | None) -> None:
             _require_reachable(address)
             ray.init(address=address, **options)
     except Exception as error:  # Ray raises whatever it meets, Exception itself too
+        ray.shutdown()
         raise ConfigError(
             f"Ray cannot be {'started' if address is None else f'reached at {address}'}: {error}"
         ) from error
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, handler)  # Ray takes it for itself
     _ours = True
+
+
+def _end(ray: Any) -> None:
+    global _ours  # noqa: PLW0603
+    _ours = False
+    ray.shutdown()
 
 
 def _require_reachable(address: str) -> None:

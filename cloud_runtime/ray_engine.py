@@ -120,8 +120,6 @@ class RayEngine:
 
     def __init__(self, bundle: Path, options: EngineOptions) -> None:
         self.manifest: ServerManifest = load_server(bundle)
-        # While a copy computes one batch, the next is on its way to it.
-        self.lanes = 2 * options.replicas
         self._options = options
         self._copies: list[_Copy] = []
         self._nodes: dict[str, int] = {}  # the machines, by Ray's node id, and how many CPUs each gives
@@ -147,6 +145,8 @@ class RayEngine:
         nodes = self._living()
         if not nodes:
             raise ConfigError("no machine of the Ray cluster has a CPU to give; start one with --num-cpus above 0")
+        # While a copy computes one batch, the next is on its way to it.
+        self.lanes = 2 * min(self._options.replicas, len(nodes))
         bodies = self.manifest.bodies
         shares = np.array_split(np.arange(len(bodies)), min(len(bodies), len(nodes)))
         self._parts = [slice(int(share[0]), int(share[-1]) + 1) for share in shares]
@@ -230,9 +230,8 @@ class RayEngine:
         self._wake.set()
         if self._keeper is not None:
             self._keeper.join()
-        for copy in self._copies:
-            self._end(copy)
-        self._copies = []
+        for copy in list(self._copies):
+            self._forget(copy)
         self._stack.close()
 
     def places(self) -> dict[str, list[int]]:
@@ -280,22 +279,14 @@ class RayEngine:
             copy.batches -= 1
 
     def _lose(self, copy: _Copy, why: object) -> None:
-        """Sends nothing more to a copy, and has it replaced."""
-        with self._lock:
-            if copy.is_lost:
-                return
-            copy.is_lost = True
-            self._copies.remove(copy)
-            if len(self._nodes) > 1 or not copy.is_open:
-                self._resting[copy.node] = time.monotonic() + REST_S
+        """Gives a copy up, and has it replaced."""
+        if not self._forget(copy):
+            return
+        if len(self._nodes) > 1 or not copy.is_open:
+            self._resting[copy.node] = time.monotonic() + REST_S
         reason = str(why).strip().splitlines()[0]
         log.warning("group %d of the nets is lost on node %s: %s", copy.group, copy.node, reason)
-        self._end(copy)
         self._wake.set()
-
-    def _end(self, copy: _Copy) -> None:
-        with contextlib.suppress(Exception):  # it may be gone, or Ray itself
-            self._ray.kill(copy.actor)
 
     # --- keeping the copies: one thread, once all are there ---
 
@@ -317,7 +308,7 @@ class RayEngine:
                 self._lose(copy, "its machine left the cluster")
         now = time.monotonic()
         resting = {node for node, until in self._resting.items() if until > now}
-        used = {copy.node for copy in self._copies}
+        used = {copy.node for copy in list(self._copies)}
         usable = [node for node in self._nodes if node not in resting or node in used]
         while (step := self._next_step(usable)) is not None:
             if not step.start:
@@ -328,15 +319,16 @@ class RayEngine:
                 break
 
     def _next_step(self, usable: list[str]) -> Step | None:
-        placed = [{copy.node for copy in self._copies if copy.group == group} for group in range(len(self._parts))]
-        settled = all(copy.is_open for copy in self._copies)
+        copies = list(self._copies)
+        placed = [{copy.node for copy in copies if copy.group == group} for group in range(len(self._parts))]
+        settled = all(copy.is_open for copy in copies)
         return next_step(placed, usable, self._options.replicas, settled=settled)
 
     def _listen(self) -> None:
         """Takes what the copies say; one that is silent, or could not open, is given up."""
         from ray.exceptions import RayError, RayTaskError
 
-        copies = {copy.asked: copy for copy in self._copies}
+        copies = {copy.asked: copy for copy in list(self._copies)}  # a batch may lose one meanwhile
         ready = set(self._ray.wait(list(copies), num_returns=len(copies), timeout=0)[0]) if copies else set()
         for ref, copy in copies.items():
             if ref not in ready:
@@ -373,11 +365,20 @@ class RayEngine:
             self._copies.append(copy)
 
     def _stop(self, step: Step) -> None:
-        (copy,) = [copy for copy in self._copies if (copy.group, copy.node) == (step.group, step.node)]
+        for copy in list(self._copies):
+            if (copy.group, copy.node) == (step.group, step.node):
+                self._forget(copy)
+
+    def _forget(self, copy: _Copy) -> bool:
+        """Sends nothing more to a copy and ends it; False where that was done before."""
         with self._lock:
+            if copy.is_lost:
+                return False
             copy.is_lost = True
             self._copies.remove(copy)
-        self._end(copy)
+        with contextlib.suppress(Exception):  # it may be gone, or Ray itself
+            self._ray.kill(copy.actor)
+        return True
 
 
 def _files(bundle: Path, manifest: ServerManifest, part: slice) -> dict[str, bytes]:
