@@ -73,7 +73,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/device.py $(BUNDLES)
 	$(BIN)/python benchmarks/timing.py
 
-# The server under load, and beside other servers: the figures of docs/operator.md, half an hour on an idle machine.
+# The server under load, and beside other servers; nothing else should run meanwhile.
 load: $(INSTALLED) peers
 	$(BIN)/python benchmarks/bundles.py
 	$(BIN)/python benchmarks/load.py
