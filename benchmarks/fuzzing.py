@@ -28,8 +28,23 @@ RUNNER = ROOT / "tests" / "fuzz" / "run_atheris.py"
 KEPT = ROOT / "tests" / "fuzz" / "corpus"
 
 # Of all inputs, in hundredths: most for what reads from the network.
-SHARES = {"message": 40, "client": 16, "server": 14, "card": 6, "request_id": 14, "packed": 9, "sealed": 1}
-DECODERS = ("protocol/messages.py", "protocol/codec.py", "protocol/manifest.py", "edge_runtime/card.py")
+SHARES = {
+    "message": 36,
+    "client": 14,
+    "server": 12,
+    "program": 8,
+    "card": 6,
+    "request_id": 14,
+    "packed": 9,
+    "sealed": 1,
+}
+DECODERS = (
+    "protocol/messages.py",
+    "protocol/codec.py",
+    "protocol/manifest.py",
+    "protocol/program.py",
+    "edge_runtime/card.py",
+)
 
 INPUT_TIMEOUT_S = 5
 RSS_LIMIT_MB = 512
