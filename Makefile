@@ -39,10 +39,11 @@ test-tflite: $(TFLITE)/.installed
 test-legacy: $(LEGACY)/.installed
 	$(LEGACY)/bin/python -m pytest tests/test_backends.py
 
-# Several machines: a real Ray cluster of two nodes on this one. Ray is 0.5 GB and its cluster takes the cores to itself.
+# Several machines: a real Ray cluster of two nodes on this one. Ray is 0.5 GB and its cluster takes the cores to itself;
+# it does not wait for the processes that it ends, which Python warns of.
 test-ray: $(RAY)/.installed
-	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/test_engine.py
-	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest tests/cluster
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -W ignore::ResourceWarning tests/test_engine.py
+	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -W ignore::ResourceWarning tests/cluster
 
 # Packages for three boards, installed and run on emulated ones; as root on Debian or its like, with qemu-user-static and
 # mmdebstrap. Where boards cannot be emulated the tests are skipped and say why.

@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from ensembler.cloud_runtime.engine import Codes, EngineLostError, EngineOptions, load
+from ensembler.cloud_runtime.engine import Codes, EngineLostError, EngineOptions, load, require_format
 from ensembler.cloud_runtime.placement import Step, next_step
 from ensembler.cloud_runtime.ray_cluster import connected
 from ensembler.protocol.codec import require_codes
@@ -64,7 +64,7 @@ class Group:
             for name, content in files.items():
                 (Path(folder) / name).write_bytes(content)
             try:
-                self._engine = load(Path(folder), EngineOptions(threads=threads))
+                self._engine = load(Path(folder), EngineOptions(kind="onnxruntime", threads=threads, device="cpu"))
             except MissingExtraError as error:  # whose constructor does not survive the journey
                 raise ConfigError(f"a machine of the Ray cluster lacks a package: {error}") from error
 
@@ -120,6 +120,7 @@ class RayEngine:
 
     def __init__(self, bundle: Path, options: EngineOptions) -> None:
         self.manifest: ServerManifest = load_server(bundle)
+        require_format(self.manifest, "onnx", bundle)  # whose bodies are files of their own
         self._options = options
         self._copies: list[_Copy] = []
         self._nodes: dict[str, int] = {}  # the machines, by Ray's node id, and how many CPUs each gives

@@ -8,6 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import replace
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from conftest import forged_server
 
 from ensembler.cloud_runtime.engine import ENGINES, EngineOptions, load
+from ensembler.cloud_runtime.ray_cluster import connected
 from ensembler.protocol.errors import BundleError, BundleTamperedError, ConfigError, MissingExtraError
 from ensembler.protocol.manifest import load_server
 
@@ -36,7 +38,9 @@ pytestmark = pytest.mark.usefixtures("one_thread")  # the torch engine sets how 
 def kind(request):
     if request.param in NEEDS:
         pytest.importorskip(request.param, reason=f"{NEEDS[request.param]} runs it")
-    return request.param
+    # A Ray takes seconds to start: one for all.
+    with connected(None, cores=2) if request.param == "ray" else nullcontext():
+        yield request.param
 
 
 @pytest.fixture(scope="module")
@@ -152,9 +156,11 @@ def test_unless_told_it_is_the_engine_that_reads_the_bundles_format(tiny, name, 
     engine.close()
 
 
-@pytest.mark.parametrize(("name", "kind"), [("server", "torch"), ("server_torch", "onnxruntime")])
+@pytest.mark.parametrize(
+    ("name", "kind"), [("server", "torch"), ("server_torch", "onnxruntime"), ("server_torch", "ray")]
+)
 def test_an_engine_that_does_not_read_the_format_is_refused(tiny, name, kind):
-    reader = {"torch": "onnxruntime", "onnxruntime": "torch"}[kind]
+    reader = "onnxruntime" if name == "server" else "torch"
     with pytest.raises(BundleError, match=f"--engine {reader} reads them"):
         load(getattr(tiny, name), EngineOptions(kind=kind))
 
