@@ -101,6 +101,8 @@ def _begin(ray: Any, address: str | None, cores: int | None) -> None:
         else:
             _require_reachable(address)
             ray.init(address=address, **options)
+    except ConfigError:
+        raise
     except Exception as error:  # Ray raises whatever it meets, Exception itself too
         ray.shutdown()
         raise ConfigError(
@@ -125,7 +127,7 @@ def _require_reachable(address: str) -> None:
     """
     cure = (
         "this machine must be a node of the cluster: on the head's, ray start --head; on each other, "
-        "ray start --address HEAD:PORT; with the same versions of Ray and Python"
+        "ray start --address HEAD:PORT; with the same versions of Ray and Python, and the same token if there is one"
     )
     if address != "auto":
         found = re.fullmatch(r"([A-Za-z0-9_.-]+):([0-9]{1,5})", address)
