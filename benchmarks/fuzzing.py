@@ -76,7 +76,7 @@ def fuzz(name: str, inputs: int, seed: int, folder: Path) -> dict[str, int]:
     failed.mkdir(exist_ok=True)
     kept = [str(KEPT / name)] if (KEPT / name).is_dir() else []
     executed = edges = features = 0
-    while executed < inputs and crashes(failed) < CRASHES_TO_STOP_AT:
+    while executed < inputs and crashes(name, failed) < CRASHES_TO_STOP_AT:
         log.unlink(missing_ok=True)
         runner(
             name,
@@ -92,11 +92,15 @@ def fuzz(name: str, inputs: int, seed: int, folder: Path) -> dict[str, int]:
         executed += int(done[1])
         edges, features = (max(pair) for pair in ((edges, int(reached[-1][0])), (features, int(reached[-1][1]))))
         seed += 1
-    return {"inputs": executed, "crashes": crashes(failed), "edges": edges, "features": features}
+    return {"inputs": executed, "crashes": crashes(name, failed), "edges": edges, "features": features}
 
 
-def crashes(failed: Path) -> int:
-    """Returns how many inputs failed."""
+def crashes(name: str, failed: Path) -> int:
+    """Returns how many inputs failed; a timeout counts if it happens again, since a process may have been stopped."""
+    for path in failed.glob("timeout-*"):
+        again = [sys.executable, str(RUNNER), name, str(path), f"-timeout={INPUT_TIMEOUT_S}"]
+        if subprocess.run(again, capture_output=True, check=False).returncode == 0:
+            path.rename(failed / f"once-{path.name}")
     return sum(1 for pattern in FAILURES for _ in failed.glob(pattern))
 
 
