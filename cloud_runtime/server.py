@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -47,6 +47,7 @@ from ensembler.protocol.messages import (
     encode,
     peek_request_id,
 )
+from ensembler.transport.base import Frames
 from ensembler.transport.zmq_server import Incoming, Peer, ServerSocket
 
 T = TypeVar("T")
@@ -73,8 +74,7 @@ BUSY = {
 }
 
 
-@dataclass(frozen=True)
-class _Request:
+class _Request(NamedTuple):
     peer: Peer
     device: str | None
     message: Message
@@ -279,7 +279,8 @@ class Server:
         message = decode(incoming.frames)
         if message.operation == STATUS:
             info = self._status(message.bodies_id)
-            self._send(incoming.peer, Message(operation=RESULT, request_id=message.request_id, info=info))
+            status = Message(operation=RESULT, request_id=message.request_id, info=info)
+            self._send(incoming.peer, encode(status))
             return
         if message.operation != INFER:
             raise BadRequestError(f"the server does not take the operation {message.operation!r}")
@@ -290,10 +291,8 @@ class Server:
         if tensor is None or tensor.shape[1:] != wire.feature_shape:
             shape = None if tensor is None else tensor.shape[1:]
             raise BadRequestError(f"the features have shape {shape}, the nets take {wire.feature_shape}")
-        if message.bits != wire.feature_codec.bits:
-            raise BadRequestError(
-                f"the features have {message.bits} bits a code, the nets take {wire.feature_codec.bits}"
-            )
+        if message.bits != model.feature_bits:
+            raise BadRequestError(f"the features have {message.bits} bits a code, the nets take {model.feature_bits}")
         if self._stopping.is_set():
             raise ShuttingDownError("the server is draining and takes no new requests")
         now = self._now()
@@ -393,37 +392,40 @@ class Server:
             self._tidy(work.model, work.version)
 
     def _reply(self, work: _Work) -> None:
+        if work.answers is None:
+            for request in work.batch:
+                self._refuse(request.item, InternalError("internal error; the server's log has the reason"))
+            return
         began = time.perf_counter()
         compute_ms = work.ended_ms - work.started_ms
+        written = []
         start = 0
         for request in work.batch:
             rows = slice(start, start + request.rows)
             start += request.rows
             item = request.item
-            if work.answers is None:
-                self._refuse(item, InternalError("internal error; the server's log has the reason"))
-                continue
             if not self._socket.allows(item.device):
                 self._refuse(item, NotAuthorizedError(WITHDRAWN))
                 continue
-            queue_ms = work.started_ms - request.arrived_ms
-            self._send(
-                item.peer,
-                Message(
-                    operation=RESULT,
-                    request_id=item.message.request_id,
-                    bodies_id=work.model.key,
-                    tensor=work.answers[rows],
-                    bits=work.model.wire.answer_bits,
-                    info={"queue_ms": queue_ms, "compute_ms": compute_ms},
-                ),
+            result = Message(
+                operation=RESULT,
+                request_id=item.message.request_id,
+                bodies_id=work.model.key,
+                tensor=work.answers[rows],
+                bits=work.model.answer_bits,
+                info={"queue_ms": work.started_ms - request.arrived_ms, "compute_ms": compute_ms},
             )
+            written.append((request, encode(result)))
+        # One right after the other: ZeroMQ's thread, which each would wake, is awake after the first.
+        for request, frames in written:
+            self._send(request.item.peer, frames)
+        self._meter.encoded((time.perf_counter() - began) / len(work.batch))
+        self._meter.computed(work.model, work.version, work.rows, compute_ms / 1000)
+        for request, _ in written:
             self.served_requests += 1
+            queue_ms = work.started_ms - request.arrived_ms
             self._meter.answered(work.model, queue_ms / 1000)
             self._note_answer(work, request, queue_ms, compute_ms)
-        if work.answers is not None:
-            self._meter.computed(work.model, work.version, work.rows, compute_ms / 1000)
-            self._meter.encoded((time.perf_counter() - began) / len(work.batch))
 
     def _try_again(self, work: _Work) -> None:
         """A lost batch's requests are computed once more, each alone: one of them may be what killed the worker."""
@@ -521,10 +523,10 @@ class Server:
             "message": str(error)[:500],
             "retry_after_ms": float(getattr(error, "retry_after_ms", 0.0)),
         }
-        self._send(peer, Message(operation=ERROR, request_id=request_id, info=info))
+        self._send(peer, encode(Message(operation=ERROR, request_id=request_id, info=info)))
 
-    def _send(self, peer: Peer, message: Message) -> None:
-        if not self._socket.send(peer, encode(message)):
+    def _send(self, peer: Peer, frames: Frames) -> None:
+        if not self._socket.send(peer, frames):
             log.info("a client went away before its reply")
 
     def _status(self, bodies_id: bytes) -> dict[str, str | float | int]:
