@@ -144,6 +144,8 @@ class Server:
         self._threads: list[threading.Thread] = []
         self._elsewhere = 0  # batches that the threads have
         self._busy_since_ms = 0.0
+        self._behind = False  # messages came faster than they were read
+        self._emptied_ms = 0.0  # what is read now came after this
         self._refusals: dict[str, tuple[float, int]] = {}  # by kind: when one was logged, and how many were not since
         self._calls: deque[Callable[[], None]] = deque()
         self._stopping = threading.Event()
@@ -261,22 +263,29 @@ class Server:
             self._calls.popleft()()
 
     def _receive(self) -> None:
+        if not self._behind:
+            self._emptied_ms = self._now()
         for _ in range(RECEIVE_BURST):
             incoming = self._socket.receive()
             if incoming is None:
+                self._behind = False
                 return
+            request_id = None
             try:
-                self._accept(incoming)
+                if not self._socket.allows(incoming.device):
+                    raise NotAuthorizedError(WITHDRAWN)
+                began = time.perf_counter()
+                message = decode(incoming.frames)
+                request_id = message.request_id
+                self._accept(incoming, message)
+                if message.operation == INFER:
+                    self._meter.decoded(time.perf_counter() - began)
             except WireError as error:
                 self._note_refusal(error, incoming.device)
-                request_id = peek_request_id(incoming.frames) or NO_ID
-                self._send_error(incoming.peer, request_id, error)
+                self._send_error(incoming.peer, request_id or peek_request_id(incoming.frames) or NO_ID, error)
+        self._behind = True
 
-    def _accept(self, incoming: Incoming) -> None:
-        if not self._socket.allows(incoming.device):
-            raise NotAuthorizedError(WITHDRAWN)
-        began = time.perf_counter()
-        message = decode(incoming.frames)
+    def _accept(self, incoming: Incoming, message: Message) -> None:
         if message.operation == STATUS:
             info = self._status(message.bodies_id)
             status = Message(operation=RESULT, request_id=message.request_id, info=info)
@@ -304,7 +313,8 @@ class Server:
                 rows=len(tensor),
                 size_bytes=tensor.nbytes,
                 arrived_ms=now,
-                deadline_ms=now + message.budget_ms,
+                # A loop that cannot keep up does not know how long ago a message came, only since when at most.
+                deadline_ms=(self._emptied_ms if self._behind else now) + message.budget_ms,
                 model=model.key,
                 client=incoming.device or incoming.peer,
             ),
@@ -312,7 +322,6 @@ class Server:
         )
         if refusal is not None:
             raise BusyError(BUSY[refusal.reason], refusal.retry_after_ms)
-        self._meter.decoded(time.perf_counter() - began)
 
     def _drop_expired(self) -> None:
         for request in self._batcher.expired(self._now()):

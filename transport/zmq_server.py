@@ -21,6 +21,8 @@ from ensembler.transport.keys import KeyPair
 from ensembler.transport.zmq_client import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, set_limits
 
 MAX_PARTS = 2
+# Of one connection so many are read ahead; the others wait at the device.
+PEER_MESSAGES = 64
 # A smaller frame is cheaper to copy than to share with ZeroMQ.
 COPIED_BYTES = 65536
 ZAP_DOMAIN = "ensembler"
@@ -103,6 +105,7 @@ class ServerSocket:
         try:
             set_limits(socket)
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            socket.setsockopt(zmq.RCVHWM, PEER_MESSAGES)
             socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
             socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
             if keys is not None:
