@@ -64,6 +64,9 @@ NO_ID = bytes(16)
 INLINE_MS = 5.0
 # Messages taken in one go: a flood must not keep the loop from replying.
 RECEIVE_BURST = 64
+# While the queue is full and others compute, messages are left to gather for so long: being woken by each costs the
+# computing more than reading them does.
+CROWDED_MS = 5
 # What a poll can take; a deadline may lie beyond it.
 LONGEST_WAIT_MS = 3_600_000
 WITHDRAWN = "this device's key was withdrawn; ask the server's operator"
@@ -146,6 +149,7 @@ class Server:
         self._busy_since_ms = 0.0
         self._behind = False  # messages came faster than they were read
         self._emptied_ms = 0.0  # what is read now came after this
+        self._crowded = False  # the last request found no place
         self._refusals: dict[str, tuple[float, int]] = {}  # by kind: when one was logged, and how many were not since
         self._calls: deque[Callable[[], None]] = deque()
         self._stopping = threading.Event()
@@ -237,7 +241,11 @@ class Server:
             idle = not self._computing and not len(self._batcher) and not self._done
             if give_up_ms != math.inf and (idle or self._now() >= give_up_ms):
                 break
-            self._socket.wait(self._timeout_ms(give_up_ms))
+            timeout_ms = self._timeout_ms(give_up_ms)
+            if self._crowded and self._elsewhere and not self._behind:
+                self._socket.pause(CROWDED_MS if timeout_ms is None else min(CROWDED_MS, timeout_ms))
+            else:
+                self._socket.wait(timeout_ms)
         unfinished = [request for work in self._computing for request in work.batch]
         for request in (*unfinished, *self._batcher.drop_all()):
             self._refuse(request.item, ShuttingDownError("the server stopped before the request was computed"))
@@ -320,6 +328,7 @@ class Server:
             ),
             now,
         )
+        self._crowded = refusal is not None
         if refusal is not None:
             raise BusyError(BUSY[refusal.reason], refusal.retry_after_ms)
 

@@ -7,6 +7,7 @@ the peer cannot choose), and what a withdrawn key still sends or awaits can be r
 from __future__ import annotations
 
 import errno
+import select
 import socket as sockets
 from collections.abc import Container, Sequence
 from contextlib import suppress
@@ -132,6 +133,14 @@ class ServerSocket:
     def wait(self, timeout_ms: int | None) -> None:
         """Returns when a message is there, ``wake`` was called, or the time is over; None waits for ever."""
         self._poller.poll(timeout_ms)
+        self._awake()
+
+    def pause(self, timeout_ms: int) -> None:
+        """Returns when ``wake`` was called or the time is over, whatever messages come."""
+        if select.select([self._wake_in], [], [], timeout_ms / 1000)[0]:
+            self._awake()
+
+    def _awake(self) -> None:
         with suppress(BlockingIOError):
             while self._wake_in.recv(4096):
                 pass
