@@ -33,7 +33,7 @@ test: $(INSTALLED)
 
 # The tests that take longest: whole trainings, exports and examples, killed half-way and resumed.
 test-slow: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m slow
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m slow --timeout 900
 
 # What converts to TFLite is 1 GB beside torch and pins other versions, so it has an environment of its own.
 test-tflite: $(TFLITE)/.installed
