@@ -22,6 +22,8 @@ T = TypeVar("T")
 
 # Of the time per row, the share of the newest batch: one odd batch does not rule.
 NEWEST = 0.2
+# And no batch counts as more than so many times what was known: a machine that stood still says nothing.
+ODD = 10.0
 # A queue takes longer than expected now and then: whoever would be done just in time behind it is refused.
 WAIT_MARGIN = 1.5
 # Of the longest batch, how much is filled whatever the deadlines.
@@ -161,7 +163,9 @@ class Batcher(Generic[T]):
             if client.rows and client.rows + request.rows > limit:
                 return Refusal("share", max(1.0, wait_ms))
         needed_ms = WAIT_MARGIN * wait_ms + request.rows * model.row_ms
-        if model.measured and now_ms + needed_ms > request.deadline_ms:
+        # With nothing before it, it is tried: only what is computed tells how long a row really takes.
+        begun = self._waiting or any(one.computing for one in self._models.values())
+        if begun and model.measured and now_ms + needed_ms > request.deadline_ms:
             return Refusal("deadline", max(1.0, wait_ms))
         self._put(request)
         return None
@@ -248,6 +252,8 @@ class Batcher(Generic[T]):
         known = self._model(model)
         known.computing -= rows
         newest = elapsed_ms / max(1, rows)
+        if known.measured:
+            newest = min(newest, ODD * known.row_ms)
         known.row_ms += (NEWEST if known.measured else 1.0) * (newest - known.row_ms)
         known.measured = True
 

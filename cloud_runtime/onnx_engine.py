@@ -70,7 +70,10 @@ class OnnxEngine:
         def piece(body: int, start: int) -> None:
             rows = slice(start, start + part_rows)
             # Every body gets every row, so time and order say nothing about a selection that is made elsewhere.
-            answers[rows, body] = self.sessions[body].run(None, {"features": features[rows]})[0]
+            answer = self.sessions[body].run(None, {"features": features[rows]})[0]
+            if answer.dtype != np.uint8 or answer.shape != answers[rows, body].shape:  # numpy would make it fit
+                raise BundleError(f"a body answers with {answer.dtype} {answer.shape}, not with what its manifest says")
+            answers[rows, body] = answer
 
         starts = range(0, len(features), part_rows)
         self._crew.run(piece, [(body, start) for start in starts for body in range(wire.num_nets)])
@@ -86,8 +89,9 @@ class OnnxEngine:
         return f"onnxruntime on {'CUDA' if self._on_cuda else f'{self.threads} threads'}"
 
     def close(self) -> None:
-        """Ends the engine's threads."""
+        """Ends the engine's threads and lets go of the nets."""
         self._crew.close()
+        self.sessions = []
 
 
 @lru_cache

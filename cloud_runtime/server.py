@@ -57,7 +57,7 @@ log = logging.getLogger("ensembler.server")
 # How long a server that was told to stop goes on with the work it has.
 GRACE_MS = 10_000.0
 # Of each kind of refusal one is logged in so long.
-REFUSALS_LOGGED_MS = 1000.0
+LOGGED_MS = 1000.0
 # How long the loop may take to answer before it counts as dead.
 LIVE_S = 2.0
 NO_ID = bytes(16)
@@ -147,10 +147,9 @@ class Server:
         self._threads: list[threading.Thread] = []
         self._elsewhere = 0  # batches that the threads have
         self._busy_since_ms = 0.0
-        self._behind = False  # messages came faster than they were read
-        self._emptied_ms = 0.0  # what is read now came after this
+        self._behind = False  # more messages may be there than were read
         self._crowded = False  # the last request found no place
-        self._refusals: dict[str, tuple[float, int]] = {}  # by kind: when one was logged, and how many were not since
+        self._unsaid: dict[str, tuple[float, int]] = {}  # by kind: when one was logged, and how many were not since
         self._calls: deque[Callable[[], None]] = deque()
         self._stopping = threading.Event()
         self._ended = threading.Event()
@@ -271,12 +270,10 @@ class Server:
             self._calls.popleft()()
 
     def _receive(self) -> None:
-        if not self._behind:
-            self._emptied_ms = self._now()
+        self._behind = False
         for _ in range(RECEIVE_BURST):
             incoming = self._socket.receive()
             if incoming is None:
-                self._behind = False
                 return
             request_id = None
             try:
@@ -321,8 +318,7 @@ class Server:
                 rows=len(tensor),
                 size_bytes=tensor.nbytes,
                 arrived_ms=now,
-                # A loop that cannot keep up does not know how long ago a message came, only since when at most.
-                deadline_ms=(self._emptied_ms if self._behind else now) + message.budget_ms,
+                deadline_ms=now + message.budget_ms,
                 model=model.key,
                 client=incoming.device or incoming.peer,
             ),
@@ -333,8 +329,11 @@ class Server:
             raise BusyError(BUSY[refusal.reason], refusal.retry_after_ms)
 
     def _drop_expired(self) -> None:
-        for request in self._batcher.expired(self._now()):
+        late = self._batcher.expired(self._now())
+        for request in late:
             self._refuse(request.item, ExpiredError("the deadline passed while the request was queued"))
+        for model in list(self._models.values()) if late else ():
+            self._tidy(model, model.version)
 
     def _start_batches(self, *, here: bool) -> None:
         """Gives free engines their next batches: to a computing thread, or ``here`` if it will be short.
@@ -395,8 +394,11 @@ class Server:
             self._computing.remove(work)
             self._elsewhere -= work.elsewhere
             work.version.computing -= 1
-            if work.answers is None:
+            if work.lost:
+                self._busy_since_ms = work.ended_ms  # what was lost says nothing about what a row costs
+            elif work.answers is None:
                 self._batcher.lost(work.model.key, work.rows)
+                self._busy_since_ms = work.ended_ms
             else:
                 # From the end of the batch before it, or from when there was work again: all that a row costs.
                 self._batcher.computed(work.model.key, work.rows, work.ended_ms - self._busy_since_ms)
@@ -449,6 +451,7 @@ class Server:
         """A lost batch's requests are computed once more, each alone: one of them may be what killed the worker."""
         for request in work.batch:
             if request.alone:
+                self._batcher.lost(work.model.key, request.rows)
                 self._refuse(request.item, InternalError("what computed the request was lost twice; the log says more"))
             else:
                 self._batcher.put_back(replace(request, alone=True))
@@ -480,11 +483,13 @@ class Server:
 
     def _tidy(self, model: Model, version: Version) -> None:
         """Lets go of a model that leaves when nothing waits for it, and of a version when it computes nothing."""
-        if model.leaving:
-            if self._batcher.waiting_rows(model.key):
-                return
-            self._models.pop(model.key, None)
+        held = self._models.get(model.key) is model
+        if model.leaving and held and not self._batcher.waiting_rows(model.key) and not model.version.computing:
+            del self._models[model.key]
             self._batcher.forget(model.key)
+            held = False
+        if held and version is model.version:
+            return  # it has, or may get, something to compute
         if version.retired and not version.computing and version.unloaded.set_running_or_notify_cancel():
             # In a thread of its own: it may have processes to wait for.
             threading.Thread(target=_close, args=(version,), name="unload").start()
@@ -510,15 +515,19 @@ class Server:
     def _note_refusal(self, error: WireError, device: str | None) -> None:
         """Counts it; logs one of a kind in a second, since under a flood the log would cost more than the refusing."""
         self._meter.refused(error)
-        kind, now = type(error).__name__, self._now()
-        logged_ms, unsaid = self._refusals.get(kind, (-math.inf, 0))
-        if now < logged_ms + REFUSALS_LOGGED_MS:
-            self._refusals[kind] = (logged_ms, unsaid + 1)
+        kind = type(error).__name__
+        fields = {"event": "refused", "error": kind, "device": _shown(device)}
+        self._log_seldom(kind, logging.WARNING, f"refused a request: {error}", fields)
+
+    def _log_seldom(self, kind: str, level: int, text: str, fields: dict[str, Any]) -> None:
+        now = self._now()
+        logged_ms, unsaid = self._unsaid.get(kind, (-math.inf, 0))
+        if now < logged_ms + LOGGED_MS:
+            self._unsaid[kind] = (logged_ms, unsaid + 1)
             return
-        self._refusals[kind] = (now, 0)
-        fields = {"event": "refused", "error": kind, "device": _shown(device), "unsaid": unsaid}
+        self._unsaid[kind] = (now, 0)
         more = f" (and {unsaid} more since the last such line)" if unsaid else ""
-        log.warning("refused a request: %s%s", error, more, extra={"fields": fields})
+        log.log(level, "%s%s", text, more, extra={"fields": fields | {"unsaid": unsaid}})
 
     def _note_answer(self, work: _Work, request: Queued[_Request], queue_ms: float, compute_ms: float) -> None:
         trace = request.item.message.info.get(TRACEPARENT) if self._tracer is not None else None
@@ -545,7 +554,7 @@ class Server:
 
     def _send(self, peer: Peer, frames: Frames) -> None:
         if not self._socket.send(peer, frames):
-            log.info("a client went away before its reply")
+            self._log_seldom("away", logging.INFO, "a client was away, or read nothing, when its reply was there", {})
 
     def _status(self, bodies_id: bytes) -> dict[str, str | float | int]:
         """Of the nets that the asker has, or else of the first ones; a device need not know what else is served."""

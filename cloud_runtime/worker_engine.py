@@ -13,6 +13,7 @@ import multiprocessing
 import queue
 import signal
 import threading
+import time
 from dataclasses import replace
 from multiprocessing.connection import Connection
 from pathlib import Path
@@ -59,6 +60,7 @@ class WorkerEngine:
         self._options = replace(options, workers=0, threads=threads)
         self._idle: queue.LifoQueue[_Worker] = queue.LifoQueue()
         self._alive: set[_Worker] = set()
+        self._busy: set[_Worker] = set()  # each belongs to the thread that took it
         self._lock = threading.Lock()
         self._closing = threading.Event()
         self._replacers: set[threading.Thread] = set()
@@ -85,29 +87,27 @@ class WorkerEngine:
             EngineLostError: the worker ended or did not answer; another one takes its place.
             BundleError: the worker's engine failed on this batch.
         """
-        try:
-            worker = self._idle.get(timeout=self._answer_s)
-        except queue.Empty:
-            raise EngineLostError("no worker is alive") from None
+        worker = self._take()
         try:
             answers = worker.compute(features, self._answer_s)
         except (EOFError, OSError) as error:
-            with self._lock:
-                self._alive.discard(worker)
-            worker.end()
-            self._replace_later()
+            self._bury(worker)
             raise EngineLostError(f"the worker process {worker.pid} ended or did not answer") from error
         except BaseException:
-            self._idle.put(worker)
+            self._give_back(worker)
             raise
-        self._idle.put(worker)
+        self._give_back(worker)
         wire = self.manifest.wire
         if answers.shape != (len(features), wire.num_nets, wire.answer_width):
             raise BundleError(f"a worker answered with shape {answers.shape}")
         return answers
 
     def alive(self) -> bool:
-        """See ``Engine``: at least one worker is there."""
+        """See ``Engine``: at least one worker is there. Replaces those that ended while they had nothing to do."""
+        with self._lock:
+            ended = [worker for worker in self._alive - self._busy if not worker.is_alive()]
+        for worker in ended:
+            self._bury(worker)
         with self._lock:
             return any(worker.is_alive() for worker in self._alive)
 
@@ -124,6 +124,35 @@ class WorkerEngine:
             workers, self._alive = self._alive, set()
         for worker in workers:
             worker.end()
+
+    def _take(self) -> _Worker:
+        """Returns a worker that is alive: one that ended while it had nothing to do is no batch's fault."""
+        until = time.monotonic() + self._answer_s
+        while True:
+            try:
+                worker = self._idle.get(timeout=max(0.0, until - time.monotonic()))
+            except queue.Empty:
+                raise EngineLostError("no worker is alive") from None
+            with self._lock:
+                self._busy.add(worker)
+            if worker.is_alive():
+                return worker
+            self._bury(worker)
+
+    def _give_back(self, worker: _Worker) -> None:
+        with self._lock:
+            self._busy.discard(worker)
+        self._idle.put(worker)
+
+    def _bury(self, worker: _Worker) -> None:
+        """Ends a worker for good and starts another in its place, once."""
+        with self._lock:
+            self._busy.discard(worker)
+            if worker not in self._alive:
+                return
+            self._alive.discard(worker)
+        worker.end()
+        self._replace_later()
 
     def _replace_later(self) -> None:
         thread = threading.Thread(target=self._replace, name="replace-worker", daemon=True)

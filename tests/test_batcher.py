@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
-from ensembler.cloud_runtime.batcher import SPARE, Batcher, BatchPolicy, Queued
+from ensembler.cloud_runtime.batcher import NEWEST, ODD, SPARE, Batcher, BatchPolicy, Queued
 from ensembler.protocol.errors import ConfigError
 
 
@@ -257,6 +257,26 @@ def test_a_queue_that_takes_half_as_long_again_as_expected_makes_nobody_late():
     fill(queue, *"abcd")
     assert queue.offer(request("just", deadline=60.0), 0.0).reason == "deadline"
     assert queue.offer(request("in time", deadline=70.0), 0.0) is None
+
+
+def test_a_server_with_nothing_to_do_tries_what_it_thinks_it_cannot_do_in_time():
+    queue = batcher()
+    measured(queue, row_ms=10_000.0)
+    assert queue.offer(request("a", deadline=500.0), 0.0) is None
+    assert queue.offer(request("b", deadline=500.0), 0.0).reason == "deadline"
+    assert items(queue.take(0.0)) == ["a"]
+    assert queue.offer(request("b", deadline=500.0), 0.0).reason == "deadline"
+    queue.computed(None, rows=1, elapsed_ms=1.0)
+    assert queue.offer(request("b", deadline=500.0), 0.0) is None
+
+
+def test_a_batch_that_took_a_thousand_times_as_long_as_others_counts_as_ten_times():
+    queue = batcher()
+    measured(queue, row_ms=1.0)
+    fill(queue, "a")
+    queue.take(0.0)
+    queue.computed(None, rows=1, elapsed_ms=1000.0)
+    assert queue.expected_ms(None, 1) == pytest.approx(1.0 + NEWEST * (ODD - 1.0))
 
 
 def test_before_the_first_batch_nothing_is_refused_for_its_deadline():

@@ -10,6 +10,7 @@ import pytest
 from conftest import forged_server
 
 from ensembler.cloud_runtime.crew import Crew
+from ensembler.cloud_runtime.engine import EngineOptions, load
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine, rows_of_a_piece
 from ensembler.protocol.errors import BundleError, ConfigError
 from ensembler.protocol.manifest import load_server
@@ -76,6 +77,34 @@ def test_a_crew_does_every_piece_once(helpers):
         crew.run(work, pieces)
         assert sorted(done) == pieces
     crew.close()
+
+
+@pytest.mark.parametrize("dtype", ["float32", "uint8"])
+def test_a_body_whose_answers_numpy_would_only_make_fit_is_refused(tiny, tmp_path, dtype):
+    import onnx
+    from onnx import TensorProto, helper
+
+    folder = shutil.copytree(tiny.server, tmp_path / "server")
+    manifest = load_server(folder)
+    kind = {"float32": TensorProto.FLOAT, "uint8": TensorProto.UINT8}[dtype]
+    first = [
+        helper.make_node("Cast", ["features"], ["cast"], to=TensorProto.FLOAT),
+        helper.make_node("ReduceMean", ["cast"], ["mean"], axes=[1, 2, 3], keepdims=0),
+        helper.make_node("Reshape", ["mean", "shape"], ["column"]),
+        helper.make_node("Cast", ["column"], ["answer"], to=kind),
+    ]
+    graph = helper.make_graph(
+        first,
+        "one number an image",
+        [helper.make_tensor_value_info("features", TensorProto.UINT8, ["b", *manifest.wire.feature_shape])],
+        [helper.make_tensor_value_info("answer", kind, ["b", 1])],
+        [helper.make_tensor("shape", TensorProto.INT64, [2], [-1, 1])],
+    )
+    model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
+    onnx.save(model, folder / manifest.bodies[0])
+    forged_server(manifest, folder)
+    with pytest.raises(BundleError, match="not with what its manifest says"):
+        load(folder, EngineOptions(threads=1))
 
 
 @pytest.mark.parametrize("helpers", [0, 2])

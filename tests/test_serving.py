@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
+import psutil
 import pytest
 from conftest import HELD_MS, SlowEngine, forged_server
 from test_network import client, raw
@@ -34,10 +35,10 @@ from ensembler.protocol.errors import (
     UnknownBodiesError,
 )
 from ensembler.protocol.manifest import load_server
-from ensembler.protocol.messages import INFER, STATUS, Message, decode, encode
+from ensembler.protocol.messages import INFER, STATUS, Message, encode
 from ensembler.transport import keys
 from ensembler.transport.allow_list import CallbackAllowList, FolderAllowList
-from ensembler.transport.zmq_server import Incoming, Peer, ServerSocket
+from ensembler.transport.zmq_server import ServerSocket
 
 WAIT_S = 60
 
@@ -93,6 +94,41 @@ def test_a_removed_model_is_refused_and_the_other_goes_on(tiny, other, in_thread
     assert raw(endpoint, asked(tiny.server, codes[:1])).tensor is not None
     with pytest.raises(ConfigError, match="exactly one bodies_id"):
         server.remove(bodies_id).result(WAIT_S)
+
+
+def test_nets_that_are_removed_and_deployed_again_stay_when_their_last_old_batch_ends(tiny, in_thread, codes):
+    slow = SlowEngine(tiny.server)
+    server, endpoint = in_thread(slow)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(raw, endpoint, asked(tiny.server, codes[:1]))
+        assert slow.entered.wait(WAIT_S)
+        old = server.remove(load_server(tiny.server).wire.bodies_id).result(WAIT_S)
+        server.deploy(OnnxEngine(tiny.server, threads=1)).result(WAIT_S)
+        slow.release.set()
+        assert waiting.result(WAIT_S).tensor is not None
+    old.unloaded.result(WAIT_S)
+    assert raw(endpoint, asked(tiny.server, codes[:1])).tensor is not None
+
+
+def test_a_lost_batch_of_nets_that_are_being_removed_is_computed_again_first(tiny, in_thread, codes):
+    class Lost(SlowEngine):
+        def run(self, features):
+            first = not self.entered.is_set()
+            answers = super().run(features)
+            if first:
+                raise EngineLostError("gone")
+            return answers
+
+    slow = Lost(tiny.server)
+    server, endpoint = in_thread(slow)
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(raw, endpoint, asked(tiny.server, codes[:1]))
+        assert slow.entered.wait(WAIT_S)
+        version = server.remove(load_server(tiny.server).wire.bodies_id).result(WAIT_S)
+        slow.release.set()
+        assert waiting.result(WAIT_S).tensor is not None
+    version.unloaded.result(WAIT_S)
+    assert server.describe()["models"] == []
 
 
 def test_what_waits_for_a_model_is_answered_before_it_is_removed(tiny, other, in_thread, codes):
@@ -322,6 +358,17 @@ def test_a_worker_that_does_not_answer_is_replaced(tiny, codes, answers):
     engine.close()
 
 
+def test_workers_that_die_with_nothing_to_do_are_replaced_and_cost_no_request(workers, codes, answers):
+    killed = set(workers.pids)
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    while any(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in killed):
+        pass
+    np.testing.assert_array_equal(workers.run(codes), answers)  # by a new one: nothing was lost
+    while not workers.alive() or len(workers.pids) < 2 or killed & set(workers.pids):
+        pass
+
+
 def test_workers_do_not_outlive_their_server(tiny, serve):
     import psutil
 
@@ -391,6 +438,21 @@ def test_a_flood_of_refusals_is_one_line_a_second(tiny, in_thread, codes, caplog
     lines = [record.getMessage() for record in caplog.records if record.levelname == "WARNING"]
     assert len(lines) == 3
     assert "and 19 more" in lines[2]
+
+
+def test_no_server_names_its_connections_like_another(tiny):
+    import zmq
+
+    names = []
+    for _ in range(2):
+        listening = ServerSocket("tcp://127.0.0.1:*", keys=None, authorized=())
+        with zmq.Context() as context, context.socket(zmq.DEALER) as device:
+            device.connect(listening.endpoint)
+            device.send_multipart([b"", b""])
+            listening.wait(1000 * WAIT_S)
+            names.append(listening.receive().peer.name)
+        listening.close()
+    assert names[0] != names[1]
 
 
 # --- keys that come and go ---
@@ -510,7 +572,6 @@ def test_a_folder_of_keys_that_is_gone_lets_nobody_in(tmp_path, caplog):
 
 
 def test_a_server_has_an_old_key_and_a_new_one_while_devices_move(tiny, tmp_path, tiny_images, expected):
-    from ensembler.cloud_runtime.server import Server
 
     _, new = keys.create(tmp_path, "new")
     allowed = keys.load_authorized(tiny.keys / "authorized")
@@ -530,70 +591,7 @@ def test_a_server_has_an_old_key_and_a_new_one_while_devices_move(tiny, tmp_path
         socket.close()
 
 
-# --- a loop that cannot keep up ---
-
-
-MANY = 15_000
-
-
-class Crowd:
-    """In the place of a socket: requests come as fast as they are read, until somebody says stop."""
-
-    def __init__(self, request):
-        self._request = request
-        self._replied = threading.Condition()
-        self.stop, self._woken = threading.Event(), threading.Event()
-        self.refused = self.results = 0  # refused: since the last result
-
-    def receive(self):
-        return None if self.stop.is_set() else Incoming(Peer(0, b"device"), self._request, None)
-
-    def send(self, peer, frames):
-        with self._replied:
-            computed = decode(frames).tensor is not None
-            self.results += computed
-            self.refused = 0 if computed else self.refused + 1
-            self._replied.notify_all()
-        return True
-
-    def until(self, holds):
-        with self._replied:
-            assert self._replied.wait_for(holds, WAIT_S)
-
-    def allows(self, device):
-        return True
-
-    def wait(self, timeout_ms):
-        if self.stop.is_set():
-            self._woken.wait(timeout_ms and timeout_ms / 1000)
-            self._woken.clear()
-
-    def pause(self, timeout_ms):
-        assert self.stop.is_set(), "the loop lets messages wait that it has not read"
-        self.wait(timeout_ms)
-
-    def wake(self):
-        self._woken.set()
-
-
-def test_a_message_that_may_have_waited_unread_beyond_its_budget_is_not_computed(tiny, codes):
-    crowd = Crowd(asked(tiny.server, codes[:1], budget_ms=200.0))
-    server = Server(OnnxEngine(tiny.server, threads=1), crowd)
-    thread = threading.Thread(target=server.run)
-    thread.start()
-    try:
-        crowd.until(lambda: crowd.results)
-        crowd.until(lambda: crowd.refused > MANY)  # else some of them would be computed meanwhile
-        results = crowd.results
-        crowd.stop.set()  # all is read
-        server.describe()
-        crowd.stop.clear()
-        crowd.wake()
-        crowd.until(lambda: crowd.results > results)
-    finally:
-        crowd.stop.set()
-        server.stop()
-        thread.join(WAIT_S)
+# --- a full queue ---
 
 
 def test_what_comes_while_the_queue_is_full_is_refused_while_others_compute(tiny, in_thread, codes):

@@ -6,8 +6,9 @@ the peer cannot choose), and what a withdrawn key still sends or awaits can be r
 
 from __future__ import annotations
 
+import ctypes
 import errno
-import select
+import os
 import socket as sockets
 from collections.abc import Container, Sequence
 from contextlib import suppress
@@ -77,6 +78,8 @@ class ServerSocket:
         self._wake_out.setblocking(False)
         self._poller = zmq.Poller()
         self._poller.register(self._wake_in.fileno(), zmq.POLLIN)
+        self._woken = zmq.Poller()
+        self._woken.register(self._wake_in.fileno(), zmq.POLLIN)
         try:
             if keys is not None:
                 # ZAP must answer before the first handshake.
@@ -102,6 +105,7 @@ class ServerSocket:
             ConfigError: the address is malformed or in use.
         """
         _check(endpoint)
+        _seed_names()
         socket = self._context.socket(zmq.ROUTER)
         try:
             set_limits(socket)
@@ -137,7 +141,7 @@ class ServerSocket:
 
     def pause(self, timeout_ms: int) -> None:
         """Returns when ``wake`` was called or the time is over, whatever messages come."""
-        if select.select([self._wake_in], [], [], timeout_ms / 1000)[0]:
+        if self._woken.poll(timeout_ms):
             self._awake()
 
     def _awake(self) -> None:
@@ -208,6 +212,16 @@ def _rest(socket: zmq.Socket[bytes], frame: zmq.Frame) -> list[Frame]:
         if len(frames) <= MAX_PARTS:
             frames.append(frame.bytes if len(frame) < COPIED_BYTES else frame.buffer)
     return frames
+
+
+def _seed_names() -> None:
+    """Lets libzmq begin the names of its connections anywhere.
+
+    A ROUTER counts them up from a number of C's ``rand()``, which nobody seeds: it would be the same in every server. A
+    peer may ask for a name, and one that asked for the next connection's would end the process by libzmq's assertion,
+    or get the answers of a connection that has gone.
+    """
+    ctypes.CDLL(None).srand(int.from_bytes(os.urandom(4), "little"))
 
 
 def _check(endpoint: str) -> None:

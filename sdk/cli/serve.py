@@ -149,8 +149,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         socket = opened.enter_context(closing(ServerSocket(binds[0], keys=pairs[0], authorized=allowed)))
         endpoints = [socket.endpoint, *(socket.listen(*more) for more in zip(binds[1:], pairs[1:], strict=True))]
         server = Server(loaded[0], socket, policy, meter=meter)
-        for engine in loaded[1:]:
-            server.add(engine)
+        for index in range(1, len(loaded)):
+            server.add(loaded[index])
         http = None
         if meter is not None:
             meter.watch(server.describe)
@@ -186,6 +186,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             + f", {loaded[0].describe()}, {security}",
         )
         loading.pop_all()  # the server closes them, unless one is stuck
+        loaded.clear()  # a version that is replaced shall be gone
         # What is here now stays: the collector need not look through all libraries' objects while requests wait.
         gc.freeze()
         server.run(options.grace_ms)
