@@ -328,35 +328,34 @@ def run(bundle: Path, options: argparse.Namespace, work: Path) -> Table:
     return table
 
 
-def figures(tables: dict[str, Table]) -> list[dict[str, object]]:
-    """Returns what is recorded."""
+def figures(name: str, table: Table) -> list[dict[str, object]]:
+    """Returns what is recorded of one bundle."""
     found = []
-    for name, table in tables.items():
-        suffix = {"tiny": "", "resnet18": "_resnet18"}[name]
-        worst_rate, worst_tail, notes = np.inf, 0.0, []
-        for encrypted in (False, True):
-            ours, peers = table.ours(encrypted), table.peers(encrypted)
-            fastest = max(peers, key=table.rate)
-            steadiest = min(peers, key=table.tail)
-            worst_rate = min(worst_rate, table.rate(ours) / table.rate(fastest))
-            worst_tail = max(worst_tail, table.tail(ours) / table.tail(steadiest))
-            shown = [
-                f"{s} {table.rate(s):.1f} images/s, p99 {table.tail(s):.2f} ms"
-                + (f" ({' '.join(s.settings)})" if s.settings else "")
-                for s in (ours, *peers)
-            ]
-            notes.append("; ".join(shown))
-        note = f"{name} bodies, {CLIENTS} clients of one image, batches of at most {BATCH}; " + "; ".join(notes)
-        note += "; the worse of plaintext and encrypted, each beside its best peer"
-        goals = (">= 1.2", "<= 1.0") if name == "tiny" else (">= 1.0", "")
-        found.append(results.figure(f"throughput_vs_best_peer{suffix}", round(worst_rate, 4), "ratio", goals[0], note))
-        found.append(results.figure(f"p99_vs_best_peer{suffix}", round(worst_tail, 4), "ratio", goals[1], note))
-        if name == "resnet18":
-            arrangement, ceiling_rate = table.best_ceiling()
-            ours = min((table.ours(False), table.ours(True)), key=table.rate)
-            note = f"{ours} {table.rate(ours):.2f} images/s, the bodies alone {ceiling_rate:.2f} ({arrangement})"
-            ratio = round(table.rate(ours) / ceiling_rate, 4)
-            found.append(results.figure("throughput_vs_ort_ceiling", ratio, "ratio", ">= 0.95", note))
+    suffix = {"tiny": "", "resnet18": "_resnet18"}[name]
+    worst_rate, worst_tail, notes = np.inf, 0.0, []
+    for encrypted in (False, True):
+        ours, peers = table.ours(encrypted), table.peers(encrypted)
+        fastest = max(peers, key=table.rate)
+        steadiest = min(peers, key=table.tail)
+        worst_rate = min(worst_rate, table.rate(ours) / table.rate(fastest))
+        worst_tail = max(worst_tail, table.tail(ours) / table.tail(steadiest))
+        shown = [
+            f"{s} {table.rate(s):.1f} images/s, p99 {table.tail(s):.2f} ms"
+            + (f" ({' '.join(s.settings)})" if s.settings else "")
+            for s in (ours, *peers)
+        ]
+        notes.append("; ".join(shown))
+    note = f"{name} bodies, {CLIENTS} clients of one image, batches of at most {BATCH}; " + "; ".join(notes)
+    note += "; the worse of plaintext and encrypted, each beside its best peer"
+    goals = (">= 1.2", "<= 1.0") if name == "tiny" else (">= 1.0", "")
+    found.append(results.figure(f"throughput_vs_best_peer{suffix}", round(worst_rate, 4), "ratio", goals[0], note))
+    found.append(results.figure(f"p99_vs_best_peer{suffix}", round(worst_tail, 4), "ratio", goals[1], note))
+    if name == "resnet18":
+        arrangement, ceiling_rate = table.best_ceiling()
+        ours = min((table.ours(False), table.ours(True)), key=table.rate)
+        note = f"{ours} {table.rate(ours):.2f} images/s, the bodies alone {ceiling_rate:.2f} ({arrangement})"
+        ratio = round(table.rate(ours) / ceiling_rate, 4)
+        found.append(results.figure("throughput_vs_ort_ceiling", ratio, "ratio", ">= 0.95", note))
     return found
 
 
@@ -371,18 +370,18 @@ def main() -> None:
     parser.add_argument("--tuning-seconds", type=float, default=4.0, help="of each setting that is tried")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
-    tables = {}
     with tempfile.TemporaryDirectory() as work:
         for name in [options.only] if options.only else BUNDLES:
             print(name, flush=True)
-            tables[name] = run(options.bundles / name / "server", options, Path(work))
-            print("\n".join((name, *tables[name].lines())), flush=True)
-    found = figures(tables)
-    if options.no_record:
-        for figure in found:
-            print(f"{figure['figure']}: {figure['value']}")
-        return
-    results.record("cloud", found, command="python benchmarks/side_by_side.py", seed=0)
+            table = run(options.bundles / name / "server", options, Path(work))
+            print("\n".join((name, *table.lines())), flush=True)
+            found = figures(name, table)
+            if options.no_record:
+                for figure in found:
+                    print(f"{figure['figure']}: {figure['value']}")
+                continue
+            command = f"python benchmarks/side_by_side.py --rounds {options.rounds} --seconds {options.seconds:g}"
+            results.record("cloud", found, command=command, seed=0)
 
 
 if __name__ == "__main__":

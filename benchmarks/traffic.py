@@ -242,6 +242,7 @@ class GrpcLine(_TcpLine):
     _DATA, _HEADERS, _RST, _SETTINGS, _PING, _GOAWAY, _WINDOW = 0x0, 0x1, 0x3, 0x4, 0x6, 0x7, 0x8
     _END_STREAM, _END_HEADERS, _ACK = 0x1, 0x4, 0x1
     _WINDOW_BYTES = 1 << 30
+    _FRAME_BYTES = 16384  # the largest that a side must take
 
     def __init__(self, address: tuple[str, int], path: str, asked: Asked, certificate: Path | None) -> None:
         super().__init__(address, certificate)
@@ -265,10 +266,13 @@ class GrpcLine(_TcpLine):
         """See ``Line``."""
         self._stream += 2
         self._answer.clear()
-        self._send(
-            self._frame(self._HEADERS, self._END_HEADERS, self._stream, self._headers)
-            + self._frame(self._DATA, self._END_STREAM, self._stream, self._messages[image % IMAGES])
-        )
+        message = self._messages[image % IMAGES]
+        frames = [self._frame(self._HEADERS, self._END_HEADERS, self._stream, self._headers)]
+        for start in range(0, len(message), self._FRAME_BYTES):
+            part = message[start : start + self._FRAME_BYTES]
+            last = start + len(part) == len(message)
+            frames.append(self._frame(self._DATA, self._END_STREAM if last else 0, self._stream, part))
+        self._send(b"".join(frames))
 
     def answer(self) -> bytes | None:
         """See ``Line``."""
