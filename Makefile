@@ -49,7 +49,7 @@ test-ray: $(RAY)/.installed
 # mmdebstrap. Where boards cannot be emulated the tests are skipped and say why.
 test-arm: $(TFLITE)/.installed $(LEGACY)/.installed
 	ENSEMBLER_LEGACY_PYTHON=$(abspath $(LEGACY))/bin/python OMP_NUM_THREADS=1 \
-		$(TFLITE)/bin/python -m pytest -n 2 --dist loadscope --durations 10 tests/arm
+		$(TFLITE)/bin/python -m pytest -n 2 --dist loadscope --timeout 1200 --durations 10 tests/arm
 
 # The steps of deploy/Dockerfile without Docker, in fresh environments: a minute, and a package index.
 test-image: $(INSTALLED)
@@ -74,7 +74,7 @@ bench: $(INSTALLED)
 	$(BIN)/python benchmarks/device.py $(BUNDLES)
 	$(BIN)/python benchmarks/timing.py
 
-# The server under load, and beside other servers: the figures of docs/operator.md, half an hour on an idle machine.
+# The server under load, and beside other servers; nothing else should run meanwhile.
 load: $(INSTALLED) peers
 	$(BIN)/python benchmarks/bundles.py
 	$(BIN)/python benchmarks/load.py

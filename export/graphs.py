@@ -338,12 +338,16 @@ def scrubbed(graph: onnx.ModelProto) -> bytes:
 
 
 class _Samples(CalibrationDataReader):  # type: ignore[misc]
+    """Batches of one size: onnxruntime cannot put others into one histogram. The few samples left over are not used."""
+
     def __init__(self, samples: Mapping[str, Floats]) -> None:
         count = len(next(iter(samples.values())))
+        batches = -(-count // CALIBRATION_BATCH)
+        size = count // batches
         self._batches = iter(
             [
-                {name: values[start : start + CALIBRATION_BATCH] for name, values in samples.items()}
-                for start in range(0, count, CALIBRATION_BATCH)
+                {name: values[index * size : (index + 1) * size] for name, values in samples.items()}
+                for index in range(batches)
             ]
         )
 

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ensembler.prediction import Prediction as Prediction
     from ensembler.prediction import Timings as Timings
     from ensembler.protocol.errors import EnsemblerError as EnsemblerError
+    from ensembler.statistics import ReplicaStatistics as ReplicaStatistics
 
 __version__ = "0.1.0"
 
@@ -29,10 +30,20 @@ _LAZY = {
     "EdgeClient": "ensembler.client",
     "EnsemblerError": "ensembler.protocol.errors",
     "Prediction": "ensembler.prediction",
+    "ReplicaStatistics": "ensembler.statistics",
     "Timings": "ensembler.prediction",
 }
 
-__all__ = ["AsyncEdgeClient", "ClientInfo", "EdgeClient", "EnsemblerError", "Prediction", "Timings", "__version__"]
+__all__ = [
+    "AsyncEdgeClient",
+    "ClientInfo",
+    "EdgeClient",
+    "EnsemblerError",
+    "Prediction",
+    "ReplicaStatistics",
+    "Timings",
+    "__version__",
+]
 
 
 def __getattr__(name: str) -> Any:

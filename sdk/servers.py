@@ -12,9 +12,9 @@ from ensembler.protocol.manifest import ClientManifest, is_curve_key
 from ensembler.protocol.options import expanded
 from ensembler.transport.keys import load_public
 
-Servers: TypeAlias = "str | Sequence[str | Sequence[str]]"
-ServerKey: TypeAlias = "str | os.PathLike[str]"
-ServerKeys: TypeAlias = "ServerKey | Mapping[str, ServerKey]"
+Servers: TypeAlias = str | Sequence[str | Sequence[str]]
+ServerKey: TypeAlias = str | os.PathLike[str]
+ServerKeys: TypeAlias = ServerKey | Mapping[str, ServerKey]
 
 
 def server_addresses(server: Servers, manifest: ClientManifest, bundle: Path) -> tuple[tuple[str, ...], ...]:

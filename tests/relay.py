@@ -13,6 +13,7 @@ import threading
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
+from contextlib import suppress
 from typing import Literal
 
 Direction = Literal["up", "down"]
@@ -20,6 +21,17 @@ DIRECTIONS: tuple[Direction, ...] = ("up", "down")
 END = b""  # what a flow carries when its source has closed its end
 PATIENCE_S = 60.0
 RESET = struct.pack("ii", 1, 0)  # SO_LINGER: a close sends RST and drops what was not sent
+
+
+def put(end: asyncio.Transport, data: bytes) -> None:
+    """Writes to an end, or closes it for writing; one that has gone takes nothing."""
+    if end.is_closing():
+        return
+    if data == END:
+        with suppress(OSError):  # reset by its peer, which the loop has not noticed yet
+            end.write_eof()
+    else:
+        end.write(data)
 
 
 class Flow:
@@ -58,15 +70,15 @@ class Flow:
 
     def end(self) -> None:
         """Closes this direction alone; what still arrives is dropped."""
-        if self.target is not None and not self.target.is_closing():
-            self.target.write_eof()
+        if self.target is not None:
+            put(self.target, END)
         self.held = True
 
     def _pass(self, data: bytes) -> None:
         self.passed += len(data)
         for end in (self.target, self.twin):
-            if end is not None and not end.is_closing():
-                end.write_eof() if data == END else end.write(data)
+            if end is not None:
+                put(end, data)
         self.relay.changed()
 
 
@@ -273,8 +285,12 @@ class Relay:
         done: Future[None] = Future()
 
         def run() -> None:
-            work()
-            done.set_result(None)
+            try:
+                work()
+            except BaseException as error:
+                done.set_exception(error)
+            else:
+                done.set_result(None)
 
         self.loop.call_soon_threadsafe(run)
         done.result(PATIENCE_S)

@@ -302,6 +302,12 @@ def test_int8_stays_close_to_float(case):
     assert sqnr_db(torch_output(case.net, x), run(case.int8, x=x)) > 25
 
 
+@pytest.mark.parametrize("count", [1, 63, 65, 96, 200])
+def test_any_number_of_samples_calibrates(quantised_case, count):
+    int8 = graphs.quantised(quantised_case.plain, {"x": samples(count)}, input_codec=IN_CODEC)
+    assert run(int8, x=samples(4)).shape == run(quantised_case.plain, x=samples(4)).shape
+
+
 def test_the_int8_graph_is_a_third_of_the_size():
     plain = graphs.optimised(plain_graph("Conv", normal(64, 3, 7, 7)))
     small = graphs.quantised(plain, {"x": samples(16)}, input_codec=IN_CODEC)

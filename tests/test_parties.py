@@ -23,6 +23,7 @@ from ensembler.protocol.errors import (
 from ensembler.protocol.manifest import PartySpec, load_client, load_server
 from ensembler.protocol.messages import Message
 from ensembler.replica import Replica, Reply
+from ensembler.transport import keys
 from ensembler.transport.inprocess import InProcessTransport
 
 OPEN = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100")
@@ -149,6 +150,24 @@ def test_swapped_servers_without_encryption_are_refused_by_their_nets(two, serve
         pytest.raises(UnknownBodiesError, match=second.replace(".", r"\.")),
     ):
         edge.predict(tiny_images[0])
+
+
+def test_each_operator_may_have_replicas_with_keys_of_their_own(two, running, serve, tmp_path, tiny_images, expected):
+    public, secret = keys.create(tmp_path, "replica")
+    options = ("--key", str(secret), "--authorized", str(two / "keys" / "authorized"))
+    with serve(two / "server_1", *options) as (other, process):
+        servers = [("tcp://127.0.0.1:9", running[0]), (other, running[1])]
+        with EdgeClient(two / "client", servers, server_key={other: public}, timeout_ms=LONG_MS) as edge:
+            np.testing.assert_array_equal(edge.predict(tiny_images[0]).logits, expected[0])
+            process.kill()
+            process.wait(30)
+            np.testing.assert_array_equal(edge.predict(tiny_images[1]).logits, expected[1])
+            counted = edge.statistics()
+    assert [(each.party, each.server) for each in counted] == [
+        *((0, address) for address in servers[0]),
+        *((1, address) for address in servers[1]),
+    ]
+    assert [each.answers for each in counted] == [0, 2, 1, 1]
 
 
 def test_ctrl_c_ends_a_call_without_waiting_for_the_other_operators():

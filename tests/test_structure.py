@@ -190,8 +190,8 @@ def test_a_folder_under_its_bare_name_is_refused():
 
 
 def test_the_public_names_are_these():
-    names = ["AsyncEdgeClient", "ClientInfo", "EdgeClient", "EnsemblerError", "Prediction", "Timings", "__version__"]
-    assert ensembler.__all__ == names
+    names = ["AsyncEdgeClient", "ClientInfo", "EdgeClient", "EnsemblerError", "Prediction", "ReplicaStatistics"]
+    assert ensembler.__all__ == [*names, "Timings", "__version__"]
     assert dir(ensembler) == sorted(ensembler.__all__)
 
 

@@ -25,7 +25,22 @@ NUMBERS += (1 << 31, 1 << 32, 1 << 53, (1 << 63) - 1, -(1 << 63))
 FLOATS = (0.0, -0.0, 0.5, 1.0, -1.5, 1e-45, 1e6, 1e38, 1e300, math.inf, -math.inf, math.nan)
 TEXTS = ("", "a", "ü", "🦊", "\0", "\x1b[2J", "../x", "/etc/passwd", "manifest.json", "x" * 101, "0" * 64, "f" * 64)
 TEXTS += ("u8", "u4", "u3", "u2", "u16", "infer", "status", "result", "error", "none", "fixed", "fresh", "drawn")
-TEXTS += ("int8", "float32", "scrypt", "hkdf-sha256", "uniform", "\ud800", "a.tflite", "valid")
+TEXTS += (
+    "int8",
+    "float32",
+    "scrypt",
+    "hkdf-sha256",
+    "uniform",
+    "\ud800",
+    "a.tflite",
+    "valid",
+    "value",
+    "dtype",
+    "bodies_format",
+    "torch",
+    "getitem",
+    "mm.default",
+)
 
 
 def mutated(target: Target, data: bytes, rng: random.Random, by_bytes: ByBytes) -> bytes:

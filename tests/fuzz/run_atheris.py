@@ -23,7 +23,8 @@ with atheris.instrument_imports(include=["ensembler"], enable_loader_override=Fa
     import ensembler.edge_runtime.card
     import ensembler.edge_runtime.sealing
     import ensembler.protocol.manifest
-    import ensembler.protocol.messages  # noqa: F401
+    import ensembler.protocol.messages
+    import ensembler.protocol.program  # noqa: F401
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from fuzz.mutations import mutated

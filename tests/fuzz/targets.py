@@ -32,6 +32,7 @@ from ensembler.edge_runtime.card import (
     file_digests,
     read_card,
 )
+from ensembler.protocol import program as programs
 from ensembler.protocol.codec import CODEC_BITS, Codes, pack, packed_row_bytes, unpack
 from ensembler.protocol.errors import BundleError, KeyFileError, ProtocolError, UnsupportedVersionError
 from ensembler.protocol.manifest import (
@@ -44,6 +45,7 @@ from ensembler.protocol.manifest import (
     to_json,
 )
 from ensembler.protocol.messages import LIMITS, Message, decode, encode, peek_request_id
+from ensembler.protocol.program import Call, DType, Program, Value
 
 GOLDEN = Path(__file__).resolve().parent.parent / "golden" / "v1"
 
@@ -224,7 +226,37 @@ def _verify_server(data: bytes, manifest: ServerManifest) -> None:
 
 def _server_seeds() -> list[bytes]:
     document = json.loads((GOLDEN / "server_0" / MANIFEST_NAME).read_bytes())
-    return [_json(document), _json(document | {"precision": "float32"})]
+    torch = {"bodies_format": "torch", "bodies": ["program.json", "tensors"], "precision": "float32"}
+    torch["files"] = dict.fromkeys(torch["bodies"], document["files"]["body_00.onnx"])
+    return [_json(document), _json(document | {"precision": "float32"}), _json(document | torch)]
+
+
+# --- programs of torch bundles ---
+
+
+def _program(data: bytes) -> Program | None:
+    try:
+        return programs.parse(data, "program.json")
+    except BundleError:
+        return None
+
+
+def _verify_program(data: bytes, program: Program) -> None:
+    assert programs.parse(programs.to_json(program), "program.json") == program
+    assert all(call.operator in programs.OPERATORS for call in program.calls)
+    assert programs.lowered_tensors(program) <= set(range(program.num_tensors))
+
+
+def _program_seeds() -> list[bytes]:
+    calls = (
+        Call("_to_copy.default", (Value(0),), {"dtype": DType("float32")}),
+        Call("conv2d.default", (Value(3), Value(1), None, (2, 2), (1, 1))),
+        Call("split.Tensor", (Value(4), 4, 1)),
+        Call("getitem", (Value(5), 0)),
+        Call("clamp.default", (Value(6), -0.5, 6)),
+        Call("gelu.default", (Value(7),), {"approximate": "none"}),
+    )
+    return [programs.to_json(Program(2, calls[:length], 2 + length)) for length in (1, len(calls))]
 
 
 def _json(document: object) -> bytes:
@@ -375,8 +407,8 @@ def _packed_seeds() -> list[bytes]:
     return seeds
 
 
-# The allowances are a few times what was measured of the worst input known. msgpack's stack takes 40 KiB whatever it
-# reads, and three bytes of a header make it a list of 64 places; read() makes room for a whole card before it reads.
+# The allowances are about twice what was measured of the worst input known: three bytes of a header make it a list of
+# 64 places, and read() makes room for a whole card before it reads.
 _KIB = 1024
 TARGETS = {
     target.name: target
@@ -388,7 +420,7 @@ TARGETS = {
             seeds=_message_seeds,
             kind="message",
             max_bytes=8 * _KIB,
-            fixed_allowance=64 * _KIB,
+            fixed_allowance=16 * _KIB,
             allowance=256,
         ),
         Target(
@@ -398,7 +430,7 @@ TARGETS = {
             seeds=_request_id_seeds,
             kind="bytes",
             max_bytes=LIMITS.header_bytes + 16,
-            fixed_allowance=64 * _KIB,
+            fixed_allowance=16 * _KIB,
             allowance=256,
         ),
         Target(
@@ -416,6 +448,16 @@ TARGETS = {
             decode=_server,
             verify=_verify_server,
             seeds=_server_seeds,
+            kind="json",
+            max_bytes=8 * _KIB,
+            fixed_allowance=32 * _KIB,
+            allowance=128,
+        ),
+        Target(
+            name="program",
+            decode=_program,
+            verify=_verify_program,
+            seeds=_program_seeds,
             kind="json",
             max_bytes=8 * _KIB,
             fixed_allowance=32 * _KIB,

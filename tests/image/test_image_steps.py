@@ -7,6 +7,7 @@ read-only root.
 
 from __future__ import annotations
 
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,8 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent.parent
+
+pytestmark = pytest.mark.timeout(1200)  # it downloads and installs what an image holds
 
 
 def steps():
@@ -80,14 +83,25 @@ def test_everything_in_the_image_is_pinned(image):
     assert {line.replace("-", "_") for line in found} <= {line.replace("-", "_") for line in pins}
 
 
-def test_the_image_serves_a_bundle_and_drains(image):
+def health_check(image, address):
+    """Runs the image's own HEALTHCHECK, of a server at another address; returns its exit status."""
+    text = (ROOT / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+    program, *arguments = json.loads(re.search(r"^ +CMD (\[.*\])$", text, flags=re.MULTILINE)[1])
+    command = [image / "bin" / program, *(word.replace("127.0.0.1:8080", address) for word in arguments)]
+    return subprocess.run(command, capture_output=True, timeout=30).returncode
+
+
+def test_the_image_serves_a_bundle_in_health_and_drains(image):
     bundle = ROOT / "tests" / "golden" / "v1" / "server_0"
     command = [image / "bin" / "ensembler", "serve", bundle, "--bind", "tcp://127.0.0.1:*", "--plaintext"]
+    command += ["--http", "127.0.0.1:0", "--log", "json", "--json"]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        assert process.stdout.readline().startswith("ready on tcp://127.0.0.1:")
+        address = json.loads(process.stdout.readline())["http"]
+        assert health_check(image, address) == 0
         process.send_signal(signal.SIGTERM)
         _, log = process.communicate(timeout=60)
     assert process.returncode == 0, log
+    assert health_check(image, address) != 0
 
 
 def test_the_image_knows_serves_options(image):
