@@ -20,7 +20,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-tflite test-legacy test-ray test-arm test-image lint docs bench load peers ray results cifar wire privacy tables \
+.PHONY: demo test test-slow test-tflite test-legacy test-ray test-arm test-image lint docs bench load peers ray results cifar wire privacy tables \
 	models fuzz soak clean
 
 demo: $(INSTALLED)
@@ -29,7 +29,11 @@ demo: $(INSTALLED)
 # A process for every core and one thread each: most tests have use for no more. By file, since a file's tests share
 # what they made.
 test: $(INSTALLED)
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m "not slow"
+
+# The tests that take longest: whole trainings, exports and examples, killed half-way and resumed.
+test-slow: $(INSTALLED)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m slow
 
 # What converts to TFLite is 1 GB beside torch and pins other versions, so it has an environment of its own.
 test-tflite: $(TFLITE)/.installed

@@ -2,8 +2,9 @@
 
     python benchmarks/bundles.py && python benchmarks/load.py [--seconds 15]
 
-One process offers the load and shares the machine with the server, with CURVE and a key for every device, so capacity,
-too, is what the server does beside it. For each bundle, with a fresh server each time:
+One process offers the load, with CURVE and a key for every device, on a core of its own: the last one that this process
+may use. The server has the others, for capacity as for overload; a sender that took its cores from it would be measured
+in its place. For each bundle, with a fresh server each time:
 
 * closed loop: 1 to 64 devices with one image under way each. The best answers a second are the capacity.
 * open loop: images arrive by a Poisson process of a fixed rate, from 0.25 to 10 times the capacity, whether or not
@@ -19,6 +20,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -48,8 +50,15 @@ SEED = 0
 def _server(bundle: Path, options: argparse.Namespace, devices: int) -> Iterator[tuple[str, Identities | None]]:
     with tempfile.TemporaryDirectory() as work:
         identities = None if options.plaintext else Identities.new(Path(work) / "keys", devices)
-        with served(bundle, identities, *options.serve.split(), log=Path(work) / "server.log") as endpoint:
-            yield endpoint, identities
+        cores = os.sched_getaffinity(0)
+        own = {max(cores)}
+        try:
+            os.sched_setaffinity(0, cores - own or cores)  # what is started inherits it
+            with served(bundle, identities, *options.serve.split(), log=Path(work) / "server.log") as endpoint:
+                os.sched_setaffinity(0, own)
+                yield endpoint, identities
+        finally:
+            os.sched_setaffinity(0, cores)
 
 
 def closed(bundle: Path, asked: Asked, devices: int, options: argparse.Namespace) -> dict[str, Any]:

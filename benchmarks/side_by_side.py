@@ -42,7 +42,7 @@ from bundles import BUNDLES, Identities, served
 from traffic import Asked, GrpcLine, HttpLine, Line, Measured, ZmqLine, closed_loop, first_answer
 
 from ensembler.cloud_runtime.engine import usable_cores
-from ensembler.cloud_runtime.onnx_engine import PART_ROWS, OnnxEngine
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 
 CLIENTS = 16
 # Nothing is gained by waiting for more images than there are clients, and a server that waits would always do so.
@@ -215,7 +215,7 @@ def arrangements() -> list[Arrangement]:
     """Returns all that are tried."""
     cores = usable_cores()
     threads = [(cores, 1), (1, cores)] if cores > 1 else [(1, 1)]
-    return [Arrangement(rows, *pair) for rows in (1, 2, 4, PART_ROWS, 2 * PART_ROWS) for pair in threads]
+    return [Arrangement(rows, *pair) for rows in (1, 2, 4, 8, 16, 32) for pair in threads]
 
 
 def ceiling(bundle: Path, arrangement: Arrangement, seconds: float) -> float:

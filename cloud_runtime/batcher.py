@@ -19,6 +19,10 @@ T = TypeVar("T")
 
 # Of the time per row, the share of the newest batch: one odd batch does not rule.
 NEWEST = 0.2
+# A queue takes longer than expected now and then: whoever would be done just in time behind it is refused.
+WAIT_MARGIN = 1.5
+# Of the longest batch, how much is filled whatever the deadlines.
+SHORT = 0.1
 # How many entries that no longer matter are kept, beyond as many as do, before they are swept out.
 SPARE = 64
 
@@ -29,6 +33,8 @@ class BatchPolicy:
 
     Attributes:
         max_batch_rows: rows computed together; a single larger request is computed alone.
+        max_batch_ms: a batch is not filled beyond what is expected to take so long: large batches of slow nets gain
+            nothing, and whoever comes meanwhile waits for all of one.
         max_queue_rows: rows that may wait, of all clients and models together.
         max_queue_bytes: bytes that may wait.
         max_client_rows: rows of one client that may wait; None for as many as are still free.
@@ -37,13 +43,14 @@ class BatchPolicy:
     """
 
     max_batch_rows: int = 64
+    max_batch_ms: float = 200.0
     max_queue_rows: int = 1024
     max_queue_bytes: int = 256 * 1024 * 1024
     max_client_rows: int | None = None
     batch_wait_ms: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True, eq=False)
 class Queued(Generic[T]):
     """A request in the queue; times in milliseconds of the caller's clock.
 
@@ -81,13 +88,13 @@ class Refusal:
     retry_after_ms: float
 
 
-@dataclass
+@dataclass(slots=True)
 class _Client:
     rows: int = 0
     finish: float = 0.0  # the turn at which its last request ends, in rows of virtual time
 
 
-@dataclass
+@dataclass(slots=True)
 class _Model:
     turns: list[tuple[float, int]] = field(default_factory=list)  # a heap of (start, ticket)
     rows: int = 0
@@ -133,7 +140,8 @@ class Batcher(Generic[T]):
             limit = free if self.policy.max_client_rows is None else min(free, self.policy.max_client_rows)
             if client.rows and client.rows + request.rows > limit:
                 return Refusal("share", max(1.0, wait_ms))
-        if model.measured and now_ms + wait_ms + request.rows * model.row_ms > request.deadline_ms:
+        needed_ms = WAIT_MARGIN * wait_ms + request.rows * model.row_ms
+        if model.measured and now_ms + needed_ms > request.deadline_ms:
             return Refusal("deadline", max(1.0, wait_ms))
         self._put(request)
         return None
@@ -150,6 +158,7 @@ class Batcher(Generic[T]):
             _, ticket = heapq.heappop(self._deadlines)
             if ticket in self._waiting:
                 late.append(self._remove(ticket))
+                self._sweep(self._model(late[-1].model))
         return late
 
     def take(self, now_ms: float, free: Collection[Hashable] | None = None) -> list[Queued[T]]:
@@ -162,9 +171,11 @@ class Batcher(Generic[T]):
         due = [model for model in self._due(now_ms) if free is None or model in free]
         if not due:
             return []
-        turns = min((self._models[model].turns for model in due), key=self._head)
+        model = min((self._models[name] for name in due), key=lambda each: self._head(each.turns))
+        turns = model.turns
         batch: list[Queued[T]] = []
         rows = 0
+        until_ms = now_ms + self.policy.max_batch_ms
         while turns:
             start, ticket = turns[0]
             request = self._waiting.get(ticket)
@@ -173,11 +184,15 @@ class Batcher(Generic[T]):
                 continue
             if batch and (request.alone or batch[0].alone or rows + request.rows > self.policy.max_batch_rows):
                 break
+            # Nor so many that it would end after a deadline, but for what costs next to nothing: else the smallest
+            # batches, whose rows take longest, would be those of the busiest server.
+            until_ms = max(now_ms + SHORT * self.policy.max_batch_ms, min(until_ms, request.deadline_ms))
+            if batch and model.measured and now_ms + (rows + request.rows) * model.row_ms > until_ms:
+                break
             heapq.heappop(turns)
             self._turn = max(self._turn, start)
             batch.append(self._remove(ticket))
             rows += request.rows
-        model = self._models[batch[0].model]
         model.computing += rows
         model.since_ms = now_ms
         self._sweep(model)
@@ -237,14 +252,18 @@ class Batcher(Generic[T]):
 
     def _expected_wait_ms(self, request: Queued[T], model: _Model, client: _Client, now_ms: float) -> float:
         """At most until all is done that waits; and at most as many rows of each other client as of this one."""
-        begun = sum(one.remaining_ms(now_ms) for one in self._models.values())
-        everything = sum(one.rows * one.row_ms for one in self._models.values())
+        begun = everything = 0.0
+        for one in self._models.values():
+            begun += one.remaining_ms(now_ms)
+            everything += one.rows * one.row_ms
         clients = self._active + (not client.rows)
         return begun + min(everything, (client.rows + request.rows) * clients * model.row_ms)
 
     def _put(self, request: Queued[T]) -> None:
         ticket = next(self._tickets)
-        model, client = self._model(request.model), self._clients.setdefault(request.client, _Client())
+        model, client = self._model(request.model), self._clients.get(request.client)
+        if client is None:
+            client = self._clients[request.client] = _Client()
         start = max(self._turn, client.finish)
         client.finish = start + request.rows
         if not client.rows:
@@ -256,7 +275,6 @@ class Batcher(Generic[T]):
         self._waiting[ticket] = request
         heapq.heappush(model.turns, (start, ticket))
         heapq.heappush(self._deadlines, (request.deadline_ms, ticket))
-        self._sweep(model)
 
     def _remove(self, ticket: int) -> Queued[T]:
         request = self._waiting.pop(ticket)
@@ -310,4 +328,7 @@ class Batcher(Generic[T]):
             self._clients = {name: client for name, client in self._clients.items() if client.rows}
 
     def _model(self, name: Hashable) -> _Model:
-        return self._models.setdefault(name, _Model())
+        model = self._models.get(name)
+        if model is None:
+            model = self._models[name] = _Model()
+        return model

@@ -10,6 +10,7 @@ path was written without a GPU at hand and has not been run.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,9 @@ from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraErro
 from ensembler.protocol.manifest import ServerManifest, load_server
 from ensembler.protocol.messages import LIMITS
 
-PART_ROWS = 8
+PART_ROWS = 16
+# What a piece costs beside its rows, in rows.
+PIECE_COST_ROWS = 1
 CUDA = "CUDAExecutionProvider"
 
 
@@ -62,13 +65,14 @@ class OnnxEngine:
         """See ``Engine``."""
         wire = self.manifest.wire
         answers = np.empty((len(features), wire.num_nets, wire.answer_width), np.uint8)
+        part_rows = rows_of_a_piece(len(features), wire.num_nets, self.threads, self._part_rows)
 
         def piece(body: int, start: int) -> None:
-            rows = slice(start, start + self._part_rows)
+            rows = slice(start, start + part_rows)
             # Every body gets every row, so time and order say nothing about a selection that is made elsewhere.
             answers[rows, body] = self.sessions[body].run(None, {"features": features[rows]})[0]
 
-        starts = range(0, len(features), self._part_rows)
+        starts = range(0, len(features), part_rows)
         self._crew.run(piece, [(body, start) for start in starts for body in range(wire.num_nets)])
         require_codes(answers, wire.answer_codecs[0], "a body")
         return answers
@@ -84,6 +88,25 @@ class OnnxEngine:
     def close(self) -> None:
         """Ends the engine's threads."""
         self._crew.close()
+
+
+@lru_cache
+def rows_of_a_piece(rows: int, num_nets: int, threads: int, most: int) -> int:
+    """Returns how many rows of a batch one piece has, so that the threads have done all pieces soonest.
+
+    Args:
+        rows: of the batch.
+        num_nets: N; a piece is of one net.
+        threads: that share the pieces.
+        most: no piece has more rows.
+    """
+
+    def time(parts: int) -> int:
+        return -(-parts * num_nets // threads) * (-(-rows // parts) + PIECE_COST_ROWS)
+
+    fewest = -(-rows // most)
+    parts = min(range(fewest, min(rows, fewest + threads) + 1), key=time)  # of equal ones the fewest
+    return -(-rows // parts)
 
 
 def _onnxruntime() -> Any:

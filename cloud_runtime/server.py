@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
@@ -47,6 +47,7 @@ from ensembler.protocol.messages import (
     encode,
     peek_request_id,
 )
+from ensembler.transport.base import Frames
 from ensembler.transport.zmq_server import Incoming, Peer, ServerSocket
 
 T = TypeVar("T")
@@ -63,6 +64,9 @@ NO_ID = bytes(16)
 INLINE_MS = 5.0
 # Messages taken in one go: a flood must not keep the loop from replying.
 RECEIVE_BURST = 64
+# While the queue is full and others compute, messages are left to gather for so long: being woken by each costs the
+# computing more than reading them does.
+CROWDED_MS = 5
 # What a poll can take; a deadline may lie beyond it.
 LONGEST_WAIT_MS = 3_600_000
 WITHDRAWN = "this device's key was withdrawn; ask the server's operator"
@@ -73,8 +77,7 @@ BUSY = {
 }
 
 
-@dataclass(frozen=True)
-class _Request:
+class _Request(NamedTuple):
     peer: Peer
     device: str | None
     message: Message
@@ -144,6 +147,9 @@ class Server:
         self._threads: list[threading.Thread] = []
         self._elsewhere = 0  # batches that the threads have
         self._busy_since_ms = 0.0
+        self._behind = False  # messages came faster than they were read
+        self._emptied_ms = 0.0  # what is read now came after this
+        self._crowded = False  # the last request found no place
         self._refusals: dict[str, tuple[float, int]] = {}  # by kind: when one was logged, and how many were not since
         self._calls: deque[Callable[[], None]] = deque()
         self._stopping = threading.Event()
@@ -235,7 +241,11 @@ class Server:
             idle = not self._computing and not len(self._batcher) and not self._done
             if give_up_ms != math.inf and (idle or self._now() >= give_up_ms):
                 break
-            self._socket.wait(self._timeout_ms(give_up_ms))
+            timeout_ms = self._timeout_ms(give_up_ms)
+            if self._crowded and self._elsewhere and not self._behind:
+                self._socket.pause(CROWDED_MS if timeout_ms is None else min(CROWDED_MS, timeout_ms))
+            else:
+                self._socket.wait(timeout_ms)
         unfinished = [request for work in self._computing for request in work.batch]
         for request in (*unfinished, *self._batcher.drop_all()):
             self._refuse(request.item, ShuttingDownError("the server stopped before the request was computed"))
@@ -261,25 +271,33 @@ class Server:
             self._calls.popleft()()
 
     def _receive(self) -> None:
+        if not self._behind:
+            self._emptied_ms = self._now()
         for _ in range(RECEIVE_BURST):
             incoming = self._socket.receive()
             if incoming is None:
+                self._behind = False
                 return
+            request_id = None
             try:
-                self._accept(incoming)
+                if not self._socket.allows(incoming.device):
+                    raise NotAuthorizedError(WITHDRAWN)
+                began = time.perf_counter()
+                message = decode(incoming.frames)
+                request_id = message.request_id
+                self._accept(incoming, message)
+                if message.operation == INFER:
+                    self._meter.decoded(time.perf_counter() - began)
             except WireError as error:
                 self._note_refusal(error, incoming.device)
-                request_id = peek_request_id(incoming.frames) or NO_ID
-                self._send_error(incoming.peer, request_id, error)
+                self._send_error(incoming.peer, request_id or peek_request_id(incoming.frames) or NO_ID, error)
+        self._behind = True
 
-    def _accept(self, incoming: Incoming) -> None:
-        if not self._socket.allows(incoming.device):
-            raise NotAuthorizedError(WITHDRAWN)
-        began = time.perf_counter()
-        message = decode(incoming.frames)
+    def _accept(self, incoming: Incoming, message: Message) -> None:
         if message.operation == STATUS:
             info = self._status(message.bodies_id)
-            self._send(incoming.peer, Message(operation=RESULT, request_id=message.request_id, info=info))
+            status = Message(operation=RESULT, request_id=message.request_id, info=info)
+            self._send(incoming.peer, encode(status))
             return
         if message.operation != INFER:
             raise BadRequestError(f"the server does not take the operation {message.operation!r}")
@@ -290,10 +308,8 @@ class Server:
         if tensor is None or tensor.shape[1:] != wire.feature_shape:
             shape = None if tensor is None else tensor.shape[1:]
             raise BadRequestError(f"the features have shape {shape}, the nets take {wire.feature_shape}")
-        if message.bits != wire.feature_codec.bits:
-            raise BadRequestError(
-                f"the features have {message.bits} bits a code, the nets take {wire.feature_codec.bits}"
-            )
+        if message.bits != model.feature_bits:
+            raise BadRequestError(f"the features have {message.bits} bits a code, the nets take {model.feature_bits}")
         if self._stopping.is_set():
             raise ShuttingDownError("the server is draining and takes no new requests")
         now = self._now()
@@ -305,15 +321,16 @@ class Server:
                 rows=len(tensor),
                 size_bytes=tensor.nbytes,
                 arrived_ms=now,
-                deadline_ms=now + message.budget_ms,
+                # A loop that cannot keep up does not know how long ago a message came, only since when at most.
+                deadline_ms=(self._emptied_ms if self._behind else now) + message.budget_ms,
                 model=model.key,
                 client=incoming.device or incoming.peer,
             ),
             now,
         )
+        self._crowded = refusal is not None
         if refusal is not None:
             raise BusyError(BUSY[refusal.reason], refusal.retry_after_ms)
-        self._meter.decoded(time.perf_counter() - began)
 
     def _drop_expired(self) -> None:
         for request in self._batcher.expired(self._now()):
@@ -393,37 +410,40 @@ class Server:
             self._tidy(work.model, work.version)
 
     def _reply(self, work: _Work) -> None:
+        if work.answers is None:
+            for request in work.batch:
+                self._refuse(request.item, InternalError("internal error; the server's log has the reason"))
+            return
         began = time.perf_counter()
         compute_ms = work.ended_ms - work.started_ms
+        written = []
         start = 0
         for request in work.batch:
             rows = slice(start, start + request.rows)
             start += request.rows
             item = request.item
-            if work.answers is None:
-                self._refuse(item, InternalError("internal error; the server's log has the reason"))
-                continue
             if not self._socket.allows(item.device):
                 self._refuse(item, NotAuthorizedError(WITHDRAWN))
                 continue
-            queue_ms = work.started_ms - request.arrived_ms
-            self._send(
-                item.peer,
-                Message(
-                    operation=RESULT,
-                    request_id=item.message.request_id,
-                    bodies_id=work.model.key,
-                    tensor=work.answers[rows],
-                    bits=work.model.wire.answer_bits,
-                    info={"queue_ms": queue_ms, "compute_ms": compute_ms},
-                ),
+            result = Message(
+                operation=RESULT,
+                request_id=item.message.request_id,
+                bodies_id=work.model.key,
+                tensor=work.answers[rows],
+                bits=work.model.answer_bits,
+                info={"queue_ms": work.started_ms - request.arrived_ms, "compute_ms": compute_ms},
             )
+            written.append((request, encode(result)))
+        # One right after the other: ZeroMQ's thread, which each would wake, is awake after the first.
+        for request, frames in written:
+            self._send(request.item.peer, frames)
+        self._meter.encoded((time.perf_counter() - began) / len(work.batch))
+        self._meter.computed(work.model, work.version, work.rows, compute_ms / 1000)
+        for request, _ in written:
             self.served_requests += 1
+            queue_ms = work.started_ms - request.arrived_ms
             self._meter.answered(work.model, queue_ms / 1000)
             self._note_answer(work, request, queue_ms, compute_ms)
-        if work.answers is not None:
-            self._meter.computed(work.model, work.version, work.rows, compute_ms / 1000)
-            self._meter.encoded((time.perf_counter() - began) / len(work.batch))
 
     def _try_again(self, work: _Work) -> None:
         """A lost batch's requests are computed once more, each alone: one of them may be what killed the worker."""
@@ -521,10 +541,10 @@ class Server:
             "message": str(error)[:500],
             "retry_after_ms": float(getattr(error, "retry_after_ms", 0.0)),
         }
-        self._send(peer, Message(operation=ERROR, request_id=request_id, info=info))
+        self._send(peer, encode(Message(operation=ERROR, request_id=request_id, info=info)))
 
-    def _send(self, peer: Peer, message: Message) -> None:
-        if not self._socket.send(peer, encode(message)):
+    def _send(self, peer: Peer, frames: Frames) -> None:
+        if not self._socket.send(peer, frames):
             log.info("a client went away before its reply")
 
     def _status(self, bodies_id: bytes) -> dict[str, str | float | int]:

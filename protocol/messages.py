@@ -51,7 +51,7 @@ class Limits:
 LIMITS = Limits()
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(kw_only=True, slots=True)
 class Message:
     """One request or reply.
 
@@ -163,13 +163,13 @@ def _unpack_header(frame: bytes | memoryview, limits: Limits) -> dict[str, Any]:
         raise ProtocolError("the header is not one msgpack map with text keys") from error
     except Exception as error:  # msgpack raises ValueError, UnpackException, RecursionError, UnicodeDecodeError, ...
         raise ProtocolError("the header is not a msgpack map") from error
-    if not isinstance(header, dict) or not all(isinstance(key, str) for key in header):
+    if not isinstance(header, dict):
         raise ProtocolError("the header is not one msgpack map with text keys")
     return header
 
 
 def _without_duplicates(pairs: Iterable[tuple[Any, Any]]) -> dict[Any, Any]:
-    items = list(pairs)  # msgpack 1.0 without its C part hands over a generator
+    items = pairs if isinstance(pairs, list) else list(pairs)  # msgpack 1.0 without its C part: a generator
     result = dict(items)
     if len(result) != len(items):
         raise ProtocolError("the header states a field twice")
@@ -208,8 +208,9 @@ def _tensor(descriptor: Any, payload: bytes | memoryview, limits: Limits) -> tup
     shape, bits = descriptor[1], CODEC_BITS[descriptor[0]]
     if not 1 <= len(shape) <= limits.rank:
         raise LimitExceededError(f"the tensor has {len(shape)} axes, not 1 to {limits.rank}")
-    if not all(type(axis) is int and 1 <= axis <= limits.tensor_bytes for axis in shape):
-        raise ProtocolError("an axis of the tensor is not a positive integer within the limits")
+    for axis in shape:
+        if type(axis) is not int or not 1 <= axis <= limits.tensor_bytes:
+            raise ProtocolError("an axis of the tensor is not a positive integer within the limits")
     if shape[0] > limits.rows:
         raise LimitExceededError(f"the tensor has {shape[0]} rows, more than {limits.rows}; send smaller batches")
     if math.prod(shape) > limits.tensor_bytes:
@@ -224,9 +225,11 @@ def _tensor(descriptor: Any, payload: bytes | memoryview, limits: Limits) -> tup
 
 
 def _info(value: Any, limits: Limits) -> dict[str, Any]:
-    if not isinstance(value, dict) or not all(isinstance(key, str) for key in value):
+    if not isinstance(value, dict):
         raise ProtocolError("the header's info is not a map with text keys")
-    for item in value.values():
+    for key, item in value.items():
+        if not isinstance(key, str):
+            raise ProtocolError("the header's info is not a map with text keys")
         members = item if isinstance(item, list) else [item]
         for member in members:
             if isinstance(member, str) and len(member) <= limits.text_chars:

@@ -228,7 +228,11 @@ class _Exchange:
     def _failure(self) -> EnsemblerError:
         """Returns the call's error; of several replicas it says what each one said."""
         for asked in self._asked:
-            self._errors[asked.replica] = error = asked.silence()
+            error = asked.silence()
+            before = self._errors.get(asked.replica)
+            if isinstance(before, AuthenticationError) and isinstance(error, ServerUnreachableError):
+                error = before  # a handshake that the deadline cut short says less than one that was refused
+            self._errors[asked.replica] = error
             asked.replica.counts.failed(error)
             asked.replica.rest()
         errors = [self._errors[replica] for replica in self._party.replicas if replica in self._errors]

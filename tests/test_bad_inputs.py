@@ -352,6 +352,7 @@ def process_of(arguments):
             process.communicate()
 
 
+@pytest.mark.slow
 def test_an_export_that_was_killed_is_not_in_the_way_of_the_next(tiny, tmp_path):
     out = tmp_path / "mein Bündel 束"
     with process_of(exporting(tiny.run, out)) as process:
@@ -364,6 +365,7 @@ def test_an_export_that_was_killed_is_not_in_the_way_of_the_next(tiny, tmp_path)
     assert load_client(out / "client").labels == load_client(tiny.client).labels
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_exporting_ends_with_130_one_line_and_nothing(tiny, tmp_path):
     out = tmp_path / "out"
     with process_of(["export", tiny.run, "--out", out]) as process:

@@ -68,6 +68,32 @@ def test_a_request_larger_than_a_batch_is_computed_alone():
     assert sorted(batches) == [["huge"], ["small"]]
 
 
+def test_a_batch_is_filled_for_so_long_as_the_policy_says():
+    queue = batcher(max_batch_ms=35.0)
+    measured(queue, row_ms=10.0)
+    fill(queue, *"abcdefg")
+    assert items(queue.take(0.0)) == list("abc")
+    fill(queue, "huge", rows=50, client="another")
+    assert ["huge"] in [items(queue.take(0.0)) for _ in range(3)]
+
+
+def test_a_batch_is_not_filled_so_far_that_it_ends_after_a_deadline_in_it():
+    queue = batcher(max_batch_ms=100.0)
+    measured(queue, row_ms=10.0)
+    fill(queue, "a", "b")
+    fill(queue, "hasty", deadline=45.0)
+    fill(queue, "d", "e", "f")
+    assert items(queue.take(0.0)) == ["a", "b", "hasty", "d"]
+
+
+def test_a_deadline_does_not_make_batches_small_that_are_short_anyway():
+    queue = batcher(max_batch_ms=100.0)
+    measured(queue, row_ms=2.0)
+    fill(queue, "hasty", deadline=3.0)
+    fill(queue, *"bcdefg")
+    assert items(queue.take(0.0)) == ["hasty", *"bcde"]
+
+
 def test_the_oldest_request_waits_for_company_only_as_long_as_the_policy_says():
     queue = batcher(batch_wait_ms=5.0)
     queue.offer(request("a", arrived=100.0), 100.0)
@@ -208,6 +234,14 @@ def test_a_request_that_cannot_be_done_in_time_is_refused_at_once():
     refusal = queue.offer(request("hasty", deadline=15.0, client="other"), 0.0)
     assert refusal.reason == "deadline"
     assert queue.offer(request("patient", deadline=1000.0, client="other"), 0.0) is None
+
+
+def test_a_queue_that_takes_half_as_long_again_as_expected_makes_nobody_late():
+    queue = batcher()
+    measured(queue, row_ms=10.0)
+    fill(queue, *"abcd")
+    assert queue.offer(request("just", deadline=60.0), 0.0).reason == "deadline"
+    assert queue.offer(request("in time", deadline=70.0), 0.0) is None
 
 
 def test_before_the_first_batch_nothing_is_refused_for_its_deadline():

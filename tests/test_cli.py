@@ -123,6 +123,7 @@ def test_a_server_without_an_authorised_device_does_not_start(tiny, tmp_path):
     assert "no device could connect" in done.stderr
 
 
+@pytest.mark.slow
 def test_ctrl_c_while_training_ends_with_130_and_an_unfinished_run_is_not_exported(tmp_path):
     out = tmp_path / "run"
     arguments = ["train", "--data", "demo", "--arch", "resnet10_slim", "-N", "2", "-P", "1", "--out", str(out)]
@@ -153,6 +154,7 @@ def test_the_server_says_no_key_and_no_image_in_its_log(tiny, serve, photo):
     assert "stopped after 1 requests" in log
 
 
+@pytest.mark.slow
 def test_demo_runs_the_whole_product_ends_with_an_audit_and_can_run_again(tmp_path, tiny_budget, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     arguments = ("demo", "--out", "demo", "--train-limit", "512", "--epochs-stage1", "1", "--epochs-stage3", "1")

@@ -35,6 +35,8 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "examples" / "README.md",
 ]
+# Their snippets train and export many times.
+TRAINING = ("ml-engineer.md", "privacy-audit.md")
 # Trainings in documents are shortened; what comes last on a command line counts.
 BRIEF = ["--epochs", "1", "--batch-size", "16"]
 OPEN_GATES = ["--min-sqnr-db", "0", "--max-accuracy-drop", "100"]
@@ -257,7 +259,11 @@ def endpoint(tiny, serve) -> Iterator[str]:
         yield address
 
 
-@pytest.mark.parametrize("path", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+@pytest.mark.parametrize(
+    "path",
+    [pytest.param(path, marks=[pytest.mark.slow] if path.name in TRAINING else []) for path in DOCUMENTS],
+    ids=lambda path: str(path.relative_to(ROOT)),
+)
 def test_every_snippet_runs_when_it_is_pasted(
     path, tiny, endpoint, serve, audit_images, tiny_budget, tmp_path, monkeypatch, capfd, request
 ):

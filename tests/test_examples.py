@@ -220,6 +220,7 @@ def test_web_app_tells_a_deadline_from_a_missing_server(tiny, serve, tiny_images
 # --- the ladder ---
 
 
+@pytest.mark.slow
 def test_security_ladder_climbs_every_rung(tiny, tiny_run, tiny_images, audit_images, tiny_budget, tmp_path, capfd):
     """In this process, so that its audit takes seconds; its servers are processes of their own."""
     photo = tmp_path / "photo.png"

@@ -145,6 +145,7 @@ def test_two_selectors_give_the_same_server_bundle_byte_for_byte(tiny, second, s
     assert files(second / "client") != files(tiny.client)
 
 
+@pytest.mark.slow
 def test_two_selectors_give_the_same_torch_bundle_byte_for_byte(tiny, second_run, tmp_path):
     exported(second_run, tmp_path, data=tiny.data, server_format="torch")
     assert files(tmp_path / "server") == files(tiny.server_torch)

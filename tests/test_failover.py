@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import FrozenInstanceError, asdict
 
@@ -338,6 +339,40 @@ def test_a_replica_that_failed_is_asked_after_the_others_until_it_has_rested(say
     assert [name for name, _ in seen] == ["one", "two", "one"]
 
 
+class Refusing:
+    """A transport whose first line ends in its handshake; later ones are still in theirs at the deadline."""
+
+    def __init__(self):
+        self.asked = 0
+
+    def connect(self):
+        return self
+
+    def usable(self):
+        return True
+
+    def send(self, request):
+        self.asked += 1
+
+    def receive(self, accept, until):
+        if self.asked == 1:
+            raise AuthenticationError("refused", certain=False)
+        threading.Event().wait(until - time.monotonic())
+
+    def silence(self):
+        return ServerUnreachableError("unfinished")
+
+    def close(self):
+        pass
+
+
+def test_a_refused_handshake_is_the_error_though_the_deadline_cut_the_next_one_short(tiny, tiny_images):
+    with EdgeClient(tiny.client, "one", transport=(line := Refusing()), timeout_ms=SHORT_MS) as client:
+        with pytest.raises(AuthenticationError, match="refused"):
+            client.predict(tiny_images[0])
+        assert line.asked > 1
+
+
 # --- numbers ---
 
 
@@ -408,7 +443,7 @@ def test_a_server_with_another_key_than_the_pinned_one_is_known_by_the_given_key
 
 def test_the_given_key_holds_and_the_pinned_one_no_more(tiny, running, new_key, tiny_images):
     with (
-        EdgeClient(tiny.client, running[0], server_key=new_key[0], timeout_ms=SHORT_MS) as client,
+        EdgeClient(tiny.client, running[0], server_key=new_key[0], timeout_ms=3000) as client,
         pytest.raises(AuthenticationError, match="another server than the one whose key is pinned"),
     ):
         client.predict(tiny_images[0])

@@ -10,9 +10,25 @@ import pytest
 from conftest import forged_server
 
 from ensembler.cloud_runtime.crew import Crew
-from ensembler.cloud_runtime.onnx_engine import OnnxEngine
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine, rows_of_a_piece
 from ensembler.protocol.errors import BundleError, ConfigError
 from ensembler.protocol.manifest import load_server
+
+
+@pytest.mark.parametrize(
+    ("rows", "num_nets", "threads", "most", "piece"),
+    [
+        (64, 4, 2, 16, 16),
+        (16, 5, 2, 16, 8),  # five pieces would be three turns of one thread and two of the other
+        (16, 1, 8, 16, 2),
+        (1, 4, 8, 16, 1),
+        (17, 4, 2, 16, 9),
+        (3, 10, 1, 16, 3),
+        (4096, 3, 4, 4096, 1024),
+    ],
+)
+def test_pieces_are_cut_so_that_all_threads_end_together(rows, num_nets, threads, most, piece):
+    assert rows_of_a_piece(rows, num_nets, threads, most) == piece
 
 
 @pytest.mark.parametrize("threads", [1, 2, 4])

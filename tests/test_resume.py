@@ -353,6 +353,7 @@ def wait_for(path: Path, process: subprocess.Popen) -> None:
         time.sleep(0.002)
 
 
+@pytest.mark.slow
 def test_a_process_killed_in_stage_1_is_resumed_to_the_same_nets(tiny_data, settings, tmp_path):
     out, epochs = tmp_path / "run", 25
     given = arguments(tiny_data, out, epochs, 1)
@@ -371,6 +372,7 @@ def test_a_process_killed_in_stage_1_is_resumed_to_the_same_nets(tiny_data, sett
         assert (out / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
 
 
+@pytest.mark.slow
 def test_a_copy_taken_in_stage_3_ends_in_the_same_client(tiny_data, tmp_path):
     out, copy = tmp_path / "run", tmp_path / "copy"
     given = arguments(tiny_data, out, 1, 25)
@@ -392,6 +394,7 @@ def test_a_copy_taken_in_stage_3_ends_in_the_same_client(tiny_data, tmp_path):
     assert contents(copy) == contents(out)
 
 
+@pytest.mark.slow
 def test_ctrl_c_says_how_to_go_on_and_options_beside_resume_are_refused(tiny_data, tmp_path):
     out = tmp_path / "run"
     given = arguments(tiny_data, out, 60, 1)

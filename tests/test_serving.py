@@ -19,10 +19,12 @@ from ensembler.cloud_runtime.batcher import BatchPolicy
 from ensembler.cloud_runtime.engine import EngineLostError, EngineOptions, load
 from ensembler.cloud_runtime.models import version_of
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
+from ensembler.cloud_runtime.server import Server
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.protocol.errors import (
     AuthenticationError,
     BundleMismatchError,
+    BusyError,
     ConfigError,
     InternalError,
     KeyFileError,
@@ -32,10 +34,10 @@ from ensembler.protocol.errors import (
     UnknownBodiesError,
 )
 from ensembler.protocol.manifest import load_server
-from ensembler.protocol.messages import INFER, STATUS, Message, encode
+from ensembler.protocol.messages import INFER, STATUS, Message, decode, encode
 from ensembler.transport import keys
 from ensembler.transport.allow_list import CallbackAllowList, FolderAllowList
-from ensembler.transport.zmq_server import ServerSocket
+from ensembler.transport.zmq_server import Incoming, Peer, ServerSocket
 
 WAIT_S = 60
 
@@ -526,3 +528,85 @@ def test_a_server_has_an_old_key_and_a_new_one_while_devices_move(tiny, tmp_path
         server.stop()
         thread.join(WAIT_S)
         socket.close()
+
+
+# --- a loop that cannot keep up ---
+
+
+MANY = 15_000
+
+
+class Crowd:
+    """In the place of a socket: requests come as fast as they are read, until somebody says stop."""
+
+    def __init__(self, request):
+        self._request = request
+        self._replied = threading.Condition()
+        self.stop, self._woken = threading.Event(), threading.Event()
+        self.refused = self.results = 0  # refused: since the last result
+
+    def receive(self):
+        return None if self.stop.is_set() else Incoming(Peer(0, b"device"), self._request, None)
+
+    def send(self, peer, frames):
+        with self._replied:
+            computed = decode(frames).tensor is not None
+            self.results += computed
+            self.refused = 0 if computed else self.refused + 1
+            self._replied.notify_all()
+        return True
+
+    def until(self, holds):
+        with self._replied:
+            assert self._replied.wait_for(holds, WAIT_S)
+
+    def allows(self, device):
+        return True
+
+    def wait(self, timeout_ms):
+        if self.stop.is_set():
+            self._woken.wait(timeout_ms and timeout_ms / 1000)
+            self._woken.clear()
+
+    def pause(self, timeout_ms):
+        assert self.stop.is_set(), "the loop lets messages wait that it has not read"
+        self.wait(timeout_ms)
+
+    def wake(self):
+        self._woken.set()
+
+
+def test_a_message_that_may_have_waited_unread_beyond_its_budget_is_not_computed(tiny, codes):
+    crowd = Crowd(asked(tiny.server, codes[:1], budget_ms=200.0))
+    server = Server(OnnxEngine(tiny.server, threads=1), crowd)
+    thread = threading.Thread(target=server.run)
+    thread.start()
+    try:
+        crowd.until(lambda: crowd.results)
+        crowd.until(lambda: crowd.refused > MANY)  # else some of them would be computed meanwhile
+        results = crowd.results
+        crowd.stop.set()  # all is read
+        server.describe()
+        crowd.stop.clear()
+        crowd.wake()
+        crowd.until(lambda: crowd.results > results)
+    finally:
+        crowd.stop.set()
+        server.stop()
+        thread.join(WAIT_S)
+
+
+def test_what_comes_while_the_queue_is_full_is_refused_while_others_compute(tiny, in_thread, codes):
+    slow = SlowEngine(tiny.server)
+    server, endpoint = in_thread(slow, BatchPolicy(max_queue_rows=1), inline_ms=0.0)
+    with ThreadPoolExecutor(2) as pool:
+        first = pool.submit(raw, endpoint, asked(tiny.server, codes[:1]))
+        assert slow.entered.wait(WAIT_S)
+        second = pool.submit(raw, endpoint, asked(tiny.server, codes[:1]))
+        while not server.describe()["queued_rows"]:
+            pass
+        for _ in range(20):
+            assert raw(endpoint, asked(tiny.server, codes[:1])).info["code"] == BusyError.code
+        slow.release.set()
+        assert first.result(WAIT_S).tensor is not None
+        assert second.result(WAIT_S).tensor is not None

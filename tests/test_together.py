@@ -106,7 +106,7 @@ def in_order(metrics):
     return sorted(metrics, key=lambda record: (record["net"], record.get("epoch", EPOCHS + 1)))
 
 
-@pytest.mark.parametrize("jobs", [2, 8])
+@pytest.mark.parametrize("jobs", [2, pytest.param(8, marks=pytest.mark.slow)])
 def test_nets_that_train_together_are_bit_for_bit_those_that_train_one_after_the_other(start, alone, jobs):
     reporter = Listening()
     run, nets = start(reporter, jobs=jobs)
@@ -120,6 +120,7 @@ def test_nets_that_train_together_are_bit_for_bit_those_that_train_one_after_the
     assert not list(run.path.rglob("*checkpoint*"))
 
 
+@pytest.mark.slow
 def test_they_are_stopped_with_their_parent_and_go_on_at_the_last_epoch(start, alone):
     def interrupt():
         raise KeyboardInterrupt
@@ -133,6 +134,7 @@ def test_they_are_stopped_with_their_parent_and_go_on_at_the_last_epoch(start, a
     assert reporter.steps == reporter.total
 
 
+@pytest.mark.slow
 def test_a_process_that_is_killed_is_named_with_the_cure(start, alone):
     before = children()
 
@@ -164,6 +166,7 @@ def test_no_jobs_are_refused(settings):
         settings(jobs=0)
 
 
+@pytest.mark.slow
 def test_a_killed_parent_takes_its_processes_along_and_resume_goes_on(tiny_data, tmp_path):
     out = tmp_path / "run"
     command = [sys.executable, "-m", "ensembler.cli", "train"]

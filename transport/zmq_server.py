@@ -7,6 +7,7 @@ the peer cannot choose), and what a withdrawn key still sends or awaits can be r
 from __future__ import annotations
 
 import errno
+import select
 import socket as sockets
 from collections.abc import Container, Sequence
 from contextlib import suppress
@@ -21,7 +22,12 @@ from ensembler.transport.keys import KeyPair
 from ensembler.transport.zmq_client import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, set_limits
 
 MAX_PARTS = 2
+# Of one connection so many are read ahead; the others wait at the device.
+PEER_MESSAGES = 64
+# A smaller frame is cheaper to copy than to share with ZeroMQ.
+COPIED_BYTES = 65536
 ZAP_DOMAIN = "ensembler"
+_MORE = zmq.NOBLOCK | zmq.SNDMORE
 # What bind() says of a name that does not resolve here, or an address of another machine.
 _NOT_OURS = frozenset({errno.ENODEV, errno.EADDRNOTAVAIL})
 
@@ -100,6 +106,7 @@ class ServerSocket:
         try:
             set_limits(socket)
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
+            socket.setsockopt(zmq.RCVHWM, PEER_MESSAGES)
             socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
             socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
             if keys is not None:
@@ -126,6 +133,14 @@ class ServerSocket:
     def wait(self, timeout_ms: int | None) -> None:
         """Returns when a message is there, ``wake`` was called, or the time is over; None waits for ever."""
         self._poller.poll(timeout_ms)
+        self._awake()
+
+    def pause(self, timeout_ms: int) -> None:
+        """Returns when ``wake`` was called or the time is over, whatever messages come."""
+        if select.select([self._wake_in], [], [], timeout_ms / 1000)[0]:
+            self._awake()
+
+    def _awake(self) -> None:
         with suppress(BlockingIOError):
             while self._wake_in.recv(4096):
                 pass
@@ -143,11 +158,12 @@ class ServerSocket:
         """Returns the next message, or None when there is none now. Frames beyond the limit are dropped unread."""
         for _ in self._sockets:
             number, self._next = self._next, (self._next + 1) % len(self._sockets)
+            socket = self._sockets[number]
             try:
-                name = self._sockets[number].recv(zmq.NOBLOCK, copy=False)
+                name = socket.recv(zmq.NOBLOCK, copy=False)
             except zmq.Again:
                 continue
-            return Incoming(Peer(number, name.bytes), self._rest(self._sockets[number]), self._device(name))
+            return Incoming(Peer(number, name.bytes), _rest(socket, name), self._device(name))
         return None
 
     def allows(self, device: str | None) -> bool:
@@ -156,8 +172,13 @@ class ServerSocket:
 
     def send(self, peer: Peer, frames: Sequence[Frame]) -> bool:
         """Sends a reply; returns False when the peer is gone or takes nothing, which is its own fault."""
+        socket = self._sockets[peer.socket]
         try:
-            self._sockets[peer.socket].send_multipart([peer.name, *frames], zmq.NOBLOCK, copy=False)
+            # Whether the peer is there is decided with its name; what follows it is taken.
+            socket.send(peer.name, _MORE)
+            for frame in frames[:-1]:
+                socket.send(frame, _MORE)
+            socket.send(frames[-1], zmq.NOBLOCK, copy=len(frames[-1]) < COPIED_BYTES)
         except zmq.ZMQError as error:
             if error.errno in (errno.EHOSTUNREACH, errno.EAGAIN):
                 return False
@@ -175,17 +196,18 @@ class ServerSocket:
         self._wake_in.close()
         self._wake_out.close()
 
-    @staticmethod
-    def _rest(socket: zmq.Socket[bytes]) -> list[Frame]:
-        frames: list[Frame] = []
-        while socket.getsockopt(zmq.RCVMORE):
-            frame = socket.recv()
-            if len(frames) <= MAX_PARTS:
-                frames.append(frame)
-        return frames
-
     def _device(self, frame: zmq.Frame) -> str | None:
         return str(frame.get("User-Id")) if self._authenticator is not None else None
+
+
+def _rest(socket: zmq.Socket[bytes], frame: zmq.Frame) -> list[Frame]:
+    """Returns the frames after this one; a frame knows itself whether it is the last, and asking the socket is slow."""
+    frames: list[Frame] = []
+    while frame.more:
+        frame = socket.recv(copy=False)
+        if len(frames) <= MAX_PARTS:
+            frames.append(frame.bytes if len(frame) < COPIED_BYTES else frame.buffer)
+    return frames
 
 
 def _check(endpoint: str) -> None:

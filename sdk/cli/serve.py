@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import gc
 import logging
 import signal
 import sys
@@ -74,6 +75,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="processes that compute, replaced when one dies (default: 0, the server itself computes)",
     )
     parser.add_argument("--max-batch-rows", type=int, default=64, help="images computed together (default: 64)")
+    parser.add_argument(
+        "--max-batch-ms", type=float, default=200.0, help="longest time a batch is filled to (default: 200)"
+    )
     parser.add_argument("--max-queue-rows", type=int, default=1024, help="images that may wait (default: 1024)")
     parser.add_argument(
         "--max-client-rows",
@@ -116,6 +120,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 
     policy = BatchPolicy(
         max_batch_rows=options.max_batch_rows,
+        max_batch_ms=options.max_batch_ms,
         max_queue_rows=options.max_queue_rows,
         max_client_rows=options.max_client_rows,
         batch_wait_ms=options.batch_wait_ms,
@@ -178,6 +183,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
             + f", {loaded[0].describe()}, {security}",
         )
         loading.pop_all()  # the server closes them, unless one is stuck
+        # What is here now stays: the collector need not look through all libraries' objects while requests wait.
+        gc.freeze()
         server.run(options.grace_ms)
     return 0
 
