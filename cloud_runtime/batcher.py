@@ -10,10 +10,13 @@ uncomputed.
 from __future__ import annotations
 
 import heapq
+import math
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, TypeVar
+
+from ensembler.protocol.errors import ConfigError
 
 T = TypeVar("T")
 
@@ -40,6 +43,9 @@ class BatchPolicy:
         max_client_rows: rows of one client that may wait; None for as many as are still free.
         batch_wait_ms: how long the oldest request may wait for company while the engine is free. 0 computes at once:
             under load requests gather by themselves while the engine is busy.
+
+    Raises:
+        ConfigError: a bound that would let nothing through, or a time that is none.
     """
 
     max_batch_rows: int = 64
@@ -48,6 +54,20 @@ class BatchPolicy:
     max_queue_bytes: int = 256 * 1024 * 1024
     max_client_rows: int | None = None
     batch_wait_ms: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("max_batch_rows", "max_queue_rows", "max_queue_bytes", "max_client_rows"):
+            bound = getattr(self, name)
+            if bound is not None and bound < 1:
+                raise ConfigError(f"{_option(name)} {bound}: at least 1")
+        for name in ("max_batch_ms", "batch_wait_ms"):
+            time_ms = getattr(self, name)
+            if not (math.isfinite(time_ms) and time_ms >= 0):
+                raise ConfigError(f"{_option(name)} {time_ms}: a number of milliseconds, 0 or more")
+
+
+def _option(name: str) -> str:
+    return "--" + name.replace("_", "-")
 
 
 @dataclass(kw_only=True, slots=True, eq=False)

@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from ensembler.cloud_runtime.batcher import BatchPolicy
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.cloud_runtime.server import Server
 from ensembler.transport.zmq_server import ServerSocket
@@ -310,6 +311,9 @@ def forged_server(manifest, folder: Path, **changes) -> None:
     (folder / MANIFEST_NAME).write_bytes(to_json(replace(manifest, files=files, **changes)))
 
 
+HELD_MS = 3_600_000.0
+
+
 class SlowEngine(OnnxEngine):
     """The real engine, held until it is released: makes 'busy' and 'in flight' certain instead of likely."""
 
@@ -335,7 +339,8 @@ def in_thread(tiny):
 
     def start(engine, policy=None, keys_pair=None, authorized=frozenset(), **options):
         listening = ServerSocket("tcp://127.0.0.1:*", keys=keys_pair, authorized=authorized)
-        server = Server(engine, listening, policy, **options)
+        # How long an engine was held says nothing about how long a row takes.
+        server = Server(engine, listening, policy or BatchPolicy(max_batch_ms=HELD_MS), **options)
         thread = threading.Thread(target=server.run)
         thread.start()
         started.append((server, thread, listening, engine))

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from ensembler.cloud_runtime.batcher import SPARE, Batcher, BatchPolicy, Queued
+from ensembler.protocol.errors import ConfigError
 
 
 def request(item, rows=1, size=10, arrived=0.0, deadline=1e9, **options) -> Queued:
@@ -33,6 +36,18 @@ def measured(queue, row_ms):
     fill(queue, "first")
     queue.take(0.0)
     queue.computed(None, rows=1, elapsed_ms=row_ms)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *((name, 0) for name in ("max_batch_rows", "max_queue_rows", "max_queue_bytes", "max_client_rows")),
+        *((name, value) for name in ("max_batch_ms", "batch_wait_ms") for value in (-1.0, math.nan, math.inf)),
+    ],
+)
+def test_an_impossible_policy_is_refused_by_the_options_name(name, value):
+    with pytest.raises(ConfigError, match=f"--{name.replace('_', '-')} {value}"):
+        BatchPolicy(**{name: value})
 
 
 # --- batches ---

@@ -400,6 +400,13 @@ def test_a_number_of_workers_that_cannot_be_is_refused(workers):
         EngineOptions(workers=workers)
 
 
+@pytest.mark.parametrize("option", [("--grace-ms", "nan"), ("--max-queue-rows", "0")], ids=" ".join)
+def test_an_impossible_bound_is_refused_before_anything_is_loaded(option, tmp_path):
+    said = run("serve", tmp_path / "no bundle", *option)
+    assert said.returncode == 2
+    assert f"{option[0]} {option[1]}: " in said.stderr
+
+
 def test_as_many_keys_as_addresses_or_one(tiny, tmp_path):
     key = tiny.keys / "server.key_secret"
     said = run("serve", tiny.server, *("--bind", "tcp://127.0.0.1:*") * 3, "--key", key, "--key", key)

@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from conftest import SlowEngine, forged_server
+from conftest import HELD_MS, SlowEngine, forged_server
 from test_network import client, raw
 
 from ensembler import EdgeClient
@@ -361,7 +361,7 @@ def test_a_worker_that_cannot_load_its_bundle_says_why(tiny, tmp_path):
 def test_a_device_that_floods_does_not_keep_another_waiting(tiny, in_thread, codes):
     """What the patient device asks for is in the next batch, though hundreds of rows wait before it."""
     slow = SlowEngine(tiny.server)
-    server, endpoint = in_thread(slow, BatchPolicy(max_batch_rows=4, max_queue_rows=400))
+    server, endpoint = in_thread(slow, BatchPolicy(max_batch_rows=4, max_batch_ms=HELD_MS, max_queue_rows=400))
     import zmq
 
     with zmq.Context() as context, context.socket(zmq.DEALER) as flood, ThreadPoolExecutor(1) as pool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
+import math
 import signal
 import sys
 from contextlib import ExitStack, closing
@@ -125,6 +126,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         max_client_rows=options.max_client_rows,
         batch_wait_ms=options.batch_wait_ms,
     )
+    if not (math.isfinite(options.grace_ms) and options.grace_ms >= 0):
+        raise ConfigError(f"--grace-ms {options.grace_ms}: a number of milliseconds, 0 or more")
     engine_options = engines.EngineOptions(
         kind=options.engine,
         device=options.device,
