@@ -4,17 +4,14 @@
 
 Two Ray nodes on this machine, each with one CPU; the gateway is on the first one. Every net is on one node alone, so a
 kill stops the service until its nets are started on the other node. Devices predict all the time through ``EdgeClient``
-and compare every answer with what the bundle computes without a network. Each round kills the second node with SIGKILL,
-waits until a call that began afterwards was answered, starts a node again and waits until it has its share.
+and compare every answer with what the bundle computes without a network. Each round kills all processes of the second
+node with SIGKILL, waits until a call that began afterwards was answered, starts a node again and waits until it has its
+share.
 """
 
 from __future__ import annotations
 
 import argparse
-import os
-import secrets
-import shutil
-import tempfile
 import threading
 import time
 from collections.abc import Callable
@@ -22,12 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-# Ray reads them when it is imported.
-os.environ |= {"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN": secrets.token_hex(32), "RAY_USAGE_STATS_ENABLED": "0"}
-
 import numpy as np
 import results
-from ray.cluster_utils import Cluster
+from two_nodes import TwoNodes
 
 from ensembler import EdgeClient, EnsemblerError
 from ensembler.cloud_runtime.engine import EngineOptions, load
@@ -37,7 +31,6 @@ from ensembler.cloud_runtime.server import Server
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.transport.zmq_server import ServerSocket
 
-NODE = {"num_cpus": 1, "object_store_memory": 100 * 2**20, "include_dashboard": False}
 DEVICES = 4
 IMAGES = 64
 TIMEOUT_MS = 30_000.0
@@ -91,20 +84,18 @@ def ask(
 
 
 def kill_rounds(
-    cluster: Cluster, engine: RayEngine, codes: np.ndarray[Any, Any], seen: Seen, rounds: int
+    cluster: TwoNodes, engine: RayEngine, codes: np.ndarray[Any, Any], seen: Seen, rounds: int
 ) -> list[float]:
     """Returns for each round the seconds from the kill to the beginning of the first call that was answered."""
     recovered = []
     for number in range(rounds):
         before = seen.right
         seen.wait(lambda: seen.right >= before + 10 * DEVICES)  # noqa: B023 (waited for here)
-        (other,) = cluster.worker_nodes
+        cluster.kill_other()
         killed = time.monotonic()
-        cluster.remove_node(other, allow_graceful=False)
-        dead = time.monotonic()
-        seen.wait(lambda: seen.last_begun > dead)  # noqa: B023
+        seen.wait(lambda: seen.last_begun > killed)  # noqa: B023
         recovered.append(time.monotonic() - killed)
-        cluster.add_node(**NODE)
+        cluster.complete()
         until = time.monotonic() + PATIENCE_S
         while sorted(map(len, engine.places().values())) != [1, 1]:
             if time.monotonic() > until:
@@ -130,9 +121,7 @@ def main() -> None:
     wanted = runtime.finish(here.run(codes))
     here.close()
 
-    folder = tempfile.mkdtemp(prefix="ray-")  # short: Ray's sockets lie below it
-    cluster = Cluster(initialize_head=True, head_node_args={**NODE, "temp_dir": folder})
-    cluster.add_node(**NODE)
+    cluster = TwoNodes()
     engine = load(options.folder / "server", EngineOptions(kind="ray", address=cluster.address))
     assert isinstance(engine, RayEngine)
     socket = ServerSocket("tcp://127.0.0.1:*", keys=None, authorized=frozenset())
@@ -160,8 +149,7 @@ def main() -> None:
         server.stop()
         serving.join()
         socket.close()
-        cluster.shutdown()
-        shutil.rmtree(folder, ignore_errors=True)
+        cluster.close()
     failed = ", ".join(f"{count} {name}" for name, count in sorted(seen.typed.items())) or "none"
     note = (
         f"{options.rounds} kills; {DEVICES} devices, {seen.right} right answers, failures: {failed}, untyped "

@@ -188,8 +188,8 @@ def test_a_node_killed_under_load_costs_no_wrong_answer_and_no_hang(
         load = Load(tiny, listening.endpoint, tiny_images, expected)
         try:
             load.wait(lambda: load.right > 20)
-            killed = time.monotonic()
             nodes.kill_other()
+            killed = time.monotonic()
             load.wait(lambda: load.last_start > killed)
             record_property("recovery_s", load.last_start - killed)
             nodes.complete()  # the machine is back, and gets its share
