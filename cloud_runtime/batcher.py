@@ -10,13 +10,13 @@ uncomputed.
 from __future__ import annotations
 
 import heapq
-import math
 from collections.abc import Collection, Hashable
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Generic, TypeVar
 
 from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.options import require_milliseconds
 
 T = TypeVar("T")
 
@@ -63,9 +63,7 @@ class BatchPolicy:
             if bound is not None and bound < 1:
                 raise ConfigError(f"{_option(name)} {bound}: at least 1")
         for name in ("max_batch_ms", "batch_wait_ms"):
-            time_ms = getattr(self, name)
-            if not (math.isfinite(time_ms) and time_ms >= 0):
-                raise ConfigError(f"{_option(name)} {time_ms}: a number of milliseconds, 0 or more")
+            require_milliseconds(_option(name), getattr(self, name))
 
 
 def _option(name: str) -> str:
@@ -163,9 +161,9 @@ class Batcher(Generic[T]):
             if client.rows and client.rows + request.rows > limit:
                 return Refusal("share", max(1.0, wait_ms))
         needed_ms = WAIT_MARGIN * wait_ms + request.rows * model.row_ms
+        late = model.measured and now_ms + needed_ms > request.deadline_ms
         # With nothing before it, it is tried: only what is computed tells how long a row really takes.
-        begun = self._waiting or any(one.computing for one in self._models.values())
-        if begun and model.measured and now_ms + needed_ms > request.deadline_ms:
+        if late and (self._waiting or any(one.computing for one in self._models.values())):
             return Refusal("deadline", max(1.0, wait_ms))
         self._put(request)
         return None

@@ -49,8 +49,6 @@ class Model:
         bodies_id: in hexadecimal.
         key: the same in bytes, as in requests.
         wire: what features and answers look like; the same for all its versions.
-        feature_bits: of one code of the features.
-        answer_bits: of one code of an answer.
         version: computes what comes now.
         leaving: it takes no more requests, and is gone when none wait.
     """
@@ -59,9 +57,6 @@ class Model:
         self.wire = engine.manifest.wire
         self.bodies_id = self.wire.bodies_id
         self.key = bytes.fromhex(self.bodies_id)
-        # Asked for with every request.
-        self.feature_bits = self.wire.feature_codec.bits
-        self.answer_bits = self.wire.answer_bits
         self.version = version_of(engine)
         self.leaving = False
 

@@ -305,8 +305,9 @@ class Server:
         if tensor is None or tensor.shape[1:] != wire.feature_shape:
             shape = None if tensor is None else tensor.shape[1:]
             raise BadRequestError(f"the features have shape {shape}, the nets take {wire.feature_shape}")
-        if message.bits != model.feature_bits:
-            raise BadRequestError(f"the features have {message.bits} bits a code, the nets take {model.feature_bits}")
+        bits = wire.feature_codec.bits
+        if message.bits != bits:
+            raise BadRequestError(f"the features have {message.bits} bits a code, the nets take {bits}")
         if self._stopping.is_set():
             raise ShuttingDownError("the server is draining and takes no new requests")
         now = self._now()
@@ -394,17 +395,14 @@ class Server:
             self._computing.remove(work)
             self._elsewhere -= work.elsewhere
             work.version.computing -= 1
-            if work.lost:
-                self._busy_since_ms = work.ended_ms  # what was lost says nothing about what a row costs
-            elif work.answers is None:
-                self._batcher.lost(work.model.key, work.rows)
-                self._busy_since_ms = work.ended_ms
-            else:
-                # From the end of the batch before it, or from when there was work again: all that a row costs.
-                self._batcher.computed(work.model.key, work.rows, work.ended_ms - self._busy_since_ms)
-                self._busy_since_ms = work.ended_ms
+            # From the end of the batch before it, or from when there was work again: all that a row costs.
+            elapsed_ms, self._busy_since_ms = work.ended_ms - self._busy_since_ms, work.ended_ms
             if work.lost:
                 self._try_again(work)
+            elif work.answers is None:
+                self._batcher.lost(work.model.key, work.rows)
+            else:
+                self._batcher.computed(work.model.key, work.rows, elapsed_ms)
             # The engine need not wait for the replies to be written.
             self._start_batches(here=False)
             if not work.lost:
@@ -417,6 +415,7 @@ class Server:
                 self._refuse(request.item, InternalError("internal error; the server's log has the reason"))
             return
         began = time.perf_counter()
+        wire = work.model.wire
         compute_ms = work.ended_ms - work.started_ms
         written = []
         start = 0
@@ -427,23 +426,23 @@ class Server:
             if not self._socket.allows(item.device):
                 self._refuse(item, NotAuthorizedError(WITHDRAWN))
                 continue
+            queue_ms = work.started_ms - request.arrived_ms
             result = Message(
                 operation=RESULT,
                 request_id=item.message.request_id,
                 bodies_id=work.model.key,
                 tensor=work.answers[rows],
-                bits=work.model.answer_bits,
-                info={"queue_ms": work.started_ms - request.arrived_ms, "compute_ms": compute_ms},
+                bits=wire.answer_bits,
+                info={"queue_ms": queue_ms, "compute_ms": compute_ms},
             )
-            written.append((request, encode(result)))
+            written.append((request, queue_ms, encode(result)))
         # One right after the other: ZeroMQ's thread, which each would wake, is awake after the first.
-        for request, frames in written:
+        for request, _, frames in written:
             self._send(request.item.peer, frames)
         self._meter.encoded((time.perf_counter() - began) / len(work.batch))
         self._meter.computed(work.model, work.version, work.rows, compute_ms / 1000)
-        for request, _ in written:
+        for request, queue_ms, _ in written:
             self.served_requests += 1
-            queue_ms = work.started_ms - request.arrived_ms
             self._meter.answered(work.model, queue_ms / 1000)
             self._note_answer(work, request, queue_ms, compute_ms)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import SupportsFloat, SupportsIndex
@@ -59,3 +60,13 @@ def milliseconds(name: str, value: object, high: int) -> float:
     if isinstance(value, SupportsFloat) and 0 < float(value) <= high:
         return float(value)
     raise ConfigError(f"{name} = {value!r}: give a number of milliseconds, more than 0 and at most {high:,}")
+
+
+def require_milliseconds(option: str, time_ms: float) -> None:
+    """Checks a time that may be 0, and is a number.
+
+    Raises:
+        ConfigError: it is not.
+    """
+    if not (math.isfinite(time_ms) and time_ms >= 0):
+        raise ConfigError(f"{option} {time_ms}: a number of milliseconds, 0 or more")

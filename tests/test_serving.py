@@ -7,11 +7,13 @@ import shutil
 import signal
 import threading
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import replace
 
 import numpy as np
 import psutil
 import pytest
+import zmq
 from conftest import HELD_MS, SlowEngine, forged_server
 from test_network import client, raw
 
@@ -54,6 +56,15 @@ def asked(bundle, codes, **changes):
         "tensor": codes,
     }
     return encode(Message(**(fields | changes)))
+
+
+@contextmanager
+def held(slow, endpoint, frames):
+    """A request that a ``SlowEngine`` computes until it is let go; yields what will be its answer."""
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(raw, endpoint, frames)
+        assert slow.entered.wait(WAIT_S)
+        yield waiting
 
 
 # --- several models ---
@@ -99,9 +110,7 @@ def test_a_removed_model_is_refused_and_the_other_goes_on(tiny, other, in_thread
 def test_nets_that_are_removed_and_deployed_again_stay_when_their_last_old_batch_ends(tiny, in_thread, codes):
     slow = SlowEngine(tiny.server)
     server, endpoint = in_thread(slow)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(raw, endpoint, asked(tiny.server, codes[:1]))
-        assert slow.entered.wait(WAIT_S)
+    with held(slow, endpoint, asked(tiny.server, codes[:1])) as waiting:
         old = server.remove(load_server(tiny.server).wire.bodies_id).result(WAIT_S)
         server.deploy(OnnxEngine(tiny.server, threads=1)).result(WAIT_S)
         slow.release.set()
@@ -121,9 +130,7 @@ def test_a_lost_batch_of_nets_that_are_being_removed_is_computed_again_first(tin
 
     slow = Lost(tiny.server)
     server, endpoint = in_thread(slow)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(raw, endpoint, asked(tiny.server, codes[:1]))
-        assert slow.entered.wait(WAIT_S)
+    with held(slow, endpoint, asked(tiny.server, codes[:1])) as waiting:
         version = server.remove(load_server(tiny.server).wire.bodies_id).result(WAIT_S)
         slow.release.set()
         assert waiting.result(WAIT_S).tensor is not None
@@ -213,9 +220,7 @@ def test_a_version_replaces_another_under_load_and_no_request_fails(
 def test_the_replaced_version_finishes_what_it_computes(tiny, float_server, in_thread, codes, answers):
     slow = SlowEngine(tiny.server)
     server, endpoint = in_thread(slow)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(raw, endpoint, asked(tiny.server, codes[:3]))
-        assert slow.entered.wait(WAIT_S)
+    with held(slow, endpoint, asked(tiny.server, codes[:3])) as waiting:
         before = server.deploy(OnnxEngine(float_server, threads=1)).result(WAIT_S)
         assert raw(endpoint, asked(tiny.server, codes[:2])).tensor is not None  # by the new one, at once
         assert not before.unloaded.done()
@@ -249,9 +254,7 @@ def test_versions_are_told_apart_by_digest(tiny, float_server):
 def test_a_draining_server_takes_no_new_version(tiny, float_server, in_thread, codes):
     slow = SlowEngine(tiny.server)
     server, endpoint = in_thread(slow)
-    with ThreadPoolExecutor(1) as pool:
-        waiting = pool.submit(raw, endpoint, asked(tiny.server, codes[:1]))
-        assert slow.entered.wait(WAIT_S)
+    with held(slow, endpoint, asked(tiny.server, codes[:1])) as waiting:
         server.stop()
         engine = OnnxEngine(float_server, threads=1)
         with pytest.raises(ShuttingDownError):
@@ -370,8 +373,6 @@ def test_workers_that_die_with_nothing_to_do_are_replaced_and_cost_no_request(wo
 
 
 def test_workers_do_not_outlive_their_server(tiny, serve):
-    import psutil
-
     with serve(tiny.server, "--workers", "2") as (_, process):
         children = psutil.Process(process.pid).children(recursive=True)
         assert len(children) >= 2
@@ -384,8 +385,6 @@ def test_workers_do_not_outlive_their_server(tiny, serve):
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_a_signal_to_the_whole_group_drains_a_server_with_workers(tiny, serve, tiny_images, expected, number):
     """systemd and a terminal's Ctrl-C send it to the workers, too."""
-    import psutil
-
     with serve(tiny.server, "--workers", "1") as (endpoint, process), client(tiny, endpoint) as edge:
         np.testing.assert_array_equal(edge.predict(tiny_images[0]).logits, expected[0])
         for one in (process, *psutil.Process(process.pid).children(recursive=True)):
@@ -409,8 +408,6 @@ def test_a_device_that_floods_does_not_keep_another_waiting(tiny, in_thread, cod
     """What the patient device asks for is in the next batch, though hundreds of rows wait before it."""
     slow = SlowEngine(tiny.server)
     server, endpoint = in_thread(slow, BatchPolicy(max_batch_rows=4, max_batch_ms=HELD_MS, max_queue_rows=400))
-    import zmq
-
     with zmq.Context() as context, context.socket(zmq.DEALER) as flood, ThreadPoolExecutor(1) as pool:
         flood.setsockopt(zmq.LINGER, 0)
         flood.connect(endpoint)
@@ -441,8 +438,6 @@ def test_a_flood_of_refusals_is_one_line_a_second(tiny, in_thread, codes, caplog
 
 
 def test_no_server_names_its_connections_like_another(tiny):
-    import zmq
-
     names = []
     for _ in range(2):
         listening = ServerSocket("tcp://127.0.0.1:*", keys=None, authorized=())

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import gc
 import logging
-import math
 import signal
 import sys
 from contextlib import ExitStack, closing
@@ -14,6 +13,7 @@ from types import FrameType
 
 from ensembler.cli.console import Console
 from ensembler.protocol.errors import ConfigError, KeyFileError
+from ensembler.protocol.options import require_milliseconds
 from ensembler.transport import keys
 from ensembler.transport.keys import KeyPair
 
@@ -126,8 +126,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         max_client_rows=options.max_client_rows,
         batch_wait_ms=options.batch_wait_ms,
     )
-    if not (math.isfinite(options.grace_ms) and options.grace_ms >= 0):
-        raise ConfigError(f"--grace-ms {options.grace_ms}: a number of milliseconds, 0 or more")
+    require_milliseconds("--grace-ms", options.grace_ms)
     engine_options = engines.EngineOptions(
         kind=options.engine,
         device=options.device,
