@@ -1,6 +1,6 @@
 """The wire codecs: how a float tensor becomes the bytes that travel.
 
-There are four, ``u8``, ``u4``, ``u3`` and ``u2``: unsigned affine codes of so many bits,
+There are five, ``u8``, ``u4``, ``u3``, ``u2`` and ``u1``: unsigned affine codes of so many bits,
 
     code = clip(round(x / scale) + zero_point, 0, 2^bits - 1)        x ~ (code - zero_point) * scale
 
@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from ensembler.protocol.errors import BundleError, ConfigError
 
-CODEC_BITS = {"u8": 8, "u4": 4, "u3": 3, "u2": 2}
+CODEC_BITS = {"u8": 8, "u4": 4, "u3": 3, "u2": 2, "u1": 1}
 MAX_SCALE = float(np.finfo(np.float32).max) / 255  # beyond it a code stands for infinity
 
 Codes = npt.NDArray[np.uint8]
@@ -35,7 +35,7 @@ class AffineCodec:
     Attributes:
         scale: the step between two codes, a positive float32 value.
         zero_point: the code of 0.0, in 0..code_max.
-        bits: of one code: 8, 4, 3 or 2.
+        bits: of one code: 8, 4, 3, 2 or 1.
     """
 
     scale: float

@@ -252,7 +252,7 @@ def test_a_bottleneck_leaves_the_asked_channels_at_a_fraction_of_the_size():
     assert net.body(net.head(images())).shape == (2, 128)
 
 
-@pytest.mark.parametrize("bits", [2, 3, 4, 8])
+@pytest.mark.parametrize("bits", [1, 2, 3, 4, 8])
 def test_the_bottlenecks_codec_keeps_a_normal_variable_best_where_batch_norm_puts_it(bits):
     codec = Bottleneck(channels=1, stride=1, bits=bits).codec
     x = torch.randn(200_000, generator=torch.Generator().manual_seed(0)).numpy()

@@ -817,7 +817,7 @@ def test_bodies_id_does_not_change_with_memory_layout_or_mode(bodies):
         ({"num_selected": 0}, "P = 0 of N = 3"),
         ({"num_nets": 0}, "N = 0"),
         ({"num_nets": 1025}, "N = 1025"),
-        ({"wire_bits": 5}, "--wire-bits 5: choose 8, 4, 3, 2 or auto"),
+        ({"wire_bits": 5}, "--wire-bits 5: choose 8, 4, 3, 2, 1 or auto"),
         ({"answer_bits": 2}, "--answer-bits 2: choose 8 or 4"),
         ({"max_wire_drop_points": -1.0}, "max_wire_drop_points"),
         ({"reg_over": "al"}, "--reg-over al: choose all or selected"),

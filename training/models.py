@@ -28,7 +28,7 @@ PIXEL_SCALE = 1 / 64
 PIXEL_ZERO_POINT = 128
 # The step between two codes that loses least of a normal variable (J. Max, 1960), in standard deviations; for 8 bits
 # the range is +-4, beyond which a step more precise gains nothing.
-NORMAL_STEP = {2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 8 / 255}
+NORMAL_STEP = {1: 1.5958, 2: 0.9957, 3: 0.5860, 4: 0.3352, 8: 8 / 255}
 
 
 def normalise(pixels: Tensor) -> Tensor:

@@ -54,7 +54,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", type=float, help="share of its features that the client drops (default: 0)")
     parser.add_argument("--reg-weight", type=float, help="lambda of Eq. 3 (default: 0.1)")
     parser.add_argument("--reg-over", help="maximum of Eq. 3 over all heads, or the selected ones")
-    parser.add_argument("--wire-bits", type=_bits, help="of a feature's code: 8, 4, 3, 2 or auto (default: 8)")
+    parser.add_argument("--wire-bits", type=_bits, help="of a feature's code: 8, 4, 3, 2, 1 or auto (default: 8)")
     parser.add_argument("--answer-bits", type=int, help="of an answer's code: 8 or 4 (default: 8)")
     parser.add_argument("--epochs", type=int, help="of both stages")
     parser.add_argument("--epochs-stage1", type=int, help="(default: 30)")
@@ -77,7 +77,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bits(text: str) -> int | str:
     if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: choose 8, 4, 3, 2 or auto")
+        raise argparse.ArgumentTypeError(f"{text}: choose 8, 4, 3, 2, 1 or auto")
     return text if text == "auto" else int(text)
 
 

@@ -24,7 +24,7 @@ NUMBERS = (0, 1, -1, 2, 3, 4, 6, 7, 8, 15, 16, 63, 64, 255, 256, 1024, 4095, 409
 NUMBERS += (1 << 31, 1 << 32, 1 << 53, (1 << 63) - 1, -(1 << 63))
 FLOATS = (0.0, -0.0, 0.5, 1.0, -1.5, 1e-45, 1e6, 1e38, 1e300, math.inf, -math.inf, math.nan)
 TEXTS = ("", "a", "ü", "🦊", "\0", "\x1b[2J", "../x", "/etc/passwd", "manifest.json", "x" * 101, "0" * 64, "f" * 64)
-TEXTS += ("u8", "u4", "u3", "u2", "u16", "infer", "status", "result", "error", "none", "fixed", "fresh", "drawn")
+TEXTS += ("u8", "u4", "u3", "u2", "u1", "u16", "infer", "status", "result", "error", "none", "fixed", "fresh", "drawn")
 TEXTS += (
     "int8",
     "float32",

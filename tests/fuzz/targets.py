@@ -367,7 +367,7 @@ class _Packed:
     def of(cls, data: bytes) -> _Packed | None:
         if len(data) < 3:
             return None
-        bits = tuple(CODEC_BITS.values())[data[0] % 4]
+        bits = tuple(CODEC_BITS.values())[data[0] % len(CODEC_BITS)]
         row_shape = (1 + data[1] % 16, 1 + data[1] // 16, 1 + data[2])
         row_bytes = packed_row_bytes(row_shape, bits)
         whole = (len(data) - 3) // row_bytes * row_bytes
