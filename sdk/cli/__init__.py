@@ -30,6 +30,7 @@ def main(arguments: list[str] | None = None) -> int:
             export,
             install_bundle,
             keys,
+            personalize,
             predict,
             serve,
             train,
@@ -39,7 +40,7 @@ def main(arguments: list[str] | None = None) -> int:
         Console(as_json="--json" in (arguments or sys.argv)).error("KeyboardInterrupt", "interrupted")
         return EXIT_INTERRUPTED
     verbs = (
-        *(demo, cuts, train, audit, boundary, card, export, serve, deploy),
+        *(demo, cuts, train, personalize, audit, boundary, card, export, serve, deploy),
         *(predict, watch, keys, install_bundle, doctor, bench),
     )
     return run_command("ensembler", verbs, arguments)

@@ -1,0 +1,98 @@
+"""One server, many devices: each gets a head, noise, selector and tail of its own on the same frozen nets.
+
+Stages 2 and 3 are repeated; stage 1, the bodies and the wire stay, so the server notices nothing. A device's client is
+a run folder of its own, ``RUN/devices/NAME``. Start reading at ``personalize``.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from ensembler.protocol.errors import ConfigError
+from ensembler.training.fit import Reporter
+from ensembler.training.runs import RunFolder
+from ensembler.training.stages import resume, train
+
+DEVICES = "devices"
+# A name is a folder; those with a dot are of clients that are being renewed.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_-]{0,63}")
+NEW, OLD = ".new", ".old"
+
+
+def personalize(
+    path: Path,
+    device: str,
+    *,
+    rotate: bool = False,
+    epochs: int | None = None,
+    data: str | None = None,
+    reporter: Reporter | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Trains a client for one device; goes on with one that was interrupted.
+
+    Args:
+        path: a finished run of ``--defense ensembler``.
+        device: whose; letters, digits, ``-`` and ``_``.
+        rotate: renew the client that the device has. The old one stays until the new one is finished, and is then
+            removed.
+        epochs: of stage 3; None takes the run's.
+        data: where the run's data is now; None takes the run's.
+        reporter: told of the progress.
+
+    Returns:
+        The client's run folder, and its summary as ``train`` returns it.
+
+    Raises:
+        ConfigError: an impossible name or option, a run without stage 3, a device that has a client already, or one
+            without that is to be renewed.
+        DataError: the run or its data cannot be read.
+    """
+    if not _NAME.fullmatch(device):
+        raise ConfigError(
+            f"--device {device!r}: give a name of 1 to 64 letters, digits, - and _, not beginning with - or _"
+        )
+    source = RunFolder.open(path)
+    if not source.config.is_ensemble:
+        raise ConfigError(f"{path} is a run with --defense {source.config.defense}: only ensembler's share their nets")
+    folder = path / DEVICES / device
+    new, old = folder.with_name(device + NEW), folder.with_name(device + OLD)
+    _finish_renewal(folder, new, old)
+    if rotate and not folder.exists():
+        raise ConfigError(f"--rotate: {folder} has no client to renew; leave --rotate out")
+    if folder.exists() and not rotate and not _is_unfinished(folder):
+        raise ConfigError(f"{folder} has a client; --rotate renews it")
+    target = new if rotate else folder
+    if _is_unfinished(target):
+        given = [option for option, value in (("--epochs", epochs), ("--data", data)) if value is not None]
+        if given:
+            raise ConfigError(f"{', '.join(given)}: {target} was begun without; leave it out, or remove that folder")
+        summary = resume(target, reporter=reporter)
+    else:
+        config = replace(
+            source.config,
+            client_seed=None,
+            epochs_stage3=source.config.epochs_stage3 if epochs is None else epochs,
+            data=source.config.data if data is None else data,
+        )
+        summary = train(config, target, stage1_from=path, reporter=reporter)
+    _finish_renewal(folder, new, old)
+    return folder, summary
+
+
+def _is_unfinished(folder: Path) -> bool:
+    return (folder / "config.json").is_file() and not (folder / "summary.json").is_file()
+
+
+def _finish_renewal(folder: Path, new: Path, old: Path) -> None:
+    """Puts a finished new client in the old one's place, from wherever a kill may have left it."""
+    if (new / "summary.json").is_file():
+        if folder.exists():
+            shutil.rmtree(old, ignore_errors=True)
+            folder.rename(old)
+        new.rename(folder)
+    if folder.exists():
+        shutil.rmtree(old, ignore_errors=True)
