@@ -281,6 +281,28 @@ def test_an_impossible_bottleneck_is_refused(bottleneck, message):
         TrainConfig(data="demo", bottleneck=bottleneck)
 
 
+def test_an_encoder_halves_the_map_once_for_each_number_and_costs_the_body_nothing():
+    plain = spec("resnet10_slim", bottleneck=Bottleneck(channels=8, stride=4, bits=1))
+    encoded = spec("resnet10_slim", bottleneck=Bottleneck(channels=8, stride=1, bits=1, encoder=(20, 40)))
+    assert feature_shape(encoded) == feature_shape(plain) == (8, 4, 4)
+    nets = build_net(plain), build_net(encoded)
+    shapes = [[tuple(parameter.shape) for parameter in net.body.parameters()] for net in nets]
+    assert shapes[0] == shapes[1]
+    channels = [tuple(p.shape[:2]) for p in nets[1].head.parameters() if p.dim() == 4]
+    assert channels == [(16, 3), (20, 16), (20, 20), (40, 20), (40, 40), (8, 40)]
+
+
+@pytest.mark.parametrize("encoder", [(0,), (5000,), (8,) * 7])
+def test_an_impossible_encoder_is_refused(encoder):
+    with pytest.raises(ConfigError, match=r"--encoder .*: give channels"):
+        TrainConfig(data="demo", bottleneck=(8, 1, 2), encoder=encoder)
+
+
+def test_an_encoder_without_a_bottleneck_is_refused():
+    with pytest.raises(ConfigError, match="give --bottleneck too"):
+        TrainConfig(data="demo", encoder=(8,))
+
+
 def test_other_bits_beside_a_bottleneck_are_refused():
     with pytest.raises(ConfigError, match="third number is the wire's bits"):
         TrainConfig(data="demo", bottleneck=(8, 2, 2), wire_bits=4)

@@ -25,7 +25,7 @@ from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training import data as data_sets
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, derived_seed, pick_device
-from ensembler.training.losses import max_cosine, stage3_loss
+from ensembler.training.losses import information_bits, max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
 from ensembler.training.perturbation import LEARNED_TENSORS, Perturbation
 from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, restore
@@ -433,6 +433,53 @@ def test_fixed_noise_gives_one_answer_and_fresh_noise_another_each_time(run, set
 
 
 # --- losses ---
+
+
+@pytest.mark.parametrize(("spread", "noise_std"), [(1.0, 1.0), (3.0, 0.5), (0.1, 0.5)])
+def test_the_information_is_what_a_gaussian_channel_passes_beyond_the_class(spread, noise_std):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(3, (6000,), generator=generator)
+    centres = 5 * torch.randn(
+        3, 2, 4, 4, generator=generator
+    )  # where the classes lie tells nothing more than the class
+    features = centres[targets] + spread * torch.randn(6000, 2, 4, 4, generator=generator)
+    expected = 0.5 * math.log2(1 + (spread / noise_std) ** 2)
+    assert float(information_bits(features, targets, noise_std)) == pytest.approx(expected, rel=0.02)
+
+
+def test_features_that_are_the_class_alone_have_no_information():
+    targets = torch.tensor([0, 1, 1, 2])
+    features = torch.tensor([1.0, -2.0, 7.0])[targets, None].requires_grad_()
+    bits = information_bits(features, targets, 0.5)
+    assert float(bits.detach()) == pytest.approx(0, abs=1e-6)
+    bits.backward()
+    assert torch.isfinite(features.grad).all()
+
+
+def test_a_weighed_information_loss_leaves_features_that_tell_less(settings, tmp_path):
+    bits = {}
+    for weight in (0.0, 3.0):
+        folder = tmp_path / str(weight)
+        train(settings(bottleneck=(4, 4, 2), information_weight=weight, epochs_stage1=2, epochs_stage3=4), folder)
+        head, data = load_client(RunFolder.open(folder)).head, data_sets.load(settings().data)
+        x, y = torch.from_numpy(data.train_x[:96]), torch.from_numpy(data.train_y[:96])
+        bits[weight] = float(information_bits(head(normalise(x)), y, 0.5))
+    assert bits[3.0] < 0.8 * bits[0.0]
+
+
+def test_bfloat16_trains_the_same_net_a_little_otherwise(run, settings, tensors, tmp_path):
+    narrow = settings(precision="bfloat16", num_nets=P)
+    nets = stage1(RunFolder.create(tmp_path / "run", narrow, run.arch, run.labels), narrow, run.arch, tensors, Silent())
+    mine, theirs = (item.net.head.stem.conv.weight for item in (nets[0], load_stage1(run)[0]))
+    assert mine.dtype == torch.float32
+    assert not torch.equal(mine, theirs)
+    assert float(functional.cosine_similarity(mine.flatten(), theirs.flatten(), dim=0)) > 0.9
+
+
+def test_before_few_codes_stage_1_meets_the_noise_of_the_client(settings):
+    fresh = {"noise_mode": "fresh", "noise_std": 0.5}
+    assert not settings(**fresh).stage1_perturbation.fresh
+    assert settings(**fresh, bottleneck=(4, 4, 2)).stage1_perturbation == settings(**fresh).perturbation
 
 
 def test_max_cosine_is_the_mean_over_images_of_the_largest_cosine_over_heads():

@@ -15,6 +15,7 @@ from ensembler.training.perturbation import NOISE_KINDS, NoiseKind, Perturbation
 Defense = Literal["ensembler", "joint", "single", "none"]
 NoiseMode = Literal["fixed", "fresh"]
 RegOver = Literal["all", "selected"]
+Computing = Literal["auto", "float32", "bfloat16"]
 
 MAX_NETS = 1024
 
@@ -30,6 +31,7 @@ class TrainConfig:
         head_end: the last part on the device; None takes the architecture's own.
         tail_start: the first part that is on the device again; None takes the architecture's own.
         bottleneck: (channels, stride, bits) of a trained bottleneck at the cut, or None. Its bits are the wire's.
+        encoder: channels of the convolutions before the bottleneck's own, see ``models.Bottleneck``.
         defense: ``ensembler``; or a baseline: ``joint`` (N nets behind one head, trained together without stages 1
             and 2, all of which count), ``single`` (one net), ``none`` (one net, no noise).
         num_nets: N.
@@ -38,10 +40,12 @@ class TrainConfig:
             Stage 1 of Ensembler is always Gaussian (Eq. 2).
         noise_std: sigma, the standard deviation of the noise added to the features.
         noise_mode: the client's noise: one ``fixed`` tensor as in the paper, or ``fresh`` for every image. Stage 1 of
-            Ensembler is always fixed (Eq. 2).
+            Ensembler is fixed (Eq. 2), but with a bottleneck like the client's.
         dropout: the share of its features that the client drops, see ``perturbation``. Stage 1 of Ensembler drops none.
         reg_weight: lambda of Eq. 3.
         reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
+        information_weight: of ``losses.information_bits`` in the loss, in both stages.
+        information_noise: the deviation of the noise that it reckons with.
         wire_bits: of one code of the features on the wire; ``auto`` takes the fewest that cost the stage-1 nets no
             more than ``max_wire_drop_points``, see ``training.stages.fewest_bits``.
         answer_bits: of one code of the answers, 8 or 4.
@@ -56,6 +60,8 @@ class TrainConfig:
             a secret (who knows it can draw the noise again).
         train_limit: use only the first images of the (shuffled) data; None uses all.
         device: ``auto``, ``cpu`` or ``cuda``.
+        precision: in which training computes: ``float32``, ``bfloat16`` (processors with AVX512-BF16 or AMX gain by
+            it), or ``auto``: bfloat16 on CUDA alone.
         jobs: stage-1 nets that train at once, each in its own process with its share of the threads. The nets are
             those of any other ``jobs``, up to the rounding of another number of threads.
     """
@@ -66,6 +72,7 @@ class TrainConfig:
     head_end: str | None = None
     tail_start: str | None = None
     bottleneck: tuple[int, ...] | None = None
+    encoder: tuple[int, ...] = ()
     defense: Defense = "ensembler"
     num_nets: int = 10
     num_selected: int = 4
@@ -75,6 +82,8 @@ class TrainConfig:
     dropout: float = 0.0
     reg_weight: float = 0.1
     reg_over: RegOver = "all"
+    information_weight: float = 0.0
+    information_noise: float = 0.5
     wire_bits: int | Literal["auto"] = 8
     answer_bits: int = 8
     max_wire_drop_points: float = 0.5
@@ -87,6 +96,7 @@ class TrainConfig:
     client_seed: int | None = None
     train_limit: int | None = None
     device: str = "auto"
+    precision: Computing = "auto"
     jobs: int = 1
 
     def __post_init__(self) -> None:
@@ -94,6 +104,8 @@ class TrainConfig:
             raise ConfigError(f"--defense {self.defense}: choose ensembler, joint, single or none")
         if self.reg_over not in ("all", "selected"):
             raise ConfigError(f"--reg-over {self.reg_over}: choose all or selected")
+        if self.precision not in ("auto", "float32", "bfloat16"):
+            raise ConfigError(f"--precision {self.precision}: choose auto, float32 or bfloat16")
         self._check_perturbation()
         self._check_wire()
         if not 1 <= self.num_nets <= MAX_NETS:
@@ -104,6 +116,7 @@ class TrainConfig:
             "noise_std": self.noise_std,
             "max_wire_drop_points": self.max_wire_drop_points,
             "reg_weight": self.reg_weight,
+            "information_weight": self.information_weight,
             "weight_decay": self.weight_decay,
             "seed": self.seed,
             "client_seed": self.client_seed or 0,
@@ -111,8 +124,10 @@ class TrainConfig:
         for name, value in not_negative.items():
             if not (math.isfinite(value) and value >= 0):
                 raise ConfigError(f"{name} = {value}: it must be finite and not negative")
-        if not (math.isfinite(self.learning_rate) and self.learning_rate > 0):
-            raise ConfigError(f"learning_rate = {self.learning_rate}: it must be positive")
+        for name in ("learning_rate", "information_noise"):
+            value = getattr(self, name)
+            if not (math.isfinite(value) and value > 0):
+                raise ConfigError(f"{name} = {value}: it must be positive and finite")
         for name in ("epochs_stage1", "epochs_stage3", "jobs"):
             if getattr(self, name) < 1:
                 raise ConfigError(f"{name} = {getattr(self, name)}: at least one")
@@ -173,18 +188,26 @@ class TrainConfig:
 
     @property
     def stage1_perturbation(self) -> Perturbation:
-        """What a stage-1 net does to its features: fixed Gaussian noise (Eq. 2); a baseline is the client already."""
-        return Perturbation(std=self.noise_std) if self.is_ensemble else self.perturbation
+        """What a stage-1 net does to its features: fixed Gaussian noise (Eq. 2); a baseline is the client already.
+
+        Before the few codes of a bottleneck it is fresh where the client's is: bodies that have never met it would
+        misread them.
+        """
+        if not self.is_ensemble:
+            return self.perturbation
+        return Perturbation(std=self.noise_std, fresh=self.noise_mode == "fresh" and self.squeezed is not None)
 
     @property
     def squeezed(self) -> Bottleneck | None:
         """The bottleneck, if there is one."""
         if self.bottleneck is None:
+            if self.encoder:
+                raise ConfigError("--encoder goes before a bottleneck: give --bottleneck too")
             return None
         if len(self.bottleneck) != 3:
             raise ConfigError("--bottleneck: give channels,stride,bits, for instance 8,4,2")
         channels, stride, bits = self.bottleneck
-        return Bottleneck(channels=channels, stride=stride, bits=bits)
+        return Bottleneck(channels=channels, stride=stride, bits=bits, encoder=self.encoder)
 
     def arch_spec(self, image_size: tuple[int, int], num_classes: int) -> ArchSpec:
         """Returns which net this is, for images of (H, W) pixels in K classes."""
@@ -209,8 +232,8 @@ class TrainConfig:
         Raises:
             ConfigError: unknown or impossible values.
         """
-        if isinstance(values.get("bottleneck"), list):  # JSON has no tuples
-            values = values | {"bottleneck": tuple(values["bottleneck"])}
+        # JSON has no tuples.
+        values = {name: tuple(value) if isinstance(value, list) else value for name, value in values.items()}
         try:
             config = cls(**values)
         except (TypeError, ValueError, OverflowError) as error:
@@ -218,6 +241,8 @@ class TrainConfig:
         # A type that no option has would only be noticed deep inside torch.
         texts = {name: values.get(name, "") for name in ("data", "arch", "head_end", "tail_start", "device")}
         wrong = [name for name, value in texts.items() if not isinstance(value, str | None)]
-        if wrong or any(type(part) is not int for part in config.bottleneck or ()):
-            raise ConfigError(f"the run's config.json does not fit this version: {', '.join(wrong) or 'bottleneck'}")
+        numbers: tuple[Any, ...] = (config.bottleneck or (), config.encoder)
+        if wrong or any(not isinstance(each, tuple) or any(type(part) is not int for part in each) for each in numbers):
+            named = ", ".join(wrong) or "bottleneck or encoder"
+            raise ConfigError(f"the run's config.json does not fit this version: {named}")
         return config

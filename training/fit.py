@@ -174,6 +174,7 @@ def fit(
         DataError: the checkpoint is damaged.
     """
     device = data.train_x.device
+    narrow = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
     generator = torch.Generator().manual_seed(seed)
     steps = steps_per_epoch(len(data.train_x), config.batch_size)
     optimizer = torch.optim.SGD(
@@ -190,7 +191,7 @@ def fit(
         seen, loss_sum, hits, cosine_sum = 0, 0.0, 0, 0.0
         has_cosine = False
         for images, targets in batches(data, config.batch_size, generator):
-            with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
+            with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
                 result = step(normalise(images).to(memory_format=torch.channels_last), targets)
             optimizer.zero_grad(set_to_none=True)
             result.loss.backward()  # type: ignore[no-untyped-call]

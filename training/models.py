@@ -42,20 +42,31 @@ class Bottleneck:
 
     Attributes:
         channels: k.
-        stride: of the convolution, and of the transposed one that opens each body.
+        stride: of the last convolution.
         bits: of one code.
+        encoder: channels of what comes before that convolution: for each number two 3x3 convolutions, the first of
+            which halves the resolution. What few codes can say depends on how well they are chosen.
     """
 
     channels: int
     stride: int
     bits: int
+    encoder: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if len(self.encoder) > 6 or not all(1 <= channels <= 4096 for channels in self.encoder):
+            given = ",".join(map(str, self.encoder))
+            raise ConfigError(f"--encoder {given}: give channels (1 to 4096), at most 6 numbers, for instance 40,80")
         if not 1 <= self.channels <= 4096 or not 1 <= self.stride <= 64 or self.bits not in NORMAL_STEP:
             raise ConfigError(
                 f"--bottleneck {self.channels},{self.stride},{self.bits}: give channels (1 to 4096), stride (1 to 64) "
                 f"and bits ({known_bits()}), for instance 8,4,2"
             )
+
+    @property
+    def shrinks(self) -> int:
+        """By how much the resolution falls; the stride of the transposed convolution that opens each body."""
+        return int(self.stride * 2 ** len(self.encoder))
 
     @property
     def codec(self) -> AffineCodec:
@@ -191,21 +202,31 @@ def _own(spec: ArchSpec) -> nn.Module:
 
 
 def _squeezed(net: Net, spec: ArchSpec, bottleneck: Bottleneck) -> Net:
-    """Puts the bottleneck at the cut: strided convolution and batch norm in the head, the expansion in the body."""
+    """Puts the bottleneck at the cut: its layers in the head, expansion in the body."""
     with torch.no_grad():
         shape = tuple(net.head.eval()(torch.zeros(2, 3, *spec.image_size)).shape[1:])
     net.train()
-    stride, channels = bottleneck.stride, bottleneck.channels
-    if len(shape) != 3 or shape[1] % stride or shape[2] % stride:
+    shrinks, channels = bottleneck.shrinks, bottleneck.channels
+    if len(shape) != 3 or shape[1] % shrinks or shape[2] % shrinks:
         raise ConfigError(
-            f"--bottleneck: features of shape {shape} cannot be cut by a stride of {stride}; (C, h, w) with h and w "
+            f"--bottleneck: features of shape {shape} cannot be cut by a stride of {shrinks}; (C, h, w) with h and w "
             "divisible by it is needed"
         )
+    layers: list[nn.Module] = []
+    width = shape[0]
+    for wider in bottleneck.encoder:
+        layers += _convolution(width, wider, 2) + _convolution(wider, wider, 1)
+        width = wider
     norm = nn.BatchNorm2d(channels)
     # The codes' middle lies half a step above 0.0, whose code is a whole one.
     nn.init.constant_(norm.bias, bottleneck.codec.scale / 2)
-    squeeze = nn.Sequential(nn.Conv2d(shape[0], channels, stride, stride, bias=False), norm)
+    stride = bottleneck.stride
+    squeeze = nn.Sequential(*layers, nn.Conv2d(width, channels, stride, stride, bias=False), norm)
     expand = nn.Sequential(
-        nn.ConvTranspose2d(channels, shape[0], stride, stride, bias=False), nn.BatchNorm2d(shape[0]), nn.ReLU()
+        nn.ConvTranspose2d(channels, shape[0], shrinks, shrinks, bias=False), nn.BatchNorm2d(shape[0]), nn.ReLU()
     )
     return Net(nn.Sequential(net.head, squeeze), nn.Sequential(expand, net.body), net.tail)
+
+
+def _convolution(channels: int, wider: int, stride: int) -> list[nn.Module]:
+    return [nn.Conv2d(channels, wider, 3, stride, 1, bias=False), nn.BatchNorm2d(wider), nn.ReLU()]

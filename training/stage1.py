@@ -28,6 +28,7 @@ from ensembler.training.fit import (
     fit,
     steps_per_epoch,
 )
+from ensembler.training.losses import information_bits
 from ensembler.training.models import ArchSpec, Net, build_net, feature_shape
 from ensembler.training.perturbation import Perturbation
 from ensembler.training.ray_pool import RayPool
@@ -63,7 +64,12 @@ class Stage1Net:
 
 def mean_logits(items: Sequence[Stage1Net], x: Tensor, codec: AffineCodec | None = None) -> Tensor:
     """Returns the mean ``(B, K)`` of the logits of nets behind one head, whose features go to all of them."""
-    sent = items[0].perturbed(items[0].net.head(x))
+    return _answered(items, items[0].net.head(x), codec)
+
+
+def _answered(items: Sequence[Stage1Net], features: Tensor, codec: AffineCodec | None) -> Tensor:
+    """Returns the mean logits ``(B, K)`` for what the head made, ``(B, C, h, w)``."""
+    sent = items[0].perturbed(features)
     if codec is not None:
         sent = fake_quantise(sent, codec)
     return torch.stack([item.net.tail(item.net.body(sent)) for item in items]).mean(0)
@@ -134,8 +140,9 @@ def train_piece(
     codec = None if config.squeezed is None else config.squeezed.codec
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
-        logits = mean_logits(items, x, codec)
-        return StepResult(F.cross_entropy(logits, targets), logits)
+        features = nets[0].head(x)
+        logits = _answered(items, features, codec)
+        return StepResult(F.cross_entropy(logits, targets) + information_loss(config, features, targets), logits)
 
     piece = {"stage": 1, "net": first}
     live = {**module_tensors("net", nets[0]), "noise": noise}
@@ -170,6 +177,13 @@ def train_piece(
         _store(run, index, item)
     run.remove(run.stage1_checkpoint(first))
     return items
+
+
+def information_loss(config: TrainConfig, features: Tensor, targets: Tensor) -> Tensor | float:
+    """Returns ``losses.information_bits`` as ``config`` weighs it, for a head's features ``(B, C, h, w)``."""
+    if not config.information_weight:
+        return 0.0
+    return config.information_weight * information_bits(features, targets, config.information_noise)
 
 
 def _store(run: RunFolder, index: int, item: Stage1Net) -> None:

@@ -49,7 +49,7 @@ from ensembler.training.runs import (
 )
 from ensembler.training.shredder import learn
 from ensembler.training.splits import joined, only_linear
-from ensembler.training.stage1 import Stage1Net, freeze, load_stage1, placed, stage1
+from ensembler.training.stage1 import Stage1Net, freeze, information_loss, load_stage1, placed, stage1
 from ensembler.training.wire import (
     CLIPPED_ANSWERS,
     CLIPPED_FEATURES,
@@ -269,7 +269,8 @@ def stage3(
             others = [head(x) for head in previous]
         cosine = max_cosine(features, others)
         logits = client.finish(features, selected)
-        return StepResult(stage3_loss(logits, targets, cosine, config.reg_weight), logits, cosine)
+        loss = stage3_loss(logits, targets, cosine, config.reg_weight)
+        return StepResult(loss + information_loss(config, features, targets), logits, cosine)
 
     client.train()
     for metrics in fit(

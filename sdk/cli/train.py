@@ -37,7 +37,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="resnet18, another name that ensembler cuts lists, or package.module:function")
     parser.add_argument("--head-end", help="the last part on the device; ensembler cuts ARCH lists them")
     parser.add_argument("--tail-start", help="the first part that is on the device again")
-    parser.add_argument("--bottleneck", type=_bottleneck, metavar="K,S,B", help="at the cut: channels,stride,bits")
+    parser.add_argument("--bottleneck", type=_numbers, metavar="K,S,B", help="at the cut: channels,stride,bits")
+    parser.add_argument(
+        "--encoder",
+        type=_numbers,
+        metavar="C,...",
+        help="convolutions before the bottleneck, each number halves the map",
+    )
     parser.add_argument("-N", "--num-nets", type=int, help="server nets (default: 10)")
     parser.add_argument("-P", "--num-selected", type=int, help="nets that count (default: 4)")
     parser.add_argument("--defense", help="ensembler, or a baseline: joint, single, none")
@@ -54,6 +60,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", type=float, help="share of its features that the client drops (default: 0)")
     parser.add_argument("--reg-weight", type=float, help="lambda of Eq. 3 (default: 0.1)")
     parser.add_argument("--reg-over", help="maximum of Eq. 3 over all heads, or the selected ones")
+    parser.add_argument(
+        "--information-weight", type=float, help="of what the features tell beyond the class (default: 0)"
+    )
+    parser.add_argument("--information-noise", type=float, help="the noise that it reckons with (default: 0.5)")
     parser.add_argument("--wire-bits", type=_bits, help="of a feature's code: 8, 4, 3, 2, 1 or auto (default: 8)")
     parser.add_argument("--answer-bits", type=int, help="of an answer's code: 8 or 4 (default: 8)")
     parser.add_argument("--epochs", type=int, help="of both stages")
@@ -65,6 +75,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of stage 1; the selector has no seed (default: 0)")
     parser.add_argument("--train-limit", type=int, help="use only the first images of the data")
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
+    parser.add_argument("--precision", help="auto, float32 or bfloat16 (default: auto, bfloat16 on CUDA alone)")
     parser.add_argument(
         "--jobs", type=int, help="stage-1 nets that train at once; --dry-run says if it is faster here (default: 1)"
     )
@@ -81,10 +92,10 @@ def _bits(text: str) -> int | str:
     return text if text == "auto" else int(text)
 
 
-def _bottleneck(text: str) -> tuple[int, ...]:
+def _numbers(text: str) -> tuple[int, ...]:
     parts = text.split(",")
     if not all(part.strip().isdecimal() for part in parts):
-        raise argparse.ArgumentTypeError(f"{text}: give channels,stride,bits, for instance 8,4,2")
+        raise argparse.ArgumentTypeError(f"{text}: give whole numbers with commas between them, for instance 8,4,2")
     return tuple(int(part) for part in parts)
 
 
