@@ -25,7 +25,7 @@ from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training import data as data_sets
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, derived_seed, pick_device
-from ensembler.training.losses import information_bits, max_cosine, stage3_loss
+from ensembler.training.losses import classification_loss, information_bits, max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
 from ensembler.training.perturbation import LEARNED_TENSORS, Perturbation
 from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, restore
@@ -467,6 +467,46 @@ def test_a_weighed_information_loss_leaves_features_that_tell_less(settings, tmp
     assert bits[3.0] < 0.8 * bits[0.0]
 
 
+def test_a_teachers_answers_are_learned_beside_the_labels():
+    generator = torch.Generator().manual_seed(0)
+    logits, taught = torch.randn(2, 6, 3, generator=generator)
+    targets = torch.tensor([0, 1, 2, 0, 1, 2])
+    labels_alone = float(functional.cross_entropy(logits, targets))
+    assert float(classification_loss(logits, targets, taught, 0.0)) == pytest.approx(labels_alone)
+    assert float(classification_loss(logits, targets, logits, 1.0)) == pytest.approx(0, abs=1e-6)
+    # No distance is smaller than that from the teacher itself, and it grows on the way to another answer.
+    away = [float(classification_loss(logits + t * (taught - logits), targets, taught, 1.0)) for t in (1, 0.5, 0)]
+    assert away[0] == pytest.approx(0, abs=1e-6)
+    assert 0 < away[1] < away[2]
+
+
+def test_a_teacher_is_heard_in_both_stages(settings, tmp_path):
+    train(settings(defense="none"), tmp_path / "teacher")
+    trained = {}
+    for name, teacher in (("alone", None), ("taught", str(tmp_path / "teacher"))):
+        train(settings(teacher=teacher, client_seed=3), tmp_path / name)
+        folder = RunFolder.open(tmp_path / name)
+        trained[name] = load_stage1(folder)[0].net.tail, folder.config.teacher
+    assert state(trained["alone"][0]) != state(trained["taught"][0])
+    assert trained["taught"][1] == str(tmp_path / "teacher")
+    # The same stage 1 for both, so that the client alone can differ.
+    heads = []
+    for name, teacher in (("a", None), ("b", str(tmp_path / "teacher"))):
+        train(settings(teacher=teacher, client_seed=3, num_selected=N), tmp_path / name, stage1_from=tmp_path / "alone")
+        heads.append(state(load_client(RunFolder.open(tmp_path / name)).head))
+    assert heads[0] != heads[1]
+
+
+def test_an_impossible_teacher_is_refused_before_anything_is_written(run, settings, tmp_path):
+    with pytest.raises(ConfigError, match="--defense ensembler; train one with none"):
+        train(settings(teacher=str(run.path)), tmp_path / "out")
+    with pytest.raises(DataError, match="not a run folder"):
+        train(settings(teacher=str(tmp_path / "nobody")), tmp_path / "out")
+    with pytest.raises(ConfigError, match="--teacher-weight"):
+        settings(teacher_weight=1.5)
+    assert not (tmp_path / "out").exists()
+
+
 def test_bfloat16_trains_the_same_net_a_little_otherwise(run, settings, tensors, tmp_path):
     narrow = settings(precision="bfloat16", num_nets=P)
     nets = stage1(RunFolder.create(tmp_path / "run", narrow, run.arch, run.labels), narrow, run.arch, tensors, Silent())
@@ -526,7 +566,7 @@ def test_stage3_loss_is_cross_entropy_plus_lambda_times_the_cosine(weight):
     logits = torch.randn(6, 4, generator=torch.Generator().manual_seed(0))
     targets = torch.tensor([0, 1, 2, 3, 0, 1])
     cross_entropy = -np.mean([float(logits[i].log_softmax(0)[t]) for i, t in enumerate(targets)])
-    loss = stage3_loss(logits, targets, torch.tensor(0.25), weight)
+    loss = stage3_loss(classification_loss(logits, targets), torch.tensor(0.25), weight)
     assert float(loss) == pytest.approx(cross_entropy + weight * 0.25, abs=1e-6)
 
 

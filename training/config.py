@@ -46,6 +46,8 @@ class TrainConfig:
         reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
         information_weight: of ``losses.information_bits`` in the loss, in both stages.
         information_noise: the deviation of the noise that it reckons with.
+        teacher: a run folder with ``defense`` none, whose answers the nets of both stages learn beside the labels.
+        teacher_weight: of it in the loss, 0 to 1; the labels have the rest.
         wire_bits: of one code of the features on the wire; ``auto`` takes the fewest that cost the stage-1 nets no
             more than ``max_wire_drop_points``, see ``training.stages.fewest_bits``.
         answer_bits: of one code of the answers, 8 or 4.
@@ -84,6 +86,8 @@ class TrainConfig:
     reg_over: RegOver = "all"
     information_weight: float = 0.0
     information_noise: float = 0.5
+    teacher: str | None = None
+    teacher_weight: float = 0.7
     wire_bits: int | Literal["auto"] = 8
     answer_bits: int = 8
     max_wire_drop_points: float = 0.5
@@ -106,6 +110,8 @@ class TrainConfig:
             raise ConfigError(f"--reg-over {self.reg_over}: choose all or selected")
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"--precision {self.precision}: choose auto, float32 or bfloat16")
+        if not 0 <= self.teacher_weight <= 1:
+            raise ConfigError(f"--teacher-weight {self.teacher_weight}: choose 0 to 1")
         self._check_perturbation()
         self._check_wire()
         if not 1 <= self.num_nets <= MAX_NETS:
@@ -239,7 +245,7 @@ class TrainConfig:
         except (TypeError, ValueError, OverflowError) as error:
             raise ConfigError(f"the run's config.json does not fit this version: {error}") from error
         # A type that no option has would only be noticed deep inside torch.
-        texts = {name: values.get(name, "") for name in ("data", "arch", "head_end", "tail_start", "device")}
+        texts = {name: values.get(name, "") for name in ("data", "arch", "head_end", "tail_start", "teacher", "device")}
         wrong = [name for name, value in texts.items() if not isinstance(value, str | None)]
         numbers: tuple[Any, ...] = (config.bottleneck or (), config.encoder)
         if wrong or any(not isinstance(each, tuple) or any(type(part) is not int for part in each) for each in numbers):

@@ -7,15 +7,16 @@ the client will do. Start reading at ``stage1``.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from ensembler.protocol.codec import AffineCodec
+from ensembler.protocol.errors import ConfigError
 from ensembler.training import together
 from ensembler.training.checkpoint import Checkpoint
 from ensembler.training.config import TrainConfig
@@ -28,7 +29,7 @@ from ensembler.training.fit import (
     fit,
     steps_per_epoch,
 )
-from ensembler.training.losses import information_bits
+from ensembler.training.losses import classification_loss, information_bits
 from ensembler.training.models import ArchSpec, Net, build_net, feature_shape
 from ensembler.training.perturbation import Perturbation
 from ensembler.training.ray_pool import RayPool
@@ -138,11 +139,13 @@ def train_piece(
     items = [Stage1Net(net, noise, trained_with) for net in nets]
     # A bottleneck's quantiser is part of the net from the first step on.
     codec = None if config.squeezed is None else config.squeezed.codec
+    teacher = teacher_of(config, arch, run.labels, device)
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
         features = nets[0].head(x)
         logits = _answered(items, features, codec)
-        return StepResult(F.cross_entropy(logits, targets) + information_loss(config, features, targets), logits)
+        loss = classification_loss(logits, targets, teacher(x), config.teacher_weight)
+        return StepResult(loss + information_loss(config, features, targets), logits)
 
     piece = {"stage": 1, "net": first}
     live = {**module_tensors("net", nets[0]), "noise": noise}
@@ -177,6 +180,34 @@ def train_piece(
         _store(run, index, item)
     run.remove(run.stage1_checkpoint(first))
     return items
+
+
+def teacher_of(
+    config: TrainConfig, arch: ArchSpec, labels: Sequence[str], device: torch.device
+) -> Callable[[Tensor], Tensor | None]:
+    """Returns what gives a teacher's logits ``(B, K)`` for normalised images; None for each without a teacher.
+
+    Raises:
+        ConfigError: the teacher has a defence of its own, or was trained on other images or classes.
+        DataError: the teacher's run cannot be read.
+    """
+    if config.teacher is None:
+        return lambda _: None
+    path = Path(config.teacher)
+    source = RunFolder.open(path)
+    if source.config.defense != "none":
+        raise ConfigError(f"--teacher {path}: is a run with --defense {source.config.defense}; train one with none")
+    if (source.labels, source.arch.image_size) != (tuple(labels), arch.image_size):
+        raise ConfigError(f"--teacher {path}: was trained on images of other sizes or classes; give the same --data")
+    (teacher,) = load_stage1(source)
+    net = placed(teacher.net, device)
+
+    @torch.no_grad()
+    def taught(x: Tensor) -> Tensor:
+        logits: Tensor = net.tail(net.body(net.head(x)))
+        return logits
+
+    return taught
 
 
 def information_loss(config: TrainConfig, features: Tensor, targets: Tensor) -> Tensor | float:

@@ -34,7 +34,7 @@ from ensembler.training.fit import (
     fit,
     pick_device,
 )
-from ensembler.training.losses import max_cosine, stage3_loss
+from ensembler.training.losses import classification_loss, max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise
 from ensembler.training.perturbation import Draw, Perturbation
 from ensembler.training.ray_pool import RayPool
@@ -49,7 +49,15 @@ from ensembler.training.runs import (
 )
 from ensembler.training.shredder import learn
 from ensembler.training.splits import joined, only_linear
-from ensembler.training.stage1 import Stage1Net, freeze, information_loss, load_stage1, placed, stage1
+from ensembler.training.stage1 import (
+    Stage1Net,
+    freeze,
+    information_loss,
+    load_stage1,
+    placed,
+    stage1,
+    teacher_of,
+)
 from ensembler.training.wire import (
     CLIPPED_ANSWERS,
     CLIPPED_FEATURES,
@@ -262,6 +270,7 @@ def stage3(
     previous = [nets[i].net.head for i in wire.order]
     if config.reg_over == "selected":
         previous = [previous[k] for k in secret.selector]
+    teacher = teacher_of(config, arch, run.labels, device)
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
         features = client.head(x)
@@ -269,7 +278,8 @@ def stage3(
             others = [head(x) for head in previous]
         cosine = max_cosine(features, others)
         logits = client.finish(features, selected)
-        loss = stage3_loss(logits, targets, cosine, config.reg_weight)
+        classification = classification_loss(logits, targets, teacher(x), config.teacher_weight)
+        loss = stage3_loss(classification, cosine, config.reg_weight)
         return StepResult(loss + information_loss(config, features, targets), logits, cosine)
 
     client.train()
@@ -343,7 +353,13 @@ def train(
     arch = config.arch_spec(dataset.image_size, len(dataset.labels))
     if source is not None:
         _require_same_nets(source, config, arch, dataset.labels)
-    feature_shape(arch)  # refuses an impossible net before anything is written
+    if config.teacher is not None:
+        if pool is not None:
+            raise ConfigError("--teacher lies on this machine: leave --engine ray away")
+        config = replace(config, teacher=str(Path(config.teacher).absolute()))
+    # An impossible net or teacher is refused before anything is written.
+    feature_shape(arch)
+    teacher_of(config, arch, dataset.labels, device)
     if config.defense == "joint":
         only_linear(build_net(arch).tail)
     run = RunFolder.create(out, config, arch, dataset.labels, data_digest=data_digest(dataset), stage1_from=stage1_from)

@@ -64,6 +64,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--information-weight", type=float, help="of what the features tell beyond the class (default: 0)"
     )
     parser.add_argument("--information-noise", type=float, help="the noise that it reckons with (default: 0.5)")
+    parser.add_argument("--teacher", metavar="RUN", help="a run with --defense none, whose answers the nets learn too")
+    parser.add_argument("--teacher-weight", type=float, help="of the teacher in the loss (default: 0.7)")
     parser.add_argument("--wire-bits", type=_bits, help="of a feature's code: 8, 4, 3, 2, 1 or auto (default: 8)")
     parser.add_argument("--answer-bits", type=int, help="of an answer's code: 8 or 4 (default: 8)")
     parser.add_argument("--epochs", type=int, help="of both stages")
