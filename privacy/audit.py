@@ -30,7 +30,7 @@ from ensembler.privacy.attacks.base import OWN_SSIM, Attack, AttackImpossibleErr
 from ensembler.privacy.card import AUDIT, FLOOR, ORACLE
 from ensembler.privacy.decoder import Effort, pixels
 from ensembler.privacy.identity import Identifier
-from ensembler.privacy.metrics import mse, psnr_db, ssim
+from ensembler.privacy.metrics import entropy_bits, mse, psnr_db, ssim
 from ensembler.privacy.parts import Parts, write_whole
 from ensembler.privacy.report import write_report
 from ensembler.privacy.scene import Access, Scene, make_scene
@@ -39,6 +39,7 @@ from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import Kdf, load_client
 from ensembler.training.fit import Reporter, Silent
 from ensembler.training.runs import RunFolder
+from ensembler.training.wire import codes_of
 
 REPORT_VERSION = 1
 SHOWN = 8  # images in the grids
@@ -208,6 +209,7 @@ def audit(
         "not_run": [{"name": name, "why": why} for name, why in not_run.items()]
         + [{"name": name, "why": f"not part of this audit ({budget})"} for name in ATTACKS if name not in names],
         "selector": _selector(scene),
+        "sent": _sent(scene),
         "gates": gates,
         "verdict": _verdict(rows, gates),
     }
@@ -388,6 +390,14 @@ def _selector(scene: Scene) -> dict[str, Any]:
     if not 0 < len(scene.selector) < nets:
         return {}
     return dict(recovery(scene.view(Access.QUERY_FREE), scene.selector))
+
+
+def _sent(scene: Scene) -> dict[str, float]:
+    """Returns the bytes sent of an image, and how many of them can say anything: a bound that no attack can pass."""
+    wire = scene.everything.wire
+    features = torch.cat([scene.arrived, *([] if scene.everything.observed is None else [scene.everything.observed])])
+    bits = entropy_bits(codes_of(features, wire.feature_codec), wire.feature_codec.code_max + 1)
+    return {"bytes": wire.bytes_up, "bytes_of_entropy_at_most": round(bits / 8, 2), "images_counted": len(features)}
 
 
 def _subject(run_path: Path, bundle: Path, shown_as: str) -> dict[str, Any]:

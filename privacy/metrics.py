@@ -8,6 +8,8 @@ use_sample_covariance=False, data_range=1)`` (a test compares the two). Negative
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional as F
@@ -18,6 +20,7 @@ WINDOW = 11
 SIGMA = 1.5
 K1, K2 = 0.01, 0.03
 BATCH = 256
+PART_BYTES = 1 << 26  # of counts at once
 
 
 def ssim(images: Tensor, others: Tensor) -> Tensor:
@@ -70,3 +73,23 @@ def mse(images: Tensor, others: Tensor) -> Tensor:
 def psnr_db(images: Tensor, others: Tensor) -> Tensor:
     """Returns the peak signal-to-noise ratio of each pair in decibels, ``(B,)``; equal images give 100."""
     return -10 * torch.log10(mse(images, others).clamp_min(1e-10))
+
+
+def entropy_bits(codes: Tensor, count: int) -> float:
+    """Returns the entropies of all numbers of an image, added up: no less than what they tell together.
+
+    Each is estimated from how often its codes occur, with Miller and Madow's correction (1955) for what is seldom seen.
+
+    Args:
+        codes: ``(B, ...)`` integers in 0..count - 1.
+        count: of different codes.
+    """
+    flat = codes.flatten(1).long()
+    total = 0.0
+    for part in torch.split(flat, PART_BYTES // (8 * count), dim=1):
+        places = count * torch.arange(part.shape[1], device=part.device) + part
+        seen = torch.bincount(places.flatten(), minlength=count * part.shape[1]).double()
+        share = seen / len(flat)
+        correction = ((seen > 0).sum() - part.shape[1]) / (2 * len(flat))
+        total += float((-torch.xlogy(share, share).sum() + correction) / math.log(2))
+    return total

@@ -495,6 +495,7 @@ def _configuration(document: Mapping[str, Any], attacks: Sequence[Attack]) -> st
         ("What was audited", subject),
         ("Its files (SHA-256)", digests),
         ("Images", document["images"]),
+        ("What is sent of one image", document["sent"]),
         ("What the attacks report of themselves", {attack["name"]: attack["seen"] for attack in attacks}),
     )
     return _section(

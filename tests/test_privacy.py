@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -29,7 +30,7 @@ from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
 from ensembler.privacy.card import require_ssim
 from ensembler.privacy.decoder import Decoder, Effort, as_map, painted, pixels, train_decoder
 from ensembler.privacy.identity import Identifier
-from ensembler.privacy.metrics import mse, psnr_db, ssim
+from ensembler.privacy.metrics import entropy_bits, mse, psnr_db, ssim
 from ensembler.privacy.scene import Access, make_scene
 from ensembler.privacy.selector import auc, rankings
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError, GateFailedError
@@ -79,6 +80,24 @@ def test_ssim_is_that_of_scikit_image_with_the_pinned_options(random, noise):
         for x, y in zip(images, others, strict=True)
     ]
     assert ssim(images, others).tolist() == pytest.approx(wanted, abs=2e-3)
+
+
+@pytest.mark.parametrize("count", [2, 4, 256])
+def test_the_entropy_of_uniform_codes_is_all_their_bits_and_of_constant_ones_none(count):
+    generator = torch.Generator().manual_seed(0)
+    uniform = torch.randint(count, (4000, 3, 5, 7), generator=generator)
+    assert entropy_bits(uniform, count) == pytest.approx(105 * math.log2(count), rel=1e-3)
+    assert entropy_bits(uniform % 1 + 1, count) == 0
+    # A number that only repeats another counts again: the sum is a bound and no estimate of what they tell together.
+    twice = torch.cat([uniform, uniform], 1)
+    assert entropy_bits(twice, count) == pytest.approx(2 * entropy_bits(uniform, count))
+
+
+def test_the_entropy_of_uneven_codes_is_shannons():
+    codes = torch.zeros(10_000, 1, dtype=torch.int64)
+    codes[:1000] = 1
+    expected = -(0.9 * math.log2(0.9) + 0.1 * math.log2(0.1))
+    assert entropy_bits(codes, 2) == pytest.approx(expected, abs=1e-3)
 
 
 def test_ssim_of_the_negative_is_negative_and_kept(random):

@@ -96,6 +96,7 @@ def document():
         ],
         "not_run": [{"name": "averaging", "why": "the noise is fixed, so there is nothing to average"}],
         "selector": {"batch norm": {"auc": 0.75, "first": True}},
+        "sent": {"bytes": 4096, "bytes_of_entropy_at_most": 3071.25, "images_counted": 2500},
         "gates": [
             {"about": "audit", "name": "no-noise", "passed": True, "words": "without noise the oracle reaches 0.95"},
             {

@@ -31,6 +31,11 @@ def fake_quantise(x: Tensor, codec: AffineCodec) -> Tensor:
     return inside + (arrived - inside).detach()
 
 
+def codes_of(x: Tensor, codec: AffineCodec) -> Tensor:
+    """Returns the codes int64 of values; as ``AffineCodec.encode``, of tensors on any device."""
+    return (torch.round(x / codec.scale) + codec.zero_point).clamp(0, codec.code_max).long()
+
+
 def fake_quantise_answers(answers: Tensor, codecs: tuple[AffineCodec, ...]) -> Tensor:
     """``fake_quantise`` for answers ``(B, n, F)``, with one codec per net on the second axis."""
     return torch.stack([fake_quantise(answers[:, i], codec) for i, codec in enumerate(codecs)], dim=1)
