@@ -30,7 +30,7 @@ def max_cosine(features: Tensor, previous: Sequence[Tensor]) -> Tensor:
 
 
 def stage3_loss(classification: Tensor, cosine: Tensor, reg_weight: float) -> Tensor:
-    """Returns Eq. 3: ``classification_loss`` of the concatenated tail plus ``reg_weight`` (lambda) times the cosine.
+    """Returns Eq. 3: the loss of the concatenated tail's answers plus ``reg_weight`` (lambda) times the cosine.
 
     The paper sums the cross-entropy over P; with one concatenated tail the terms are equal and the sum only rescales
     lambda, so one is taken.

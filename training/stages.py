@@ -274,13 +274,15 @@ def stage3(
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
         features = client.head(x)
+        logits = client.finish(features, selected)
+        loss = classification_loss(logits, targets, teacher(x), config.teacher_weight)
+        loss = loss + information_loss(config, features, targets)
+        if not config.reg_weight:  # N heads cost as much as all the rest
+            return StepResult(loss, logits)
         with torch.no_grad():
             others = [head(x) for head in previous]
         cosine = max_cosine(features, others)
-        logits = client.finish(features, selected)
-        classification = classification_loss(logits, targets, teacher(x), config.teacher_weight)
-        loss = stage3_loss(classification, cosine, config.reg_weight)
-        return StepResult(loss + information_loss(config, features, targets), logits, cosine)
+        return StepResult(stage3_loss(loss, cosine, config.reg_weight), logits, cosine)
 
     client.train()
     for metrics in fit(
