@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,6 +38,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--arch", help="resnet18, another name that ensembler cuts lists, or package.module:function")
     parser.add_argument("--head-end", help="the last part on the device; ensembler cuts ARCH lists them")
     parser.add_argument("--tail-start", help="the first part that is on the device again")
+    parser.add_argument(
+        "--preset",
+        help="options for one aim: obfuscate (the paper's) or strong; others that are given go before its own",
+    )
     parser.add_argument("--bottleneck", type=_numbers, metavar="K,S,B", help="at the cut: channels,stride,bits")
     parser.add_argument(
         "--encoder",
@@ -172,7 +177,16 @@ def _config(options: argparse.Namespace) -> Any:
     if "epochs" in given:
         given["epochs_stage1"] = given["epochs_stage3"] = given["epochs"]
     fields = TrainConfig.__dataclass_fields__.keys()
-    return TrainConfig(**{name: value for name, value in given.items() if name in fields})
+    given = {name: value for name, value in given.items() if name in fields}
+    config = TrainConfig(**given)
+    if options.preset is None:
+        return config
+    from ensembler.training import data
+    from ensembler.training.presets import preset_options
+
+    dataset = data.load(config.data)
+    arch = replace(config, bottleneck=None, encoder=()).arch_spec(dataset.image_size, len(dataset.labels))
+    return TrainConfig(**(preset_options(options.preset, arch) | given))
 
 
 def _refuse_beside_resume(options: argparse.Namespace) -> None:

@@ -1,0 +1,97 @@
+"""Presets: what they set, for which nets, and that given options go before theirs."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+
+import pytest
+
+from ensembler.cli import main
+from ensembler.protocol.errors import ConfigError
+from ensembler.training.config import TrainConfig
+from ensembler.training.models import ArchSpec, build_net, feature_shape
+from ensembler.training.presets import HEAD_SHARE, PRESETS, WIDTHS, head_share, preset_options
+from ensembler.training.runs import RunFolder
+
+
+def spec(name="resnet10_slim", side=32, **options):
+    return ArchSpec(name=name, image_size=(side, side), num_classes=10, **options)
+
+
+def squeezed(arch, **changes):
+    """The net as the preset ``strong`` makes it, with changes to its options."""
+    options = preset_options("strong", arch) | changes
+    return dataclasses.replace(arch, bottleneck=TrainConfig(data="demo", **options).squeezed)
+
+
+NETS = [
+    spec(),
+    spec(side=64),
+    spec("resnet10_half"),
+    spec("vgg16"),
+    spec("alexnet"),
+    spec("mobilenet_v2"),
+    spec(side=16),
+]
+
+
+@pytest.mark.parametrize("arch", NETS, ids=lambda arch: f"{arch.name}-{arch.image_size[0]}")
+def test_strong_sends_64_bytes_and_is_as_wide_as_a_quarter_of_the_work_allows(arch):
+    strong = squeezed(arch)
+    assert feature_shape(strong) == (16, 4, 4)
+    assert strong.bottleneck.bits == 2
+    assert head_share(strong) <= HEAD_SHARE
+    encoder = tuple(channels + WIDTHS.step * 2**level for level, channels in enumerate(strong.bottleneck.encoder))
+    assert head_share(squeezed(arch, encoder=encoder)) > HEAD_SHARE
+
+
+def test_the_share_of_a_head_is_its_part_of_the_undefended_nets_work():
+    # conv 3->16 at 32x32; of layer1: two convolutions 16->16 at 16x16; and so on, all but the classifier.
+    head = 3 * 9 * 16 * 32 * 32
+    body = 2 * 16 * 9 * 16 * 16 * 16
+    for narrow, wide, side in ((16, 32, 8), (32, 64, 4), (64, 128, 2)):
+        body += (narrow * wide * 9 + wide * wide * 9 + narrow * wide) * side * side
+    assert head_share(spec()) == pytest.approx(head / (head + body))
+
+
+def test_obfuscate_is_the_papers_client():
+    assert TrainConfig(data="demo", **preset_options("obfuscate", spec())) == TrainConfig(data="demo")
+
+
+@pytest.mark.parametrize(
+    ("name", "arch", "message"),
+    [
+        ("stronger", spec(), "--preset stronger: choose obfuscate or strong"),
+        ("strong", spec("vit_small"), "cannot be halved down to 4x4 cells"),
+        ("strong", spec(side=24), "cannot be halved down to 4x4 cells"),
+        ("strong", spec(head_end="layer4"), "cannot be halved down to 4x4 cells"),
+        ("strong", spec(head_end="layer1"), "no encoder after this cut fits into 25% of the net's work"),
+    ],
+)
+def test_what_has_no_preset_is_refused(name, arch, message):
+    with pytest.raises(ConfigError, match=message):
+        preset_options(name, arch)
+
+
+def test_every_preset_trains_a_net_that_can_be_built():
+    for name in PRESETS:
+        config = TrainConfig(data="demo", arch="resnet10_slim", **preset_options(name, spec()))
+        build_net(config.arch_spec((32, 32), 10), config.num_selected)
+
+
+def test_given_options_go_before_the_presets(tiny_data, tmp_path, capsys):
+    out = tmp_path / "run"
+    common = ["train", "--data", tiny_data, "--arch", "resnet10_slim", "-N", "2", "-P", "1", "--epochs", "1"]
+    common += ["--train-limit", "16", "--batch-size", "8", "--preset", "strong"]
+    assert main([*common, "--information-weight", "0.5", "--out", str(out)]) == 0
+    config = RunFolder.open(out).config
+    assert config.bottleneck == (16, 1, 2)
+    assert config.encoder
+    assert (config.information_weight, config.reg_weight) == (0.5, 0)
+    assert main([*common, "--dry-run", "--json"]) == 0
+    plan = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert plan["stages"]["stage3"]["time_s"] > 0
+    assert main([*common[:-1], "none", "--out", str(tmp_path / "other")]) == 2
+    assert "choose obfuscate or strong" in capsys.readouterr().err
+    assert not (tmp_path / "other").exists()

@@ -1,0 +1,119 @@
+"""Named sets of options for ``ensembler train --preset``, each for one aim; what was measured of them is in the docs.
+
+``obfuscate`` is the paper's client, whose images a determined server reads (docs/privacy-audit.md). ``strong`` lets the
+device say little: an encoder as wide as a quarter of the net's work allows, 64 bytes for an image, and a loss by which
+even those tell little more than the task needs (docs/privacy-presets.md). Start reading at ``preset_options``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from ensembler.protocol.errors import ConfigError
+from ensembler.training.models import ArchSpec, Bottleneck, build_net
+
+CELLS = 4  # the side of the map that is sent
+CHANNELS, BITS = 16, 2  # of it: 64 bytes
+HEAD_SHARE = 0.25  # of the net's multiply-accumulates, at most, on the device
+WIDTHS = range(8, 1025, 8)  # of an encoder's first convolutions
+
+
+def preset_options(name: str, arch: ArchSpec) -> dict[str, Any]:
+    """Returns the fields of ``TrainConfig`` that a preset sets.
+
+    Args:
+        name: of ``PRESETS``.
+        arch: the net, cut where it is to be, without a bottleneck.
+
+    Raises:
+        ConfigError: an unknown name, or a net and a cut for which the preset cannot be made.
+    """
+    if name not in PRESETS:
+        raise ConfigError(f"--preset {name}: choose {' or '.join(PRESETS)}")
+    return PRESETS[name](arch)
+
+
+def _obfuscate(arch: ArchSpec) -> dict[str, Any]:
+    del arch
+    return {}
+
+
+def _strong(arch: ArchSpec) -> dict[str, Any]:
+    net = build_net(arch)
+    shape = _shape(net.head, arch)
+    halvings = len(shape) == 3 and _halvings(shape[1], shape[2])
+    if not halvings:
+        raise ConfigError(
+            f"--preset strong: features of shape {shape} cannot be halved down to {CELLS}x{CELLS} cells; choose "
+            "another --head-end (ensembler cuts lists them)"
+        )
+    whole = sum(_macs(part, shape_in) for part, shape_in in ((net.head, _image(arch)), (net.body, shape)))
+    best: tuple[int, ...] | None = None
+    for width in WIDTHS:
+        encoder = tuple(width * 2**level for level in range(halvings))
+        if max(encoder) > WIDTHS[-1]:
+            break
+        bottleneck = Bottleneck(channels=CHANNELS, stride=1, bits=BITS, encoder=encoder)
+        head = build_net(replace(arch, bottleneck=bottleneck)).head
+        if _macs(head, _image(arch)) > HEAD_SHARE * whole:
+            break
+        best = encoder
+    if best is None:
+        raise ConfigError(
+            f"--preset strong: no encoder after this cut fits into {100 * HEAD_SHARE:.0f}% of the net's work; choose "
+            "an earlier --head-end, or give --bottleneck and --encoder"
+        )
+    return {
+        "bottleneck": (CHANNELS, 1, BITS),
+        "encoder": best,
+        "information_weight": 0.05,
+        # Noise that never changes is undone by whoever sees a few messages, and heads unlike others keep nothing back.
+        "noise_std": 0.0,
+        "reg_weight": 0.0,
+    }
+
+
+PRESETS: dict[str, Callable[[ArchSpec], dict[str, Any]]] = {"obfuscate": _obfuscate, "strong": _strong}
+
+
+def head_share(arch: ArchSpec) -> float:
+    """Returns the device's part of the undefended net's multiply-accumulates, 0 to 1, its tail not counted.
+
+    Args:
+        arch: with the bottleneck, if there is one; the net is compared without.
+    """
+    plain = build_net(replace(arch, bottleneck=None))
+    whole = _macs(plain.head, _image(arch)) + _macs(plain.body, _shape(plain.head, arch))
+    return _macs(build_net(arch).head, _image(arch)) / whole
+
+
+def _halvings(height: int, width: int) -> int:
+    """Returns how often a map is halved until its shorter side has ``CELLS`` cells; 0 where that cannot be."""
+    count = 0
+    while min(height, width) > CELLS and height % 2 == width % 2 == 0:
+        height, width, count = height // 2, width // 2, count + 1
+    return count if min(height, width) == CELLS else 0
+
+
+def _image(arch: ArchSpec) -> tuple[int, ...]:
+    return (3, *arch.image_size)
+
+
+@torch.no_grad()
+def _shape(module: nn.Module, arch: ArchSpec) -> tuple[int, ...]:
+    shape: torch.Size = module.eval()(torch.zeros(1, *_image(arch))).shape
+    return tuple(shape[1:])
+
+
+@torch.no_grad()
+def _macs(module: nn.Module, shape: tuple[int, ...]) -> int:
+    """Returns the multiply-accumulates of one image."""
+    with FlopCounterMode(display=False) as counter:
+        module.eval()(torch.zeros(1, *shape))
+    return int(counter.get_total_flops()) // 2
