@@ -867,6 +867,26 @@ def test_the_bottlenecks_codec_is_the_wires(own):
     assert load_server(own[0] / "server").wire.feature_codec == config.squeezed.codec
 
 
+@pytest.mark.parametrize(("bits", "options"), [(2, {}), (1, {"noise_mode": "fresh", "noise_std": 0.3})])
+def test_an_encoder_before_few_codes_goes_all_the_way(bits, options, tiny, tiny_images, tmp_path):
+    config = dataclasses.replace(
+        RunFolder.open(tiny.run).config,
+        bottleneck=(16, 1, bits),
+        encoder=(24,),
+        information_weight=0.05,
+        num_nets=2,
+        num_selected=1,
+        **({"noise_std": 0.0} | options),
+    )
+    train(config, tmp_path / "run")
+    report = exported(tmp_path / "run", tmp_path)
+    wire = load_server(tmp_path / "server").wire
+    assert (wire.feature_shape, wire.bytes_up) == ((16, 4, 4), 16 * 16 * bits // 8)
+    logits = logits_of(tmp_path, tmp_path / "server", tiny_images)
+    right = 100 * (logits.argmax(1) == held_out_classes(tiny)).mean()
+    assert report.accuracy_artifact == pytest.approx(right, abs=0 if bits == 2 else 10)
+
+
 # --- noise and baselines ---
 
 

@@ -1,0 +1,231 @@
+"""A preset under attack: what a server sees of several clients, and what that costs, into docs/results/privacy.json.
+
+    python benchmarks/presets.py strong --undefended RUN... --victim RUN=CLIENT_BUNDLE --victim ...
+
+Each victim is audited twice: by the attacks below with the quick budget, the attacker's images being disjoint from all
+others; and by the oracle's decoders with the standard budget on the very images that trained the victim, the most that
+an attacker could have. Reports are kept in ``out/presets`` and not made again. The figure of an attack is the mean over
+victims; the strongest attack is the one with the highest mean.
+
+Accuracy is compared image by image with undefended nets, each victim with each of them, through the quantised wire.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import shlex
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import results
+import torch
+
+from ensembler.cli.console import Console, ProgressReporter
+from ensembler.privacy.audit import audit
+from ensembler.privacy.card import FLOOR
+from ensembler.privacy.scene import Access
+from ensembler.training import data as data_sets
+from ensembler.training.fit import EVALUATION_BATCH
+from ensembler.training.models import normalise
+from ensembler.training.presets import HEAD_SHARE, head_share
+from ensembler.training.runs import RunFolder
+from ensembler.training.stages import load_bodies, load_client
+
+ATTACKS = (
+    *("misaligned-decoder", "shadow-single", "shadow-calibrated", "shadow-adaptive"),
+    *("distribution-matching", "distribution-matching-critic", "generative-prior", "other-device"),
+    *("known-pairs-10", "known-pairs-100", "known-pairs-1000", "mla-prior"),
+)
+GOALS = {"oracle_ssim": "<= 0.30", "oracle_psnr_db": "<= 15", "worst_query_free_ssim": "<= 0.30"} | {
+    "worst_query_free_psnr_db": "<= 15",
+    "bytes_up": "<= 64",
+    "head_macs_share": f"<= {HEAD_SHARE:g}",
+    "accuracy_drop_points": "<= 2.5",
+}
+
+Row = dict[str, Any]
+
+
+def attacked(victims: Sequence[tuple[Path, Path]], folder: Path) -> list[list[Row]]:
+    """Returns for each victim the attacks' rows of both audits, made now unless they are there."""
+    found = []
+    for index, (run, bundle) in enumerate(victims):
+        other = victims[(index + 1) % len(victims)][1] if len(victims) > 1 else None
+        rows: list[Row] = []
+        for name, options in (
+            ("many", {"budget": "quick", "attacks": ATTACKS, "other_device": other}),
+            ("oracle", {"budget": "standard", "attacks": (), "auxiliary": "train", "seeds": 1}),
+        ):
+            out = folder / f"{run.parent.name}-{run.name}-{name}.html"
+            if not out.with_suffix(".json").is_file():
+                reporter = ProgressReporter(Console(as_json=False))
+                audit(
+                    run,
+                    bundle,
+                    out,
+                    reporter=reporter,
+                    command=shlex.join(["benchmarks/presets.py", str(run)]),
+                    **options,
+                )
+            document = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+            for row in document["attacks"]:
+                passed = all(gate["passed"] for gate in document["gates"] if gate["about"] == row["name"])
+                rows.append(row | {"doubted": not passed})
+            rows += [{"name": f"selector, {way}", **facts} for way, facts in document["selector"].items()]
+            rows.append({"name": "sent", **document["sent"]})
+        found.append(rows)
+    return found
+
+
+@torch.inference_mode()
+def correct(run: RunFolder) -> np.ndarray[Any, np.dtype[np.bool_]]:
+    """Returns which held-out images a run's client gets right, through the quantised wire."""
+    data = data_sets.load(run.config.data)
+    client, bodies = load_client(run), load_bodies(run)
+    selected = [bodies[k] for k in client.selector]
+    right = []
+    for start in range(0, len(data.test_x), EVALUATION_BATCH):
+        chosen = slice(start, start + EVALUATION_BATCH)
+        logits = client.finish(client.head(normalise(torch.from_numpy(data.test_x[chosen]))), selected)
+        right.append(logits.argmax(1).numpy() == data.test_y[chosen])
+    return np.concatenate(right)
+
+
+def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder], undefended: list[RunFolder]) -> list[Row]:
+    """Returns the figures."""
+
+    def of(names: Sequence[str], read: Callable[[Row], float]) -> list[float]:
+        """For each victim the highest over the rows of these names."""
+        return [max(read(row) for row in rows if row["name"] in names) for rows in found]
+
+    def figure(name: str, values: Sequence[float], unit: str, words: str = "", digits: int = 4) -> Row:
+        each = ", ".join(f"{value:.{digits}f}".rstrip("0") for value in values)
+        note = f"{words}; " if words else ""
+        return results.figure(
+            f"{prefix}_{name}",
+            round(float(np.mean(values)), digits),
+            unit,
+            GOALS.get(name, "") if prefix == "strong" else "",
+            f"{note}{len(values)} victims: {each}",
+        )
+
+    def strongest(access: Callable[[int], bool]) -> tuple[str, list[float]]:
+        names = {row["name"] for row in found[0] if "access" in row and access(row["access"])}
+        means = {name: of([name], _ssim) for name in names}
+        best = max(means, key=lambda name: float(np.mean(means[name])))
+        return best, means[best]
+
+    def described(name: str) -> str:
+        doubted = sum(row["doubted"] for rows in found for row in rows if row["name"] == name)
+        return name + (f" (its own check failed for {doubted})" if doubted else "")
+
+    floor = of([FLOOR], _ssim)
+    query_free, values = strongest(lambda access: access == Access.QUERY_FREE)
+    # The bound is the best of all that know the device: decoders, the stolen head, pairs.
+    bound, _ = strongest(lambda access: access >= Access.DEVICE)
+    knowing = sorted({row["name"] for row in found[0] if row.get("access", 0) >= Access.DEVICE})
+    other = of(["other-device"], _ssim)
+    figures = [
+        figure("floor_ssim", floor, "ssim", "the mean image"),
+        figure("worst_query_free_ssim", values, "ssim", described(query_free)),
+        figure(
+            "worst_query_free_psnr_db",
+            of([row["name"] for row in found[0] if row.get("access") == Access.QUERY_FREE], _psnr_db),
+            "dB",
+            "the clearest of all query-free attacks",
+            2,
+        ),
+        figure("oracle_ssim", of(knowing, _ssim), "ssim", f"the best of {', '.join(knowing)}; most often {bound}"),
+        figure("oracle_psnr_db", of(knowing, _psnr_db), "dB", "the clearest of the same", 2),
+        figure(
+            "same_device_known_plaintext_ssim",
+            of([n for n in knowing if "pairs" in n], _ssim),
+            "ssim",
+            "up to 1,000 pairs",
+        ),
+        figure(
+            "other_device_known_plaintext_ssim", other, "ssim", "a decoder of all pairs of another client of the server"
+        ),
+        figure("bytes_of_entropy_at_most", of(["sent"], lambda row: row["bytes_of_entropy_at_most"]), "bytes", "", 1),
+        figure("bytes_up", [run.read_wire().spec.bytes_up for run in victims], "bytes", "codes of one image", 0),
+        figure("head_macs_share", [head_share(run.arch) for run in victims], "of 1", "of the undefended net's"),
+    ]
+    gain = [a - b for a, b in zip(other, floor, strict=True)]
+    if prefix == "strong":
+        figures.append(
+            results.figure(
+                "other_device_known_plaintext_gain_ssim",
+                round(float(np.mean(gain)), 4),
+                "ssim",
+                "<= 0.02",
+                "over the mean image: " + ", ".join(f"{value:.4f}" for value in gain),
+            )
+        )
+        figures.append(results.figure("victim_seeds", len(victims), "clients", ">= 3", "of one server"))
+    ways = sorted({row["name"] for row in found[0] if row["name"].startswith("selector, ")})
+    if ways:
+        each = {way: of([way], lambda row: row["auc"]) for way in ways}
+        furthest = max(each, key=lambda way: abs(float(np.mean(each[way])) - 0.5))
+        name = furthest.removeprefix("selector, ")
+        figures.append(
+            figure("selector_recovery_auc", each[furthest], "AUC", f"ranking by {name}, the furthest from 0.5")
+        )
+    figures += _accuracy(prefix, victims, undefended)
+    return figures
+
+
+def _accuracy(prefix: str, victims: list[RunFolder], undefended: list[RunFolder]) -> list[Row]:
+    mine, theirs = [correct(run) for run in victims], [correct(run) for run in undefended]
+    pairs = [100 * (b.astype(float) - a) for a, b in itertools.product(mine, theirs)]
+    drops = [float(pair.mean()) for pair in pairs]
+    error = float(np.mean([pair.std() / np.sqrt(len(pair)) for pair in pairs]))
+    accuracies = ", ".join(f"{100 * right.mean():.2f}" for right in mine)
+    reference = ", ".join(f"{100 * right.mean():.2f}" for right in theirs)
+    words = (
+        f"clients {accuracies}; undefended {reference}; each with each: {min(drops):.2f} to {max(drops):.2f}, "
+        f"standard error of one comparison {error:.2f}"
+    )
+    goal = GOALS["accuracy_drop_points"] if prefix == "strong" else ""
+    return [
+        results.figure(f"{prefix}_accuracy_drop_points", round(float(np.mean(drops)), 2), "points", goal, words),
+        results.figure(
+            f"{prefix}_accuracy", round(float(np.mean([100 * r.mean() for r in mine])), 2), "%", "", accuracies
+        ),
+    ]
+
+
+def _ssim(row: Row) -> float:
+    return float(row["ssim"]["mean"])
+
+
+def _psnr_db(row: Row) -> float:
+    """The clearest variant's, where an attack has several."""
+    clearest = [seen["best_by_psnr"]["psnr_db"] for seen in row["seen"].values() if "best_by_psnr" in seen]
+    return max([float(row["psnr_db"]["mean"]), *clearest])
+
+
+def main() -> None:
+    """Audits and records."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("preset", help="the first word of the figures' names")
+    parser.add_argument("--victim", action="append", required=True, metavar="RUN=CLIENT_BUNDLE")
+    parser.add_argument("--undefended", action="append", required=True, type=Path, metavar="RUN", help="--defense none")
+    options = parser.parse_args()
+    folder = Path("out/presets")
+    folder.mkdir(parents=True, exist_ok=True)
+    victims = [(Path(run), Path(bundle)) for run, bundle in (each.split("=", 1) for each in options.victim)]
+    found = attacked(victims, folder)
+    runs = [RunFolder.open(run) for run, _ in victims]
+    figures = figures_of(options.preset, found, runs, [RunFolder.open(run) for run in options.undefended])
+    given = [part for each in options.victim for part in ("--victim", each)]
+    given += [part for each in options.undefended for part in ("--undefended", str(each))]
+    command = shlex.join(["python", "benchmarks/presets.py", options.preset, *given])
+    results.record("privacy", figures, command=command, seed=runs[0].config.seed)
+
+
+if __name__ == "__main__":
+    main()
