@@ -30,10 +30,10 @@ from ensembler.privacy.scene import FEWEST, load_images, shuffled, too_few
 from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training.checkpoint import data_digest
 from ensembler.training.fit import Reporter, accuracy, derived_seed
-from ensembler.training.models import normalise, traced_net
+from ensembler.training.models import normalise, placed, traced_net
 from ensembler.training.runs import RunFolder
 from ensembler.training.splits import Cut, TracedNet
-from ensembler.training.stage1 import load_stage1, placed
+from ensembler.training.stage1 import load_stage1
 
 STRONGEST = "strongest"
 ATTACKS = (*KINDS, "mla")  # a layer's seed counts by the place here

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ensembler.privacy.metrics import ssim
-from ensembler.training.stage1 import placed
+from ensembler.training.models import placed
 
 Features = Callable[[Tensor], Tensor]
 Reconstruct = Callable[[Tensor], Tensor]

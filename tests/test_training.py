@@ -25,7 +25,8 @@ from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training import data as data_sets
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, derived_seed, pick_device
-from ensembler.training.losses import classification_loss, information_bits, max_cosine, stage3_loss
+from ensembler.training.hiding import Adversary, Hiding, distance_correlation, information_bits
+from ensembler.training.losses import classification_loss, max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
 from ensembler.training.perturbation import LEARNED_TENSORS, Perturbation
 from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, restore
@@ -454,6 +455,57 @@ def test_features_that_are_the_class_alone_have_no_information():
     assert float(bits.detach()) == pytest.approx(0, abs=1e-6)
     bits.backward()
     assert torch.isfinite(features.grad).all()
+
+
+def test_distance_correlation_is_one_for_the_same_thing_turned_and_scaled_and_little_for_strangers():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(256, 3, 2, 2, generator=generator)
+    turn, _ = torch.linalg.qr(torch.randn(12, 12, generator=generator))
+    turned = 3 * x.flatten(1) @ turn + 7
+    assert float(distance_correlation(x, turned)) == pytest.approx(1, abs=1e-3)
+    stranger = torch.randn(256, 4, generator=generator)
+    mixed = x.flatten(1)[:, :4] + 2 * stranger
+    independent, little = (float(distance_correlation(x, z)) for z in (stranger, mixed))
+    assert 0 <= independent < 0.1
+    assert independent < little < 0.9
+    same = torch.ones(8, 3, requires_grad=True)
+    nothing = distance_correlation(torch.randn(8, 5, generator=generator), same)
+    nothing.backward()
+    assert float(nothing.detach()) == pytest.approx(0, abs=1e-3)
+    assert torch.isfinite(same.grad).all()
+
+
+@pytest.mark.parametrize(("shape", "size"), [((8, 4, 4), (32, 32)), ((3, 16, 16), (16, 16)), ((5, 3, 5), (21, 33))])
+def test_the_decoder_in_the_loop_paints_images_of_their_size(shape, size):
+    assert Adversary(shape, size)(torch.randn(2, *shape)).shape == (2, 3, *size)
+
+
+def test_the_decoder_in_the_loop_descends_where_the_head_ascends(settings, run):
+    config = settings(decoder_weight=2.0)
+    hiding = Hiding(config, run.arch, torch.device("cpu"))
+    x = torch.randn(4, 3, 16, 16)
+    features = torch.randn(4, *feature_shape(run.arch), requires_grad=True)
+    hiding.loss(x, features, torch.zeros(4, dtype=torch.int64)).backward()
+    plain = features.detach().clone().requires_grad_()
+    loss = 2.0 * functional.mse_loss(hiding.decoder(plain), x)
+    (upward,) = torch.autograd.grad(loss, plain)
+    torch.testing.assert_close(features.grad, -upward, rtol=1e-3, atol=1e-7)
+    expected = torch.autograd.grad(2.0 * functional.mse_loss(hiding.decoder(plain), x), hiding.parameters()[0])[0]
+    torch.testing.assert_close(hiding.parameters()[0].grad, expected, rtol=1e-3, atol=1e-6)
+
+
+def test_a_decoder_in_the_loop_needs_a_map():
+    with pytest.raises(ConfigError, match="--decoder-weight needs features"):
+        Adversary((65, 128), (32, 32))
+
+
+@pytest.mark.parametrize("option", ["nopeek_weight", "decoder_weight"])
+def test_a_published_loss_changes_what_is_trained_and_nothing_that_is_not_asked_for(option, run, settings, tmp_path):
+    train(settings(client_seed=4, num_selected=N), tmp_path / "without", stage1_from=run.path)
+    train(settings(client_seed=4, num_selected=N, **{option: 1.0}), tmp_path / "with", stage1_from=run.path)
+    heads = [state(load_client(RunFolder.open(tmp_path / name)).head) for name in ("without", "with")]
+    assert heads[0] != heads[1]
+    assert not any("decoder" in name for name in RunFolder(tmp_path / "with").load_tensors(RunFolder.CLIENT_FILE))
 
 
 def test_a_weighed_information_loss_leaves_features_that_tell_less(settings, tmp_path):

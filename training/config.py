@@ -44,8 +44,10 @@ class TrainConfig:
         dropout: the share of its features that the client drops, see ``perturbation``. Stage 1 of Ensembler drops none.
         reg_weight: lambda of Eq. 3.
         reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
-        information_weight: of ``losses.information_bits`` in the loss, in both stages.
+        information_weight: of ``hiding.information_bits`` in the loss of both stages.
         information_noise: the deviation of the noise that it reckons with.
+        nopeek_weight: of ``hiding.distance_correlation``.
+        decoder_weight: of a decoder in the loop, ``hiding.Adversary``.
         teacher: a run folder with ``defense`` none, whose answers the nets of both stages learn beside the labels.
         teacher_weight: of it in the loss, 0 to 1; the labels have the rest.
         wire_bits: of one code of the features on the wire; ``auto`` takes the fewest that cost the stage-1 nets no
@@ -86,6 +88,8 @@ class TrainConfig:
     reg_over: RegOver = "all"
     information_weight: float = 0.0
     information_noise: float = 0.5
+    nopeek_weight: float = 0.0
+    decoder_weight: float = 0.0
     teacher: str | None = None
     teacher_weight: float = 0.7
     wire_bits: int | Literal["auto"] = 8
@@ -123,6 +127,8 @@ class TrainConfig:
             "max_wire_drop_points": self.max_wire_drop_points,
             "reg_weight": self.reg_weight,
             "information_weight": self.information_weight,
+            "nopeek_weight": self.nopeek_weight,
+            "decoder_weight": self.decoder_weight,
             "weight_decay": self.weight_decay,
             "seed": self.seed,
             "client_seed": self.client_seed or 0,

@@ -1,4 +1,4 @@
-"""The loss of stage 3 (Ensembler, Eq. 3), and what makes features tell less."""
+"""The losses of the task: cross-entropy, a teacher's answers, and stage 3's cosine term (Ensembler, Eq. 3)."""
 
 from __future__ import annotations
 
@@ -57,29 +57,3 @@ def classification_loss(logits: Tensor, targets: Tensor, taught: Tensor | None =
     distance = F.kl_div(softened, wanted, reduction="batchmean", log_target=True)
     # The square keeps the gradients of both parts in proportion, whatever the temperature.
     return (1 - weight) * loss + weight * TEMPERATURE**2 * distance
-
-
-def information_bits(features: Tensor, targets: Tensor, noise_std: float) -> Tensor:
-    """Returns how much features tell of an image beyond its class, in bits for each number.
-
-    The mean over numbers of ``log2(1 + var / noise_std^2) / 2``, with the variance within a class: if noise of that
-    deviation is added, no more than so much passes (a Gaussian channel). It is the idea of CEM (Xia et al., CVPR 2025:
-    conditional entropy maximisation), with the classes as the mixture's parts.
-
-    Args:
-        features: ``(B, ...)``, before noise and codes.
-        targets: classes ``(B,)`` int64.
-        noise_std: of the noise that is added, or in its place a fraction of the features' own deviation.
-
-    Returns:
-        A scalar, at least 0.
-    """
-    # Variances are differences of large numbers: not in bfloat16.
-    with torch.autocast(features.device.type, enabled=False):
-        flat = features.float().flatten(1)
-        members = F.one_hot(targets).to(flat.dtype)  # (B, K)
-        counts = members.sum(0)  # (K,)
-        means = (members.T @ flat) / counts.clamp_min(1)[:, None]
-        spread = (members.T @ (flat - means[targets]).square()) / counts.clamp_min(1)[:, None]
-        bits = torch.log2(1 + spread / noise_std**2).mean(1) / 2  # (K,)
-        return (bits * counts).sum() / counts.sum()

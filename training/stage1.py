@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -29,15 +28,14 @@ from ensembler.training.fit import (
     fit,
     steps_per_epoch,
 )
-from ensembler.training.losses import classification_loss, information_bits
-from ensembler.training.models import ArchSpec, Net, build_net, feature_shape
+from ensembler.training.hiding import Hiding
+from ensembler.training.losses import classification_loss
+from ensembler.training.models import ArchSpec, Net, build_net, feature_shape, placed
 from ensembler.training.perturbation import Perturbation
 from ensembler.training.ray_pool import RayPool
 from ensembler.training.runs import RunFolder, module_tensors, restore
 from ensembler.training.shredder import learn
 from ensembler.training.wire import fake_quantise
-
-M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -140,20 +138,21 @@ def train_piece(
     # A bottleneck's quantiser is part of the net from the first step on.
     codec = None if config.squeezed is None else config.squeezed.codec
     teacher = teacher_of(config, arch, run.labels, device)
+    hiding = Hiding(config, arch, device)
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
         features = nets[0].head(x)
         logits = _answered(items, features, codec)
         loss = classification_loss(logits, targets, teacher(x), config.teacher_weight)
-        return StepResult(loss + information_loss(config, features, targets), logits)
+        return StepResult(loss + hiding.loss(x, features, targets), logits)
 
     piece = {"stage": 1, "net": first}
-    live = {**module_tensors("net", nets[0]), "noise": noise}
+    live = {**module_tensors("net", nets[0]), "noise": noise, **hiding.state()}
     for index, net in enumerate(nets[1:], 1):
         live |= module_tensors(f"body{index}", net.body) | module_tensors(f"tail{index}", net.tail)
     words = f"nets 1 to {len(nets)} together" if len(nets) > 1 else f"net {first + 1} of {config.trained_nets}"
     for metrics in fit(
-        nn.ModuleList(nets).train().parameters(),
+        [*nn.ModuleList(nets).train().parameters(), *hiding.parameters()],
         step,
         data,
         config,
@@ -210,13 +209,6 @@ def teacher_of(
     return taught
 
 
-def information_loss(config: TrainConfig, features: Tensor, targets: Tensor) -> Tensor | float:
-    """Returns ``losses.information_bits`` as ``config`` weighs it, for a head's features ``(B, C, h, w)``."""
-    if not config.information_weight:
-        return 0.0
-    return config.information_weight * information_bits(features, targets, config.information_noise)
-
-
 def _store(run: RunFolder, index: int, item: Stage1Net) -> None:
     """Stores one stage-1 net."""
     tensors = {"noise": item.noise}
@@ -239,13 +231,6 @@ def _stored(run: RunFolder, index: int) -> Stage1Net:
     for name, module in (("head", net.head), ("body", net.body), ("tail", net.tail)):
         restore(module, name, tensors)
     return Stage1Net(freeze(net), tensors["noise"], run.config.stage1_perturbation)
-
-
-def placed(module: M, device: torch.device) -> M:
-    """Moves a module to its device, channels last: a third faster on the CPU."""
-    module.to(device)
-    module.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
-    return module
 
 
 def freeze(net: Net) -> Net:

@@ -34,8 +34,9 @@ from ensembler.training.fit import (
     fit,
     pick_device,
 )
+from ensembler.training.hiding import Hiding
 from ensembler.training.losses import classification_loss, max_cosine, stage3_loss
-from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise
+from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise, placed
 from ensembler.training.perturbation import Draw, Perturbation
 from ensembler.training.ray_pool import RayPool
 from ensembler.training.runs import (
@@ -52,9 +53,7 @@ from ensembler.training.splits import joined, only_linear
 from ensembler.training.stage1 import (
     Stage1Net,
     freeze,
-    information_loss,
     load_stage1,
-    placed,
     stage1,
     teacher_of,
 )
@@ -271,12 +270,13 @@ def stage3(
     if config.reg_over == "selected":
         previous = [previous[k] for k in secret.selector]
     teacher = teacher_of(config, arch, run.labels, device)
+    hiding = Hiding(config, arch, device)
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
         features = client.head(x)
         logits = client.finish(features, selected)
         loss = classification_loss(logits, targets, teacher(x), config.teacher_weight)
-        loss = loss + information_loss(config, features, targets)
+        loss = loss + hiding.loss(x, features, targets)
         if not config.reg_weight:  # N heads cost as much as all the rest
             return StepResult(loss, logits)
         with torch.no_grad():
@@ -286,7 +286,7 @@ def stage3(
 
     client.train()
     for metrics in fit(
-        client.parameters(),
+        [*client.parameters(), *hiding.parameters()],
         step,
         data,
         config,
@@ -294,7 +294,9 @@ def stage3(
         seed=derived_seed(secret.seed, 3, 2),
         reporter=reporter,
         label="stage 3, the client",
-        checkpoint=Checkpoint(run, run.CLIENT_CHECKPOINT, module_tensors("client", client), {"stage": 3}),
+        checkpoint=Checkpoint(
+            run, run.CLIENT_CHECKPOINT, {**module_tensors("client", client), **hiding.state()}, {"stage": 3}
+        ),
     ):
         run.append_metrics({"stage": 3, **asdict(metrics)})
     client.eval()

@@ -18,7 +18,7 @@ from ensembler.privacy.attacks.matching import Match, Shadow, match_ticks, match
 from ensembler.privacy.attacks.moments import BATCH
 from ensembler.privacy.decoder import as_map
 from ensembler.privacy.scene import Access, View
-from ensembler.training.stage1 import placed
+from ensembler.training.models import placed
 
 WIDTH = 64
 RATE = 1e-3

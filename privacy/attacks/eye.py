@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ensembler.privacy.decoder import BATCH, CHUNK, pixels
-from ensembler.training.stage1 import placed
+from ensembler.training.models import placed
 
 SIDE = 32  # larger images are looked at from further away
 MAX_STEPS = 300

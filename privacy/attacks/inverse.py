@@ -16,8 +16,7 @@ from ensembler.privacy.attacks.inversion import Front, Maps, Shape, map_shape, s
 from ensembler.privacy.scene import Access, View
 from ensembler.training.architectures import ARCHITECTURES
 from ensembler.training.fit import derived_seed
-from ensembler.training.models import ArchSpec, normalise, traced_net
-from ensembler.training.stage1 import placed
+from ensembler.training.models import ArchSpec, normalise, placed, traced_net
 
 BLOCKS = {"ina": "plain convolutions", "eina": "residual blocks"}
 

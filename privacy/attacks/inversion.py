@@ -19,9 +19,8 @@ from ensembler.privacy.attacks.base import AttackImpossibleError
 from ensembler.privacy.decoder import CHUNK, Effort, as_map, painted, pixels, train_until_flat
 from ensembler.protocol.errors import ConfigError
 from ensembler.training.architectures import BasicBlock
-from ensembler.training.models import normalise
+from ensembler.training.models import normalise, placed
 from ensembler.training.splits import TracedNet
-from ensembler.training.stage1 import placed
 
 KINDS = ("ina", "eina", "dina")
 COEFFICIENTS = ("c1", "c2")

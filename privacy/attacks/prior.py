@@ -15,7 +15,7 @@ from ensembler.privacy.attacks.likelihood import descend
 from ensembler.privacy.attacks.matching import Shadow, match_ticks, matched
 from ensembler.privacy.decoder import BATCH, painted, pixels
 from ensembler.privacy.scene import Access, View
-from ensembler.training.stage1 import placed
+from ensembler.training.models import placed
 
 CODE_CHANNELS = 16  # at a quarter of the image's height and width: a third of its numbers
 WIDTH = 48

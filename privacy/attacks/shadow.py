@@ -21,9 +21,8 @@ from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Find
 from ensembler.privacy.decoder import Decoder, Reconstruct, painted
 from ensembler.privacy.scene import Access, View
 from ensembler.training.fit import augment
-from ensembler.training.models import build_net, normalise
+from ensembler.training.models import build_net, normalise, placed
 from ensembler.training.perturbation import Perturbation
-from ensembler.training.stage1 import placed
 from ensembler.training.wire import fake_quantise
 
 BATCH = 64

@@ -69,6 +69,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--information-weight", type=float, help="of what the features tell beyond the class (default: 0)"
     )
     parser.add_argument("--information-noise", type=float, help="the noise that it reckons with (default: 0.5)")
+    parser.add_argument("--nopeek-weight", type=float, help="of NoPeek's distance correlation in the loss (default: 0)")
+    parser.add_argument("--decoder-weight", type=float, help="of a decoder in the loop, as in ResSFL (default: 0)")
     parser.add_argument("--teacher", metavar="RUN", help="a run with --defense none, whose answers the nets learn too")
     parser.add_argument("--teacher-weight", type=float, help="of the teacher in the loss (default: 0.7)")
     parser.add_argument("--wire-bits", type=_bits, help="of a feature's code: 8, 4, 3, 2, 1 or auto (default: 8)")
