@@ -181,6 +181,7 @@ def test_the_wire_and_the_selector_once_written_are_kept(settings, tmp_path):
         ({"defense": "single", "noise": "learned", "noise_mode": "fresh", "dropout": 0.3}, 2),
         ({"defense": "joint", "dropout": 0.3}, 1),
         ({"noise": "learned"}, N + 2),
+        ({"decoder_weight": 1.0, "bottleneck": (4, 4, 2), "noise_mode": "fresh"}, N + 1),
     ],
 )
 def test_other_defences_are_resumed_too(settings, drawn, tmp_path, changes, pieces):
