@@ -1,0 +1,165 @@
+"""The frontier: one lever at a time, what the oracle then reads and what it costs, in docs/results/frontier.json, .svg.
+
+    python benchmarks/frontier.py --data cifar10:PATH [--only NAME]... [--epochs 4]
+
+Every cell is one net that is trained with the lever (``--defense single``, taught by the undefended net), exported with
+8-bit head, and attacked by the oracle of the standard budget on the very images that trained it. Stages 2 and 3 and the
+other attacks are left out: no attack on a client of N nets reads more than an oracle on such a head. A cell takes about
+ten minutes of two cores, and what is there is not made again.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import results
+from product import exported, trained
+
+from ensembler.cli.console import Console, ProgressReporter
+from ensembler.privacy.audit import audit
+from ensembler.privacy.card import FLOOR, ORACLE
+from ensembler.protocol.text import aligned
+from ensembler.training.plots import blank_figure
+from ensembler.training.presets import head_share
+from ensembler.training.runs import RunFolder
+
+ARCH = "resnet10_half"
+# Gates of no cell: a head that misses one is part of the result.
+GATES = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100", "--plaintext")
+ENCODED = ("--encoder", "40,80", "--bottleneck")
+STRONG = (*ENCODED, "16,1,2", "--information-weight", "0.05")
+LEVERS: dict[str, dict[str, tuple[str, ...]]] = {
+    "depth": {f"after {part}": ("--head-end", part) for part in ("stem", "layer1", "layer2", "layer3")},
+    "bits": {f"encoder, 16 channels, {bits} bits": (*ENCODED, f"16,1,{bits}") for bits in (8, 4, 2, 1)},
+    "channels": {f"encoder, {count} channels, 2 bits": (*ENCODED, f"{count},1,2") for count in (4, 8, 32)},
+    "encoder": {"no encoder, 16 channels, 2 bits": ("--bottleneck", "16,4,2")},
+    "information": {
+        f"16 channels, 2 bits, information {weight}": (*ENCODED, "16,1,2", "--information-weight", weight)
+        for weight in ("0.05", "0.2", "0.5")
+    },
+    "NoPeek": {
+        "after stem, NoPeek 1": ("--nopeek-weight", "1"),
+        "16 channels, 2 bits, NoPeek 1": (*ENCODED, "16,1,2", "--nopeek-weight", "1"),
+    },
+    "decoder in the loop": {
+        "after stem, decoder 1": ("--decoder-weight", "1"),
+        "16 channels, 2 bits, decoder 1": (*ENCODED, "16,1,2", "--decoder-weight", "1"),
+    },
+    "fresh noise": {
+        **{f"after stem, noise {std}": ("--noise-mode", "fresh", "--noise-std", std) for std in ("0.5", "2")},
+        "16 channels, 2 bits, noise 0.5": (*ENCODED, "16,1,2", "--noise-mode", "fresh", "--noise-std", "0.5"),
+        "information 0.05, noise 0.5": (*STRONG, "--noise-mode", "fresh", "--noise-std", "0.5"),
+    },
+}
+CELLS = {name: (lever, options) for lever, cells in LEVERS.items() for name, options in cells.items()}
+COLOURS = ("#3b6ea8", "#c2562d", "#4f8a4c", "#8a5aa0", "#b0892b", "#3f8f93", "#a34765", "#6b737c")
+
+
+def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Trains, exports and attacks one cell."""
+    began = time.monotonic()
+    lever, given = CELLS[name]
+    folder = "".join(letter if letter.isalnum() else "_" for letter in name)
+    common = ("--data", options.data, "--arch", ARCH, "--epochs-stage1", str(options.epochs))
+    common += ("--precision", options.precision)
+    teacher = trained(options.runs / "undefended", *common, "--defense", "none")
+    noise = () if "--noise-std" in given else ("--noise-std", "0")
+    run = trained(options.runs / folder, *common, "--defense", "single", *noise, *given, "--teacher", str(teacher))
+    out = exported(run, options.out / folder, options.data, *GATES)
+    report = options.out / folder / "audit.html"
+    reporter = ProgressReporter(Console(as_json=False))
+    document = audit(
+        run, out / "client", report, budget="standard", attacks=(), auxiliary="train", seeds=1, reporter=reporter
+    )
+    rows = {row["name"]: row for row in document["attacks"]}
+    (seen,) = rows[ORACLE]["seen"].values()
+    opened = RunFolder.open(run)
+    undefended = json.loads((teacher / "summary.json").read_text(encoding="utf-8"))["accuracy_wire"]
+    accuracy = json.loads((out / "parity.json").read_text(encoding="utf-8"))["accuracy_artifact"]
+    return {
+        "lever": lever,
+        "options": " ".join(given),
+        "accuracy": round(accuracy, 2),
+        "undefended": round(undefended, 2),
+        "oracle_ssim": rows[ORACLE]["ssim"]["mean"],
+        "oracle_psnr_db": max(rows[ORACLE]["psnr_db"]["mean"], seen["best_by_psnr"]["psnr_db"]),
+        "floor_ssim": rows[FLOOR]["ssim"]["mean"],
+        "bytes_up": document["sent"]["bytes"],
+        "bytes_of_entropy_at_most": document["sent"]["bytes_of_entropy_at_most"],
+        "head_macs_share": round(head_share(opened.arch), 4),
+        "epochs": options.epochs,
+        "seed": opened.config.seed,
+        "machine": results.machine(),
+        "date": datetime.now(UTC).date().isoformat(),
+        "seconds": round(time.monotonic() - began),
+    }
+
+
+def table(cells: dict[str, dict[str, Any]]) -> str:
+    """Returns the cells for people, the least readable first."""
+    rows = [("cell", "drop", "SSIM", "dB", "bytes", "entropy", "head")]
+    for name, one in sorted(cells.items(), key=lambda item: float(item[1]["oracle_ssim"])):
+        rows.append(
+            (
+                name,
+                f"{one['undefended'] - one['accuracy']:.2f}",
+                f"{one['oracle_ssim']:.3f}",
+                f"{one['oracle_psnr_db']:.1f}",
+                str(one["bytes_up"]),
+                f"{one['bytes_of_entropy_at_most']:.0f}",
+                f"{100 * one['head_macs_share']:.0f}%",
+            )
+        )
+    return "\n".join(aligned(rows))
+
+
+def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draws what the oracle reads over what the lever costs."""
+    figure = blank_figure(8.0, 5.0)
+    axis = figure.subplots()
+    for (lever, _), colour in zip(LEVERS.items(), COLOURS, strict=True):
+        of = [one for one in cells.values() if one["lever"] == lever]
+        if of:
+            x, y = [one["undefended"] - one["accuracy"] for one in of], [one["oracle_ssim"] for one in of]
+            axis.scatter(
+                x, y, s=[20 + 10 * one["bytes_up"] ** 0.3 for one in of], color=colour, label=lever, alpha=0.85
+            )
+    if cells:
+        floor = sum(one["floor_ssim"] for one in cells.values()) / len(cells)
+        axis.axhline(floor, color="#999999", linewidth=1, linestyle="--", label="the mean image")
+    axis.axhline(0.3, color="#bbbbbb", linewidth=1, linestyle=":", label="the goal of strong")
+    axis.axvline(2.5, color="#bbbbbb", linewidth=1, linestyle=":")
+    axis.set_xlabel("accuracy lost, points")
+    axis.set_ylabel("SSIM of the oracle")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=8, frameon=False)
+    figure.savefig(path)
+
+
+def main() -> None:
+    """Makes the cells that are missing, one file after each."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--data", required=True)
+    parser.add_argument("--only", action="append", choices=list(CELLS), default=[])
+    parser.add_argument("--epochs", type=int, default=4)
+    parser.add_argument("--precision", default="auto", help="as in ensembler train")
+    parser.add_argument("--runs", type=Path, default=Path("runs/frontier"))
+    parser.add_argument("--out", type=Path, default=Path("out/frontier"))
+    options = parser.parse_args()
+    path = results.RESULTS / "frontier.json"
+    for name in options.only or CELLS:
+        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        if name not in known:
+            known[name] = cell(name, options)
+            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+        draw(known, path.with_suffix(".svg"))
+        print(table(known))
+
+
+if __name__ == "__main__":
+    main()
