@@ -86,6 +86,7 @@ class ControlSocket:
             try:
                 reply = self._handle(_read_line(connection))
             except EnsemblerError as error:
+                log.warning("refused on the control socket: %s", error)
                 reply = {"error": str(error)}
             except Exception as error:
                 log.exception("a request on the control socket failed")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any, ClassVar
@@ -48,7 +49,7 @@ class HttpPort:
             told = meter
 
         try:
-            self._http = ThreadingHTTPServer((host.strip("[]"), int(port)), Handler)
+            self._http = _Listening((host.strip("[]"), int(port)), Handler)
         except OSError as error:
             raise ConfigError(f"--http {address}: {error.strerror or error}; choose another address or port") from error
         self._http.daemon_threads = True
@@ -61,6 +62,12 @@ class HttpPort:
         self._http.shutdown()
         self._thread.join()
         self._http.server_close()
+
+
+class _Listening(ThreadingHTTPServer):
+    def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 (the library's)
+        """One line; the library's own is a traceback on stderr, and a probe that hangs up early is no error of ours."""
+        log.info("http: a connection ended early: %s", sys.exc_info()[1])
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -537,7 +537,14 @@ class Server:
         if trace is not None and self._tracer is not None:
             self._tracer.answered(str(trace), since_ms=self._now() - request.arrived_ms, attributes=facts)
         device = {"event": "answered", "device": _shown(request.item.device)}
-        log.debug("answered %d images", request.rows, extra={"fields": facts | device})
+        log.debug(
+            "answered %d images of device %s after %.1f ms in the queue and %.1f ms of computing",
+            request.rows,
+            device["device"] or "unknown",
+            queue_ms,
+            compute_ms,
+            extra={"fields": facts | device},
+        )
 
     def _refuse(self, request: _Request, error: WireError) -> None:
         self._meter.refused(error)

@@ -116,6 +116,13 @@ def test_a_missing_image_and_a_missing_server_are_told_apart(tiny, photo, tmp_pa
     assert "is the server running" in no_server.stderr
 
 
+@pytest.mark.parametrize("option", ["--key", "--authorized"])
+def test_a_key_beside_plaintext_is_refused_and_not_ignored(tiny, tmp_path, option):
+    done = run("serve", tiny.server, "--plaintext", option, tmp_path / "something")
+    assert done.returncode == 2
+    assert f"--plaintext takes no {option}" in done.stderr
+
+
 def test_a_server_without_an_authorised_device_does_not_start(tiny, tmp_path):
     (tmp_path / "empty").mkdir()
     done = run("serve", tiny.server, "--authorized", tmp_path / "empty")

@@ -10,6 +10,7 @@ import shutil
 import signal
 import socket
 import stat
+import struct
 import subprocess
 import sys
 import threading
@@ -160,6 +161,18 @@ def test_bytes_that_are_no_http_leave_the_port_alive(watched):
         with socket.create_connection((host, int(port)), timeout=WAIT_S) as line:
             line.sendall(garbage)
     assert get(address, "/livez")[0] == 200
+
+
+def test_a_probe_that_hangs_up_costs_one_line_and_no_traceback(watched, caplog, capsys):
+    _, _, address, _ = watched
+    host, port = address.split(":")
+    caplog.set_level("INFO", "ensembler.server")
+    with socket.create_connection((host, int(port)), timeout=WAIT_S) as line:
+        line.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # closing it is a reset
+        line.sendall(b"GET /livez HTTP/1.1\r\n")
+    while not any("ended early" in record.message for record in caplog.records):
+        assert get(address, "/livez")[0] == 200
+    assert "Traceback" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

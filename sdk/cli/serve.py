@@ -207,6 +207,9 @@ def _identity(options: argparse.Namespace) -> tuple[list[KeyPair | None], Path |
     """The key pair of every address, and the folder of the devices' keys; None without encryption."""
     count = len(options.bind or [""])
     if options.plaintext:
+        given = [name for name, value in (("--key", options.key), ("--authorized", options.authorized)) if value]
+        if given:
+            raise ConfigError(f"--plaintext takes no {' and no '.join(given)}: without encryption nobody is told apart")
         return [None] * count, None
     given = options.key or [None]
     if len(given) not in (1, count):
