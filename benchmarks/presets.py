@@ -36,7 +36,7 @@ from ensembler.training.runs import RunFolder
 from ensembler.training.stages import load_bodies, load_client
 
 ATTACKS = (
-    *("misaligned-decoder", "shadow-single", "shadow-calibrated", "shadow-adaptive"),
+    *("misaligned-decoder", "shadow-single", "shadow-calibrated", "shadow-adaptive", "shadow-informed"),
     *("distribution-matching", "distribution-matching-critic", "generative-prior", "other-device"),
     *("known-pairs-10", "known-pairs-100", "known-pairs-1000", "mla-prior"),
 )

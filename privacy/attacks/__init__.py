@@ -5,6 +5,7 @@ from __future__ import annotations
 from ensembler.privacy.attacks.base import Attack
 from ensembler.privacy.attacks.controls import MeanImage, Misaligned
 from ensembler.privacy.attacks.critic import MatchingCritic
+from ensembler.privacy.attacks.informed import Informed
 from ensembler.privacy.attacks.inverse import Distillation, InverseNet
 from ensembler.privacy.attacks.likelihood import Likelihood
 from ensembler.privacy.attacks.matching import Matching
@@ -20,6 +21,7 @@ _ALL: tuple[Attack, ...] = (
     Adaptive(),
     Subsets(),
     Colluding(),
+    Informed(),
     Matching(),
     Matching(observed=64),
     Matching(blind=True),

@@ -8,7 +8,7 @@ classify; a decoder of it is then fed with what arrives.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import accumulate, chain, combinations, pairwise
@@ -52,24 +52,37 @@ class ShadowHead(nn.Module):
         return fake_quantise(self._dropped.draw(torch.zeros_like(sent[0]), len(sent)).applied(sent), self.codec)
 
 
-class _Through(nn.Module):
-    """A shadow net: head, one server net or all of them under learned weights, tail."""
+class Through(nn.Module):
+    """A shadow net: head, one server net or several, under learned weights or alike, tail.
 
-    def __init__(self, view: View, bodies: Sequence[nn.Module], *, weighted: bool) -> None:
+    Args:
+        head: from normalised images to features as they would arrive.
+        view: of the attacker.
+        bodies: of the server.
+        weighted: learn a weight for each, as a softmax.
+    """
+
+    def __init__(self, head: nn.Module, view: View, bodies: Sequence[nn.Module], *, weighted: bool) -> None:
         super().__init__()
-        self.head = ShadowHead(view)
+        self.head = head
         self._bodies = list(bodies)  # not parameters: they stay as they are
         self.weights = nn.Parameter(torch.zeros(len(bodies))) if weighted else None
         self.tail = nn.Linear(view.wire.answer_width * len(bodies), view.arch.num_classes)
 
-    def forward(self, x: Tensor) -> Tensor:
-        sent = self.head(x)
+    def forward(self, sent: Tensor) -> Tensor:
+        """Returns logits for features as they would arrive."""
         answers = torch.stack([body(sent) for body in self._bodies], 1)
-        share = torch.full((len(self._bodies),), 1 / len(self._bodies), device=x.device)
+        share = torch.full((len(self._bodies),), 1 / len(self._bodies), device=sent.device)
         if self.weights is not None:
             share = self.weights.softmax(0)
         logits: Tensor = self.tail((answers * share[:, None]).flatten(1))
         return logits
+
+    @torch.no_grad()
+    def features(self, images: Tensor) -> Tensor:
+        """Returns what its head makes of uint8 images."""
+        arrived: Tensor = self.head(normalise(images).to(memory_format=torch.channels_last))
+        return arrived
 
 
 class SingleShadow:
@@ -217,25 +230,43 @@ def _trained(view: View, plan: Plan, nets: tuple[int, ...], weighted: bool) -> S
     # Of the set alone, so that a shadow is the same whichever attack asks for it first.
     part = (int(weighted), *nets)
     torch.manual_seed(plan.generator(0, *part).initial_seed())
-    net = placed(_Through(view, [bodies[index] for index in nets], weighted=weighted), view.device).train()
-    generator = plan.generator(1, *part)
+    net = placed(Through(ShadowHead(view), view, [bodies[i] for i in nets], weighted=weighted), view.device)
+    hits = train_shadow(net, view, plan, plan.generator(1, *part))
+    return ShadowFound(decoder_of(net.features, view, plan, 2, *part), 100 * hits)
+
+
+def train_shadow(
+    net: Through,
+    view: View,
+    plan: Plan,
+    generator: torch.Generator,
+    beside: Callable[[Tensor], Tensor | float] = lambda _: 0.0,
+) -> float:
+    """Trains a shadow net on the attacker's images for ``plan.steps`` steps; leaves it in ``eval()``.
+
+    Args:
+        net: in any mode.
+        view: of the attacker.
+        plan: how hard.
+        generator: of shuffling and augmentation.
+        beside: what is added to the cross-entropy, for the features as they would arrive.
+
+    Returns:
+        Its accuracy on the last batches that it was trained on, 0 to 1.
+    """
+    net.train()
     optimizer = torch.optim.Adam(net.parameters(), LEARNING_RATE)
     images, labels = view.auxiliary, view.auxiliary_labels
     hits = 0.0
     for _ in range(plan.steps):
         chosen = torch.randint(len(images), (BATCH,), generator=generator).to(images.device)
-        logits = net(normalise(augment(images[chosen], generator)).to(memory_format=torch.channels_last))
-        loss = F.cross_entropy(logits, labels[chosen])
+        sent = net.head(normalise(augment(images[chosen], generator)).to(memory_format=torch.channels_last))
+        logits = net(sent)
+        loss = F.cross_entropy(logits, labels[chosen]) + beside(sent)
         optimizer.zero_grad(set_to_none=True)
         loss.backward()  # type: ignore[no-untyped-call]
         optimizer.step()
         hits = 0.9 * hits + 0.1 * float((logits.argmax(1) == labels[chosen]).float().mean())
         plan.tick("shadow")
     net.eval()
-
-    @torch.no_grad()
-    def features(batch: Tensor) -> Tensor:
-        arrived: Tensor = net.head(normalise(batch).to(memory_format=torch.channels_last))
-        return arrived
-
-    return ShadowFound(decoder_of(features, view, plan, 2, *part), 100 * hits)
+    return hits
