@@ -36,7 +36,7 @@ from ensembler.training.runs import RunFolder
 from ensembler.training.stages import load_bodies, load_client
 
 ATTACKS = (
-    *("misaligned-decoder", "shadow-single", "shadow-calibrated", "shadow-adaptive", "shadow-informed"),
+    *("misaligned-decoder", "shadow-adaptive", "shadow-informed"),
     *("distribution-matching", "distribution-matching-critic", "generative-prior", "other-device"),
     *("known-pairs-10", "known-pairs-100", "known-pairs-1000", "mla-prior"),
 )
@@ -50,10 +50,12 @@ GOALS = {"oracle_ssim": "<= 0.30", "oracle_psnr_db": "<= 15", "worst_query_free_
 Row = dict[str, Any]
 
 
-def attacked(victims: Sequence[tuple[Path, Path]], folder: Path) -> list[list[Row]]:
-    """Returns for each victim the attacks' rows of both audits, made now unless they are there."""
+def attacked(victims: Sequence[tuple[Path, Path]], folder: Path, only: int | None) -> list[list[Row]]:
+    """Returns for each victim, or for one, the attacks' rows of both audits, made now unless they are there."""
     found = []
     for index, (run, bundle) in enumerate(victims):
+        if only not in (None, index):
+            continue
         other = victims[(index + 1) % len(victims)][1] if len(victims) > 1 else None
         rows: list[Row] = []
         for name, options in (
@@ -214,11 +216,16 @@ def main() -> None:
     parser.add_argument("preset", help="the first word of the figures' names")
     parser.add_argument("--victim", action="append", required=True, metavar="RUN=CLIENT_BUNDLE")
     parser.add_argument("--undefended", action="append", required=True, type=Path, metavar="RUN", help="--defense none")
+    parser.add_argument(
+        "--only", type=int, metavar="I", help="audit the victim of this number alone, and record nothing"
+    )
     options = parser.parse_args()
     folder = Path("out/presets")
     folder.mkdir(parents=True, exist_ok=True)
     victims = [(Path(run), Path(bundle)) for run, bundle in (each.split("=", 1) for each in options.victim)]
-    found = attacked(victims, folder)
+    found = attacked(victims, folder, options.only)
+    if options.only is not None:
+        return
     runs = [RunFolder.open(run) for run, _ in victims]
     figures = figures_of(options.preset, found, runs, [RunFolder.open(run) for run in options.undefended])
     given = [part for each in options.victim for part in ("--victim", each)]
