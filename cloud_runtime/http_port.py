@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -49,7 +50,8 @@ class HttpPort:
             told = meter
 
         try:
-            self._http = _Listening((host.strip("[]"), int(port)), Handler)
+            listening = _Listening6 if host.startswith("[") else _Listening
+            self._http = listening((host.strip("[]"), int(port)), Handler)
         except OSError as error:
             raise ConfigError(f"--http {address}: {error.strerror or error}; choose another address or port") from error
         self._http.daemon_threads = True
@@ -68,6 +70,10 @@ class _Listening(ThreadingHTTPServer):
     def handle_error(self, request: Any, client_address: Any) -> None:  # noqa: ARG002 (the library's)
         """One line; the library's own is a traceback on stderr, and a probe that hangs up early is no error of ours."""
         log.info("http: a connection ended early: %s", sys.exc_info()[1])
+
+
+class _Listening6(_Listening):
+    address_family = socket.AF_INET6
 
 
 class _Handler(BaseHTTPRequestHandler):

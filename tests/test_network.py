@@ -81,11 +81,29 @@ def test_an_address_with_characters_that_no_address_has_is_refused(address):
         ZmqTransport(address, server_key=None, keys=None)
 
 
+def has_ipv6():
+    try:
+        with socket.create_server(("::1", 0), family=socket.AF_INET6):
+            return True
+    except OSError:
+        return False
+
+
 def client(tiny, endpoint, **options) -> EdgeClient:
     return EdgeClient(tiny.client, endpoint, timeout_ms=options.pop("timeout_ms", LONG_MS), **options)
 
 
 # --- right answers ---
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no ::1 on this machine")
+def test_addresses_of_version_6_work_for_both_sides(tiny, serve, tiny_images, expected):
+    # [::] takes clients of version 4 too.
+    with serve(tiny.server, bind="tcp://[::]:*") as (endpoint, _):
+        port = endpoint.rpartition(":")[2]
+        for address in ("[::1]", "127.0.0.1", "localhost"):
+            with client(tiny, f"tcp://{address}:{port}") as edge:
+                np.testing.assert_array_equal(edge.predict(tiny_images[0]).logits, expected[0])
 
 
 def test_predict_gives_what_the_bundle_computes_without_a_network(tiny, running, tiny_images, expected):

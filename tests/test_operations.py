@@ -18,7 +18,7 @@ import threading
 import numpy as np
 import pytest
 from conftest import SlowEngine
-from test_network import client, good_request, raw
+from test_network import client, good_request, has_ipv6, raw
 
 from ensembler.cloud_runtime.control import ControlSocket, ask
 from ensembler.cloud_runtime.engine import EngineOptions
@@ -161,6 +161,15 @@ def test_bytes_that_are_no_http_leave_the_port_alive(watched):
         with socket.create_connection((host, int(port)), timeout=WAIT_S) as line:
             line.sendall(garbage)
     assert get(address, "/livez")[0] == 200
+
+
+@pytest.mark.skipif(not has_ipv6(), reason="no ::1 on this machine")
+def test_the_http_port_has_addresses_of_version_6(watched):
+    server = watched[0]
+    port = HttpPort("[::1]:0", server, PrometheusMeter())
+    assert port.address.startswith("[::1]:")
+    assert get(port.address, "/livez")[0] == 200
+    port.close()
 
 
 def test_a_probe_that_hangs_up_costs_one_line_and_no_traceback(watched, caplog, capsys):

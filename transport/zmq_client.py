@@ -89,7 +89,7 @@ class ZmqTransport:
             raise
 
     def _connected(self, socket: zmq.Socket[bytes]) -> ZmqConnection:
-        set_limits(socket)
+        set_limits(socket, self.endpoint)
         socket.setsockopt(zmq.RECONNECT_IVL, RECONNECT_MS)
         socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
         socket.setsockopt(zmq.HEARTBEAT_TIMEOUT, HEARTBEAT_TIMEOUT_MS)
@@ -136,8 +136,10 @@ def _check(endpoint: str) -> None:
         )
 
 
-def set_limits(socket: zmq.Socket[bytes]) -> None:
-    """Sets what both ends of a connection share: no lingering, frames and handshakes bounded."""
+def set_limits(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    """Sets what both ends of a connection share: no lingering, frames and handshakes bounded, the address's family."""
+    # Not for names: of one that has addresses of both families, libzmq would try the first of version 6 alone.
+    socket.setsockopt(zmq.IPV6, int("[" in endpoint))
     socket.setsockopt(zmq.LINGER, 0)
     socket.setsockopt(zmq.MAXMSGSIZE, LIMITS.frame_bytes)
     socket.setsockopt(zmq.HANDSHAKE_IVL, HANDSHAKE_MS)

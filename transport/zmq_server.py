@@ -108,7 +108,7 @@ class ServerSocket:
         _seed_names()
         socket = self._context.socket(zmq.ROUTER)
         try:
-            set_limits(socket)
+            set_limits(socket, endpoint)
             socket.setsockopt(zmq.ROUTER_MANDATORY, 1)
             socket.setsockopt(zmq.RCVHWM, PEER_MESSAGES)
             socket.setsockopt(zmq.HEARTBEAT_IVL, HEARTBEAT_MS)
@@ -128,7 +128,7 @@ class ServerSocket:
             reason = "this machine has no such address" if error.errno in _NOT_OURS else error.strerror
             raise ConfigError(
                 f"--bind {endpoint}: {reason}; give tcp://address:port with an address of this machine, "
-                "0.0.0.0 for all of them"
+                "0.0.0.0 or [::] for all of them"
             ) from None
         self._sockets.append(socket)
         self._poller.register(socket, zmq.POLLIN)
