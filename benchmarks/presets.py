@@ -2,9 +2,9 @@
 
     python benchmarks/presets.py strong --undefended RUN... --victim RUN=CLIENT_BUNDLE --victim ...
 
-Each victim is audited twice: by the attacks below with the quick budget, the attacker's images being disjoint from all
-others; and by the oracle's decoders with the standard budget on the very images that trained the victim, the most that
-an attacker could have. Reports are kept in ``out/presets`` and not made again. The figure of an attack is the mean over
+Each victim is audited twice: by the oracle's decoders with the standard budget on the very images that trained the
+victim, the most that an attacker could have; and by the attacks below with the quick budget, the attacker's images being
+disjoint from all others. Reports are kept in ``out/presets`` and not made again. The figure of an attack is the mean over
 victims; the strongest attack is the one with the highest mean.
 
 Accuracy is compared image by image with undefended nets, each victim with each of them, through the quantised wire.
@@ -59,8 +59,8 @@ def attacked(victims: Sequence[tuple[Path, Path]], folder: Path, only: int | Non
         other = victims[(index + 1) % len(victims)][1] if len(victims) > 1 else None
         rows: list[Row] = []
         for name, options in (
-            ("many", {"budget": "quick", "attacks": ATTACKS, "other_device": other}),
             ("oracle", {"budget": "standard", "attacks": (), "auxiliary": "train", "seeds": 1}),
+            ("many", {"budget": "quick", "attacks": ATTACKS, "other_device": other}),
         ):
             out = folder / f"{run.parent.name}-{run.name}-{name}.html"
             if not out.with_suffix(".json").is_file():
