@@ -2,10 +2,10 @@
 
     python benchmarks/presets.py strong --undefended RUN... --victim RUN=CLIENT_BUNDLE --victim ...
 
-Each victim is audited twice: by the oracle's decoders with the standard budget on the very images that trained the
-victim, the most that an attacker could have; and by the attacks below with the quick budget, the attacker's images being
-disjoint from all others. Reports are kept in ``out/presets`` and not made again. The figure of an attack is the mean over
-victims; the strongest attack is the one with the highest mean.
+Each victim is audited twice: by the oracle's decoders with the standard budget on the very images that trained it, the
+most that an attacker could have; and by the attacks below with the quick budget, the attacker's images being disjoint
+from all others. Reports are kept in ``out/presets`` and not made again. The figure of an attack is the mean over victims;
+the strongest attack is the one with the highest mean.
 
 Accuracy is compared image by image with undefended nets, each victim with each of them, through the quantised wire.
 """
