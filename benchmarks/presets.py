@@ -1,13 +1,14 @@
 """A preset under attack: what a server sees of several clients, and what that costs, into docs/results/privacy.json.
 
-    python benchmarks/presets.py strong --undefended RUN... --victim RUN=CLIENT_BUNDLE --victim ...
+    python benchmarks/presets.py strong --server BUNDLE --undefended RUN... --victim RUN=CLIENT_BUNDLE...
 
 Each victim is audited twice: by the oracle's decoders with the standard budget on the very images that trained it, the
 most that an attacker could have; and by the attacks below with the quick budget, the attacker's images being disjoint
-from all others. Reports are kept in ``out/presets`` and not made again. The figure of an attack is the mean over victims;
-the strongest attack is the one with the highest mean.
+from all others. Reports are kept in ``out/presets`` and not made again. An attack's figure is the mean over victims; the
+strongest attack is the one with the highest mean.
 
-Accuracy is compared image by image with undefended nets, each victim with each of them, through the quantised wire.
+Accuracy is that of the exported client with the exported bodies, compared image by image with undefended nets in torch,
+each victim with each of them.
 """
 
 from __future__ import annotations
@@ -21,14 +22,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import numpy.typing as npt
 import results
 import torch
 
 from ensembler.cli.console import Console, ProgressReporter
+from ensembler.cloud_runtime.onnx_engine import OnnxEngine
+from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.privacy.audit import audit
 from ensembler.privacy.card import FLOOR
 from ensembler.privacy.scene import Access
 from ensembler.training import data as data_sets
+from ensembler.training.data import Dataset
 from ensembler.training.fit import EVALUATION_BATCH
 from ensembler.training.models import normalise
 from ensembler.training.presets import HEAD_SHARE, head_share
@@ -83,22 +88,33 @@ def attacked(victims: Sequence[tuple[Path, Path]], folder: Path, only: int | Non
     return found
 
 
-@torch.inference_mode()
-def correct(run: RunFolder) -> np.ndarray[Any, np.dtype[np.bool_]]:
-    """Returns which held-out images a run's client gets right, through the quantised wire."""
-    data = data_sets.load(run.config.data)
-    client, bodies = load_client(run), load_bodies(run)
-    selected = [bodies[k] for k in client.selector]
+def served(bundle: Path, engine: OnnxEngine, data: Dataset) -> npt.NDArray[np.bool_]:
+    """Returns which held-out images the exported client gets right with the exported bodies."""
+    runtime = EdgeRuntime(bundle)
     right = []
-    for start in range(0, len(data.test_x), EVALUATION_BATCH):
-        chosen = slice(start, start + EVALUATION_BATCH)
-        logits = client.finish(client.head(normalise(torch.from_numpy(data.test_x[chosen]))), selected)
+    for chosen in _parts(len(data.test_x)):
+        codes = runtime.encode(np.ascontiguousarray(data.test_x[chosen].transpose(0, 2, 3, 1)))
+        right.append(runtime.finish(engine.run(codes)).argmax(1) == data.test_y[chosen])
+    return np.concatenate(right)
+
+
+@torch.inference_mode()
+def undefended(run: RunFolder, data: Dataset) -> npt.NDArray[np.bool_]:
+    """Returns which of them an undefended net gets right."""
+    client, (body,) = load_client(run), load_bodies(run)
+    right = []
+    for chosen in _parts(len(data.test_x)):
+        logits = client.finish(client.head(normalise(torch.from_numpy(data.test_x[chosen]))), [body])
         right.append(logits.argmax(1).numpy() == data.test_y[chosen])
     return np.concatenate(right)
 
 
-def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder], undefended: list[RunFolder]) -> list[Row]:
-    """Returns the figures."""
+def _parts(images: int) -> list[slice]:
+    return [slice(start, start + EVALUATION_BATCH) for start in range(0, images, EVALUATION_BATCH)]
+
+
+def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) -> list[Row]:
+    """Returns the figures of what is seen and sent."""
 
     def of(names: Sequence[str], read: Callable[[Row], float]) -> list[float]:
         """For each victim the highest over the rows of these names."""
@@ -176,12 +192,11 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder], un
         figures.append(
             figure("selector_recovery_auc", each[furthest], "AUC", f"ranking by {name}, the furthest from 0.5")
         )
-    figures += _accuracy(prefix, victims, undefended)
     return figures
 
 
-def _accuracy(prefix: str, victims: list[RunFolder], undefended: list[RunFolder]) -> list[Row]:
-    mine, theirs = [correct(run) for run in victims], [correct(run) for run in undefended]
+def accuracy(prefix: str, mine: Sequence[npt.NDArray[np.bool_]], theirs: Sequence[npt.NDArray[np.bool_]]) -> list[Row]:
+    """Returns the figures of what is right, with the defence and without."""
     pairs = [100 * (b.astype(float) - a) for a, b in itertools.product(mine, theirs)]
     drops = [float(pair.mean()) for pair in pairs]
     error = float(np.mean([pair.std() / np.sqrt(len(pair)) for pair in pairs]))
@@ -215,6 +230,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("preset", help="the first word of the figures' names")
     parser.add_argument("--victim", action="append", required=True, metavar="RUN=CLIENT_BUNDLE")
+    parser.add_argument("--server", required=True, type=Path, metavar="BUNDLE", help="of all the victims")
     parser.add_argument("--undefended", action="append", required=True, type=Path, metavar="RUN", help="--defense none")
     parser.add_argument(
         "--only", type=int, metavar="I", help="audit the victim of this number alone, and record nothing"
@@ -227,8 +243,13 @@ def main() -> None:
     if options.only is not None:
         return
     runs = [RunFolder.open(run) for run, _ in victims]
-    figures = figures_of(options.preset, found, runs, [RunFolder.open(run) for run in options.undefended])
+    data, engine = data_sets.load(runs[0].config.data), OnnxEngine(options.server)
+    mine = [served(bundle, engine, data) for _, bundle in victims]
+    engine.close()
+    theirs = [undefended(RunFolder.open(run), data) for run in options.undefended]
+    figures = [*figures_of(options.preset, found, runs), *accuracy(options.preset, mine, theirs)]
     given = [part for each in options.victim for part in ("--victim", each)]
+    given += ["--server", str(options.server)]
     given += [part for each in options.undefended for part in ("--undefended", str(each))]
     command = shlex.join(["python", "benchmarks/presets.py", options.preset, *given])
     results.record("privacy", figures, command=command, seed=runs[0].config.seed)
