@@ -4,7 +4,7 @@
 
 Each victim is audited twice: by the oracle's decoders with the standard budget on the very images that trained it, the
 most that an attacker could have; and by the attacks below with the quick budget, the attacker's images being disjoint
-from all others. Reports are kept in ``out/presets`` and not made again. An attack's figure is the mean over victims, and
+from all others. Reports are kept in ``out/presets`` and not made again. Figures are means over the victims;
 the strongest attack is the one with the highest mean.
 
 Accuracy is that of the exported client with the exported bodies, compared image by image with undefended nets in torch,
