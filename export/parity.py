@@ -328,7 +328,8 @@ def measure(
             inputs = _head_inputs(client_manifest, x, draw)
             for device in runtimes:
                 device.add(tally, sent.numpy(), inputs, expected, answers)
-        plain = torch.stack([body(in_float) for body in chosen], dim=1)
+        referred = client.referred(in_float)
+        plain = torch.stack([body(referred) for body in chosen], dim=1)
         through = torch.stack([body(sent) for body in chosen], dim=1)
         tally.count(
             client.combine(plain).numpy(),

@@ -31,6 +31,7 @@ from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.export import parity
 from ensembler.export.parity import Gates
 from ensembler.export.pipeline import ExportOptions, export
+from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import (
     BundleError,
     BundleMismatchError,
@@ -43,6 +44,7 @@ from ensembler.protocol.manifest import MANIFEST_NAME, load_client, load_server
 from ensembler.protocol.messages import INFER, RESULT, decode
 from ensembler.training import data as data_sets
 from ensembler.training.fit import derived_seed
+from ensembler.training.models import normalise
 from ensembler.training.runs import RunFolder
 from ensembler.training.stage1 import load_stage1
 from ensembler.training.stages import load_bodies, mixed_features, train
@@ -860,6 +862,19 @@ def test_an_own_net_with_a_bottleneck_goes_all_the_way(own, tiny, tiny_images):
     logits = logits_of(out, out / "server", tiny_images)
     assert report.accuracy_artifact == pytest.approx(100 * (logits.argmax(1) == held_out_classes(tiny)).mean())
     assert report.top1_agreement > 90
+
+
+def test_the_float_reference_of_a_net_with_a_bottleneck_has_its_quantiser(own, tiny):
+    run = RunFolder.open(own[0] / "run")
+    client, bodies = load_trained(run), load_bodies(run)
+    client.wire = dataclasses.replace(client.wire, feature_codec=AffineCodec(scale=1000.0, zero_point=8, bits=4))
+    x = normalise(torch.from_numpy(data_sets.load(tiny.data).test_x[:8]))
+    logits = client.finish(client.head(x), [bodies[k] for k in client.selector], through_wire=False)
+    assert torch.equal(logits, logits[:1].expand_as(logits))  # such codes say nothing
+    plain, bodies = load_trained(RunFolder.open(tiny.run)), load_bodies(RunFolder.open(tiny.run))
+    plain.wire = dataclasses.replace(plain.wire, feature_codec=AffineCodec(scale=1000.0, zero_point=0, bits=8))
+    logits = plain.finish(plain.head(x), [bodies[k] for k in plain.selector], through_wire=False)
+    assert not torch.equal(logits, logits[:1].expand_as(logits))
 
 
 def test_the_bottlenecks_codec_is_the_wires(own):

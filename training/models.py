@@ -125,10 +125,12 @@ class Net(nn.Module):
         head: ``(B, 3, H, W)`` -> features ``(B, C, h, w)``; on the device.
         body: features -> ``(B, F)``; in the cloud.
         tail: ``(B, F)`` -> logits ``(B, K)``; on the device.
+        codec: of a bottleneck, whose quantiser is a part of the net; None without one.
     """
 
-    def __init__(self, head: nn.Module, body: nn.Module, tail: nn.Module) -> None:
+    def __init__(self, head: nn.Module, body: nn.Module, tail: nn.Module, codec: AffineCodec | None = None) -> None:
         super().__init__()
+        self.codec = codec
         self.head = head
         self.body = body
         self.tail = tail
@@ -235,7 +237,7 @@ def _squeezed(net: Net, spec: ArchSpec, bottleneck: Bottleneck) -> Net:
     expand = nn.Sequential(
         nn.ConvTranspose2d(channels, shape[0], shrinks, shrinks, bias=False), nn.BatchNorm2d(shape[0]), nn.ReLU()
     )
-    return Net(nn.Sequential(net.head, squeeze), nn.Sequential(expand, net.body), net.tail)
+    return Net(nn.Sequential(net.head, squeeze), nn.Sequential(expand, net.body), net.tail, bottleneck.codec)
 
 
 def _convolution(channels: int, wider: int, stride: int) -> list[nn.Module]:

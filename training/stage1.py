@@ -135,8 +135,7 @@ def train_piece(
     trained_with = Perturbation(dropout=perturbation.dropout) if is_learned else perturbation
     noise = trained_with.start(shape, derived_seed(config.seed, 1, first, 1)).to(device)
     items = [Stage1Net(net, noise, trained_with) for net in nets]
-    # A bottleneck's quantiser is part of the net from the first step on.
-    codec = None if config.squeezed is None else config.squeezed.codec
+    codec = nets[0].codec  # of a bottleneck, from the first step on
     teacher = teacher_of(config, arch, run.labels, device)
     hiding = Hiding(config, arch, device)
 

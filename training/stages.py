@@ -89,6 +89,7 @@ class Client(nn.Module):
         self.noise: Tensor
         self.register_buffer("noise", noise)
         self.wire = wire
+        self._quantises = net.codec is not None
         self.selector = tuple(selector)
         self.perturbation = perturbation
 
@@ -99,6 +100,10 @@ class Client(nn.Module):
     def perturbed(self, features: Tensor) -> Tensor:
         """Returns what is sent, in float, for the head's output ``(B, C, h, w)``."""
         return self.draw(len(features)).applied(features)
+
+    def referred(self, sent: Tensor) -> Tensor:
+        """Returns what bodies get in the float reference for ``perturbed`` features: these, or a bottleneck's codes."""
+        return fake_quantise(sent, self.wire.feature_codec) if self._quantises else sent
 
     def combine(self, answers: Tensor) -> Tensor:
         """Returns logits ``(B, K)`` from the selected answers ``(B, P, F)``: S_i = 1/P, concatenation (Eq. 1), tail."""
@@ -111,11 +116,11 @@ class Client(nn.Module):
         Args:
             features: ``(B, C, h, w)``, the head's output.
             selected: the P bodies, in the selector's order.
-            through_wire: quantise what travels, as the product does; off gives the float reference.
+            through_wire: quantise what travels, as the product does; off gives the float reference, in which only a
+                bottleneck quantises: it is a part of the net.
         """
         sent = self.perturbed(features)
-        if through_wire:
-            sent = fake_quantise(sent, self.wire.feature_codec)
+        sent = fake_quantise(sent, self.wire.feature_codec) if through_wire else self.referred(sent)
         answers = torch.stack([body(sent) for body in selected], dim=1)  # (B, P, F)
         if through_wire:
             codecs = tuple(self.wire.answer_codecs[i] for i in self.selector)
@@ -319,7 +324,7 @@ def _baseline_client(nets: Sequence[Stage1Net], wire: WireState, secret: ClientS
     first = ordered[0]
     net = first.net
     if len(ordered) > 1:
-        net = Net(net.head, net.body, joined([item.net.tail for item in ordered]))
+        net = Net(net.head, net.body, joined([item.net.tail for item in ordered]), net.codec)
     return Client(net, first.noise, wire.spec, secret.selector, first.perturbation).eval()
 
 
