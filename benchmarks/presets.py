@@ -2,10 +2,11 @@
 
     python benchmarks/presets.py strong --server BUNDLE --undefended RUN... --victim RUN=CLIENT_BUNDLE...
 
-Each victim is audited twice: by the oracle's decoders with the standard budget on the very images that trained it, the
-most that an attacker could have; and by the attacks below with the quick budget, the attacker's images being disjoint
-from all others. Reports are kept in ``out/presets`` and not made again. Figures are means over the victims;
-the strongest attack is the one with the highest mean.
+Each victim is audited three times (``--kind`` takes one or two of them): by the oracle's decoders with the standard
+budget on the very images that trained it, the most that an attacker could have; by attackers who own a device; and by
+servers alone, both with the quick budget and images that are disjoint from all others. Reports are kept in
+``out/presets`` and not made again. Figures are means over the victims; the strongest attack is the one with the highest
+mean.
 
 Accuracy is that of the exported client with the exported bodies, compared image by image with undefended nets in torch,
 each victim with each of them.
@@ -40,13 +41,26 @@ from ensembler.training.presets import HEAD_SHARE, head_share
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import load_bodies, load_client
 
-ATTACKS = (
-    *("misaligned-decoder", "shadow-adaptive", "shadow-informed"),
-    *("distribution-matching", "distribution-matching-critic", "generative-prior", "other-device"),
-    *("known-pairs-10", "known-pairs-100", "known-pairs-1000", "mla-prior"),
-)
+KINDS: dict[str, dict[str, Any]] = {
+    "oracle": {"budget": "standard", "attacks": (), "auxiliary": "train", "seeds": 1},
+    "devices": {
+        "budget": "quick",
+        "attacks": (
+            *("misaligned-decoder", "other-device", "known-pairs-10", "known-pairs-100", "known-pairs-1000"),
+            "mla-prior",
+        ),
+    },
+    "servers": {
+        "budget": "quick",
+        "attacks": (
+            *("shadow-adaptive", "shadow-informed"),
+            *("distribution-matching", "distribution-matching-critic", "generative-prior"),
+        ),
+    },
+}
 GOALS = {"oracle_ssim": "<= 0.30", "oracle_psnr_db": "<= 15", "worst_query_free_ssim": "<= 0.30"} | {
     "worst_query_free_psnr_db": "<= 15",
+    "other_device_known_plaintext_gain_ssim": "<= 0.02",
     "bytes_up": "<= 64",
     "head_macs_share": f"<= {HEAD_SHARE:g}",
     "accuracy_drop_points": "<= 2.5",
@@ -55,19 +69,19 @@ GOALS = {"oracle_ssim": "<= 0.30", "oracle_psnr_db": "<= 15", "worst_query_free_
 Row = dict[str, Any]
 
 
-def attacked(victims: Sequence[tuple[Path, Path]], folder: Path, only: int | None) -> list[list[Row]]:
-    """Returns for each victim, or for one, the attacks' rows of both audits, made now unless they are there."""
+def attacked(
+    victims: Sequence[tuple[Path, Path]], folder: Path, only: int | None, kinds: Sequence[str]
+) -> list[list[Row]]:
+    """Returns for each victim, or for one, the attacks' rows of the audits, made now unless they are there."""
     found = []
     for index, (run, bundle) in enumerate(victims):
         if only not in (None, index):
             continue
         other = victims[(index + 1) % len(victims)][1] if len(victims) > 1 else None
         rows: list[Row] = []
-        for name, options in (
-            ("oracle", {"budget": "standard", "attacks": (), "auxiliary": "train", "seeds": 1}),
-            ("many", {"budget": "quick", "attacks": ATTACKS, "other_device": other}),
-        ):
-            out = folder / f"{run.parent.name}-{run.name}-{name}.html"
+        for kind in kinds:
+            options = KINDS[kind] | ({"other_device": other} if kind == "devices" else {})
+            out = folder / f"{run.parent.name}-{run.name}-{kind}.html"
             if not out.with_suffix(".json").is_file():
                 reporter = ProgressReporter(Console(as_json=False))
                 audit(
@@ -142,48 +156,36 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         return name + (f" (its own check failed for {doubted})" if doubted else "")
 
     floor = of([FLOOR], _ssim)
-    query_free, values = strongest(lambda access: access == Access.QUERY_FREE)
     # The bound is the best of all that know the device: decoders, the stolen head, pairs.
     bound, _ = strongest(lambda access: access >= Access.DEVICE)
     knowing = sorted({row["name"] for row in found[0] if row.get("access", 0) >= Access.DEVICE})
-    other = of(["other-device"], _ssim)
     figures = [
         figure("floor_ssim", floor, "ssim", "the mean image"),
-        figure("worst_query_free_ssim", values, "ssim", described(query_free)),
-        figure(
-            "worst_query_free_psnr_db",
-            of([row["name"] for row in found[0] if row.get("access") == Access.QUERY_FREE], _psnr_db),
-            "dB",
-            "the clearest of all query-free attacks",
-            2,
-        ),
         figure("oracle_ssim", of(knowing, _ssim), "ssim", f"the best of {', '.join(knowing)}; most often {bound}"),
         figure("oracle_psnr_db", of(knowing, _psnr_db), "dB", "the clearest of the same", 2),
-        figure(
-            "same_device_known_plaintext_ssim",
-            of([n for n in knowing if "pairs" in n], _ssim),
-            "ssim",
-            "up to 1,000 pairs",
-        ),
-        figure(
-            "other_device_known_plaintext_ssim", other, "ssim", "a decoder of all pairs of another client of the server"
-        ),
         figure("bytes_of_entropy_at_most", of(["sent"], lambda row: row["bytes_of_entropy_at_most"]), "bytes", "", 1),
         figure("bytes_up", [run.read_wire().spec.bytes_up for run in victims], "bytes", "codes of one image", 0),
         figure("head_macs_share", [head_share(run.arch) for run in victims], "of 1", "of the undefended net's"),
     ]
-    gain = [a - b for a, b in zip(other, floor, strict=True)]
+    alone = [row["name"] for row in found[0] if row.get("access") == Access.QUERY_FREE]
+    if alone:
+        name, values = strongest(lambda access: access == Access.QUERY_FREE)
+        figures += [
+            figure("worst_query_free_ssim", values, "ssim", described(name)),
+            figure("worst_query_free_psnr_db", of(alone, _psnr_db), "dB", "the clearest of all query-free attacks", 2),
+        ]
     if prefix == "strong":
-        figures.append(
-            results.figure(
-                "other_device_known_plaintext_gain_ssim",
-                round(float(np.mean(gain)), 4),
-                "ssim",
-                "<= 0.02",
-                "over the mean image: " + ", ".join(f"{value:.4f}" for value in gain),
-            )
-        )
         figures.append(results.figure("victim_seeds", len(victims), "clients", ">= 3", "of one server"))
+    if pairs := [name for name in knowing if "pairs" in name]:
+        figures.append(figure("same_device_known_plaintext_ssim", of(pairs, _ssim), "ssim", "up to 1,000 pairs"))
+    if any(row["name"] == "other-device" for row in found[0]):
+        other = of(["other-device"], _ssim)
+        gain = [a - b for a, b in zip(other, floor, strict=True)]
+        words = "a decoder of all pairs of another client of the server"
+        figures += [
+            figure("other_device_known_plaintext_ssim", other, "ssim", words),
+            figure("other_device_known_plaintext_gain_ssim", gain, "ssim", "the same, over the mean image"),
+        ]
     ways = sorted({row["name"] for row in found[0] if row["name"].startswith("selector, ")})
     if ways:
         each = {way: of([way], lambda row: row["auc"]) for way in ways}
@@ -232,6 +234,7 @@ def main() -> None:
     parser.add_argument("--victim", action="append", required=True, metavar="RUN=CLIENT_BUNDLE")
     parser.add_argument("--server", required=True, type=Path, metavar="BUNDLE", help="of all the victims")
     parser.add_argument("--undefended", action="append", required=True, type=Path, metavar="RUN", help="--defense none")
+    parser.add_argument("--kind", action="append", default=[], choices=list(KINDS), help="again for another one")
     parser.add_argument(
         "--only", type=int, metavar="I", help="audit the victim of this number alone, and record nothing"
     )
@@ -239,7 +242,7 @@ def main() -> None:
     folder = Path("out/presets")
     folder.mkdir(parents=True, exist_ok=True)
     victims = [(Path(run), Path(bundle)) for run, bundle in (each.split("=", 1) for each in options.victim)]
-    found = attacked(victims, folder, options.only)
+    found = attacked(victims, folder, options.only, options.kind or list(KINDS))
     if options.only is not None:
         return
     runs = [RunFolder.open(run) for run, _ in victims]
@@ -249,6 +252,7 @@ def main() -> None:
     theirs = [undefended(RunFolder.open(run), data) for run in options.undefended]
     figures = [*figures_of(options.preset, found, runs), *accuracy(options.preset, mine, theirs)]
     given = [part for each in options.victim for part in ("--victim", each)]
+    given += [part for kind in options.kind for part in ("--kind", kind)]
     given += ["--server", str(options.server)]
     given += [part for each in options.undefended for part in ("--undefended", str(each))]
     command = shlex.join(["python", "benchmarks/presets.py", options.preset, *given])
