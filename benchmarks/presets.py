@@ -58,6 +58,8 @@ KINDS: dict[str, dict[str, Any]] = {
         ),
     },
 }
+# The strong preset's have no first word.
+UNPREFIXED = ("other_device_known_plaintext_gain_ssim", "selector_recovery_auc")
 GOALS = {"oracle_ssim": "<= 0.30", "oracle_psnr_db": "<= 15", "worst_query_free_ssim": "<= 0.30"} | {
     "worst_query_free_psnr_db": "<= 15",
     "other_device_known_plaintext_gain_ssim": "<= 0.02",
@@ -138,7 +140,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         each = ", ".join(f"{value:.{digits}f}".rstrip("0") for value in values)
         note = f"{words}; " if words else ""
         return results.figure(
-            f"{prefix}_{name}",
+            name if prefix == "strong" and name in UNPREFIXED else f"{prefix}_{name}",
             round(float(np.mean(values)), digits),
             unit,
             GOALS.get(name, "") if prefix == "strong" else "",
