@@ -37,7 +37,7 @@ from ensembler.training import data as data_sets
 from ensembler.training.data import Dataset
 from ensembler.training.fit import EVALUATION_BATCH
 from ensembler.training.models import normalise
-from ensembler.training.presets import HEAD_SHARE, head_share
+from ensembler.training.presets import HEAD_SHARE, head_share, net_macs
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import load_bodies, load_client
 
@@ -219,6 +219,14 @@ def accuracy(prefix: str, mine: Sequence[npt.NDArray[np.bool_]], theirs: Sequenc
     ]
 
 
+def local(prefix: str, run: RunFolder, victim: RunFolder, data: Dataset) -> list[Row]:
+    """Returns what the device would get right without any server, with a net of about its head's work."""
+    share = net_macs(run.arch) / net_macs(victim.arch)
+    words = f"{run.config.arch}, on the device alone: {share:.3f} of the undefended net's multiply-accumulates"
+    percent = round(float(100 * undefended(run, data).mean()), 2)
+    return [results.figure(f"{prefix}_local_net_accuracy", percent, "%", "", words)]
+
+
 def _ssim(row: Row) -> float:
     return float(row["ssim"]["mean"])
 
@@ -236,6 +244,9 @@ def main() -> None:
     parser.add_argument("--victim", action="append", required=True, metavar="RUN=CLIENT_BUNDLE")
     parser.add_argument("--server", required=True, type=Path, metavar="BUNDLE", help="of all the victims")
     parser.add_argument("--undefended", action="append", required=True, type=Path, metavar="RUN", help="--defense none")
+    parser.add_argument(
+        "--local", type=Path, metavar="RUN", help="--defense none, of a net that the device could run alone"
+    )
     parser.add_argument("--kind", action="append", default=[], choices=list(KINDS), help="again for another one")
     parser.add_argument(
         "--only", type=int, metavar="I", help="audit the victim of this number alone, and record nothing"
@@ -253,7 +264,10 @@ def main() -> None:
     engine.close()
     theirs = [undefended(RunFolder.open(run), data) for run in options.undefended]
     figures = [*figures_of(options.preset, found, runs), *accuracy(options.preset, mine, theirs)]
+    if options.local is not None:
+        figures += local(options.preset, RunFolder.open(options.local), runs[0], data)
     given = [part for each in options.victim for part in ("--victim", each)]
+    given += ["--local", str(options.local)] if options.local else []
     given += [part for kind in options.kind for part in ("--kind", kind)]
     given += ["--server", str(options.server)]
     given += [part for each in options.undefended for part in ("--undefended", str(each))]

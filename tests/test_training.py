@@ -1002,7 +1002,10 @@ def test_a_config_survives_its_file(settings):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"arch": "resnet99"}, "unknown architecture 'resnet99'; known: alexnet, mobilenet_v2, resnet10_slim"),
+        (
+            {"arch": "resnet99"},
+            "unknown architecture 'resnet99'; known: alexnet, mobilenet_v2, resnet10_half, resnet10_slim",
+        ),
         ({"device": "tpu"}, "--device tpu: choose"),
     ],
 )

@@ -45,15 +45,14 @@ def _obfuscate(arch: ArchSpec) -> dict[str, Any]:
 
 
 def _strong(arch: ArchSpec) -> dict[str, Any]:
-    net = build_net(arch)
-    shape = _shape(net.head, arch)
+    shape = _shape(build_net(arch).head, arch)
     halvings = len(shape) == 3 and _halvings(shape[1], shape[2])
     if not halvings:
         raise ConfigError(
             f"--preset strong: features of shape {shape} cannot be halved down to {CELLS}x{CELLS} cells; choose "
             "another --head-end (ensembler cuts lists them)"
         )
-    whole = sum(_macs(part, shape_in) for part, shape_in in ((net.head, _image(arch)), (net.body, shape)))
+    whole = net_macs(arch)
     best: tuple[int, ...] | None = None
     for width in WIDTHS:
         encoder = tuple(width * 2**level for level in range(halvings))
@@ -88,9 +87,13 @@ def head_share(arch: ArchSpec) -> float:
     Args:
         arch: with the bottleneck, if there is one; the net is compared without.
     """
+    return _macs(build_net(arch).head, _image(arch)) / net_macs(arch)
+
+
+def net_macs(arch: ArchSpec) -> int:
+    """Returns the multiply-accumulates of a net without its tail and without a bottleneck, of one image."""
     plain = build_net(replace(arch, bottleneck=None))
-    whole = _macs(plain.head, _image(arch)) + _macs(plain.body, _shape(plain.head, arch))
-    return _macs(build_net(arch).head, _image(arch)) / whole
+    return _macs(plain.head, _image(arch)) + _macs(plain.body, _shape(plain.head, arch))
 
 
 def _halvings(height: int, width: int) -> int:
