@@ -60,7 +60,7 @@ def asked(bundle, codes, **changes):
 
 @contextmanager
 def held(slow, endpoint, frames):
-    """A request that a ``SlowEngine`` computes until it is let go; yields what will be its answer."""
+    """A request that an engine which can be held computes until it is let go; yields what will be its answer."""
     with ThreadPoolExecutor(1) as pool:
         waiting = pool.submit(raw, endpoint, frames)
         assert slow.entered.wait(WAIT_S)
@@ -274,12 +274,13 @@ class Fragile(OnnxEngine):
     def __init__(self, bundle, deadly):
         super().__init__(bundle, threads=1)
         self.deadly = deadly
-        self.held = threading.Event()
+        self.entered, self.release = threading.Event(), threading.Event()
 
     in_process = False
 
     def run(self, features):
-        self.held.wait(WAIT_S)
+        self.entered.set()
+        self.release.wait(WAIT_S)
         if any(np.array_equal(row, self.deadly) for row in features):
             raise EngineLostError("it is gone")
         return super().run(features)
@@ -288,11 +289,13 @@ class Fragile(OnnxEngine):
 def test_a_request_that_kills_what_computes_it_fails_alone(tiny, in_thread, codes, answers):
     engine = Fragile(tiny.server, codes[2])
     server, endpoint = in_thread(engine, BatchPolicy(batch_wait_ms=0))
-    with ThreadPoolExecutor(5) as pool:
-        calls = [pool.submit(raw, endpoint, asked(tiny.server, codes[row : row + 1])) for row in range(5)]
-        while server.describe()["queued_rows"] < 4:  # the fifth is held by the engine
+    frames = [asked(tiny.server, codes[row : row + 1]) for row in range(5)]
+    # The first is held by the engine, so that the others are a batch.
+    with held(engine, endpoint, frames[0]) as first, ThreadPoolExecutor(4) as pool:
+        calls = [first, *(pool.submit(raw, endpoint, each) for each in frames[1:])]
+        while server.describe()["queued_rows"] < 4:
             pass
-        engine.held.set()
+        engine.release.set()
         replies = [call.result(WAIT_S) for call in calls]
     for row, reply in enumerate(replies):
         if row == 2:
