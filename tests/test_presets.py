@@ -89,7 +89,7 @@ def test_given_options_go_before_the_presets(tiny_data, tmp_path, capsys):
     assert config.bottleneck == (16, 1, 2)
     assert config.encoder
     assert (config.information_weight, config.reg_weight) == (0.5, 0)
-    assert main([*common, "--dry-run", "--json"]) == 0
+    assert main([*common, "--encoder", "8", "--dry-run", "--json"]) == 0
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert plan["stages"]["stage3"]["time_s"] > 0
     assert main([*common[:-1], "none", "--out", str(tmp_path / "other")]) == 2

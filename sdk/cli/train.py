@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -180,15 +179,15 @@ def _config(options: argparse.Namespace) -> Any:
         given["epochs_stage1"] = given["epochs_stage3"] = given["epochs"]
     fields = TrainConfig.__dataclass_fields__.keys()
     given = {name: value for name, value in given.items() if name in fields}
-    config = TrainConfig(**given)
-    if options.preset is None:
-        return config
-    from ensembler.training import data
-    from ensembler.training.presets import preset_options
+    if options.preset is not None:
+        from ensembler.training import data
+        from ensembler.training.presets import preset_options
 
-    dataset = data.load(config.data)
-    arch = replace(config, bottleneck=None, encoder=()).arch_spec(dataset.image_size, len(dataset.labels))
-    return TrainConfig(**(preset_options(options.preset, arch) | given))
+        # An encoder may be given alone: the bottleneck is then the preset's.
+        plain = TrainConfig(**{name: value for name, value in given.items() if name not in ("bottleneck", "encoder")})
+        dataset = data.load(plain.data)
+        given = preset_options(options.preset, plain.arch_spec(dataset.image_size, len(dataset.labels))) | given
+    return TrainConfig(**given)
 
 
 def _refuse_beside_resume(options: argparse.Namespace) -> None:
