@@ -66,7 +66,7 @@ INLINE_MS = 5.0
 RECEIVE_BURST = 64
 # While the queue is full and others compute, messages are left to gather for so long: being woken by each costs the
 # computing more than reading them does.
-CROWDED_MS = 5
+CROWDED_MS = 10
 # What a poll can take; a deadline may lie beyond it.
 LONGEST_WAIT_MS = 3_600_000
 WITHDRAWN = "this device's key was withdrawn; ask the server's operator"
@@ -270,11 +270,18 @@ class Server:
             self._calls.popleft()()
 
     def _receive(self) -> None:
-        self._behind = False
+        refused: list[tuple[Peer, Frames]] = []
+        self._behind = self._receive_burst(refused)
+        # One right after the other, as in ``_reply``: a flood's refusals cost the computing half as much.
+        for peer, frames in refused:
+            self._send(peer, frames)
+
+    def _receive_burst(self, refused: list[tuple[Peer, Frames]]) -> bool:
+        """Takes messages, adds the replies to those that it refuses, and says whether more may be there."""
         for _ in range(RECEIVE_BURST):
             incoming = self._socket.receive()
             if incoming is None:
-                return
+                return False
             request_id = None
             try:
                 if not self._socket.allows(incoming.device):
@@ -287,8 +294,9 @@ class Server:
                     self._meter.decoded(time.perf_counter() - began)
             except WireError as error:
                 self._note_refusal(error, incoming.device)
-                self._send_error(incoming.peer, request_id or peek_request_id(incoming.frames) or NO_ID, error)
-        self._behind = True
+                request_id = request_id or peek_request_id(incoming.frames) or NO_ID
+                refused.append((incoming.peer, _error(request_id, error)))
+        return True
 
     def _accept(self, incoming: Incoming, message: Message) -> None:
         if message.operation == STATUS:
@@ -548,15 +556,7 @@ class Server:
 
     def _refuse(self, request: _Request, error: WireError) -> None:
         self._meter.refused(error)
-        self._send_error(request.peer, request.message.request_id, error)
-
-    def _send_error(self, peer: Peer, request_id: bytes, error: WireError) -> None:
-        info = {
-            "code": error.code,
-            "message": str(error)[:500],
-            "retry_after_ms": float(getattr(error, "retry_after_ms", 0.0)),
-        }
-        self._send(peer, encode(Message(operation=ERROR, request_id=request_id, info=info)))
+        self._send(request.peer, _error(request.message.request_id, error))
 
     def _send(self, peer: Peer, frames: Frames) -> None:
         if not self._socket.send(peer, frames):
@@ -587,6 +587,15 @@ class Server:
                 waits.append(self._batcher.wait_ms(now) or 0.0)
         least = min(waits)
         return None if least == math.inf else max(0, min(math.ceil(least), LONGEST_WAIT_MS))
+
+
+def _error(request_id: bytes, error: WireError) -> Frames:
+    info = {
+        "code": error.code,
+        "message": str(error)[:500],
+        "retry_after_ms": float(getattr(error, "retry_after_ms", 0.0)),
+    }
+    return encode(Message(operation=ERROR, request_id=request_id, info=info))
 
 
 def _close(version: Version) -> None:
