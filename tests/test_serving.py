@@ -58,6 +58,14 @@ def asked(bundle, codes, **changes):
     return encode(Message(**(fields | changes)))
 
 
+def _until_queued(server, rows):
+    """Asks the server's loop until so many rows wait."""
+    for _ in range(100_000):
+        if server.describe()["queued_rows"] >= rows:
+            return
+    raise AssertionError(f"{rows} rows never came to wait")
+
+
 @contextmanager
 def held(slow, endpoint, frames):
     """A request that an engine which can be held computes until it is let go; yields what will be its answer."""
@@ -146,8 +154,7 @@ def test_what_waits_for_a_model_is_answered_before_it_is_removed(tiny, other, in
         first = pool.submit(raw, endpoint, asked(other / "server_0", codes[:1]))
         assert slow.entered.wait(WAIT_S)
         second = pool.submit(raw, endpoint, asked(other / "server_0", codes[:2]))
-        while server.describe()["queued_rows"] < 2:
-            pass
+        _until_queued(server, 2)
         version = server.remove(load_server(other / "server_0").wire.bodies_id).result(WAIT_S)
         assert raw(endpoint, asked(other / "server_0", codes[:1])).info["code"] == UnknownBodiesError.code
         assert not version.unloaded.done()
@@ -293,8 +300,7 @@ def test_a_request_that_kills_what_computes_it_fails_alone(tiny, in_thread, code
     # The first is held by the engine, so that the others are a batch.
     with held(engine, endpoint, frames[0]) as first, ThreadPoolExecutor(4) as pool:
         calls = [first, *(pool.submit(raw, endpoint, each) for each in frames[1:])]
-        while server.describe()["queued_rows"] < 4:
-            pass
+        _until_queued(server, 4)
         engine.release.set()
         replies = [call.result(WAIT_S) for call in calls]
     for row, reply in enumerate(replies):
@@ -414,13 +420,13 @@ def test_a_device_that_floods_does_not_keep_another_waiting(tiny, in_thread, cod
     with zmq.Context() as context, context.socket(zmq.DEALER) as flood, ThreadPoolExecutor(1) as pool:
         flood.setsockopt(zmq.LINGER, 0)
         flood.connect(endpoint)
-        for _ in range(100):
+        flood.send_multipart(asked(tiny.server, codes[:1]))
+        assert slow.entered.wait(WAIT_S)  # alone in its batch: all that come now are in the queue
+        for _ in range(99):
             flood.send_multipart(asked(tiny.server, codes[:1]))
-        while server.describe()["queued_rows"] < 90:
-            pass
+        _until_queued(server, 99)
         patient = pool.submit(raw, endpoint, asked(tiny.server, codes[:3]))
-        while server.describe()["queued_rows"] < 102:
-            pass
+        _until_queued(server, 102)
         slow.release.set()
         assert len(patient.result(WAIT_S).tensor) == 3
         assert len(slow.rows) < 20
@@ -599,8 +605,7 @@ def test_what_comes_while_the_queue_is_full_is_refused_while_others_compute(tiny
         first = pool.submit(raw, endpoint, asked(tiny.server, codes[:1]))
         assert slow.entered.wait(WAIT_S)
         second = pool.submit(raw, endpoint, asked(tiny.server, codes[:1]))
-        while not server.describe()["queued_rows"]:
-            pass
+        _until_queued(server, 1)
         for _ in range(20):
             assert raw(endpoint, asked(tiny.server, codes[:1])).info["code"] == BusyError.code
         slow.release.set()
