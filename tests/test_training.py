@@ -23,13 +23,14 @@ from torch.nn import functional
 from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training import data as data_sets
+from ensembler.training import stages
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, derived_seed, pick_device
 from ensembler.training.hiding import Adversary, Hiding, distance_correlation, information_bits
 from ensembler.training.losses import classification_loss, max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
 from ensembler.training.perturbation import LEARNED_TENSORS, Perturbation
-from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, restore
+from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, module_tensors, restore
 from ensembler.training.shredder import learn
 from ensembler.training.stage1 import load_stage1, stage1
 from ensembler.training.stages import (
@@ -376,6 +377,32 @@ def test_reg_over_all_looks_at_more_heads_than_reg_over_selected(run, settings, 
         train(config, other.path, stage1_from=run.path)
         cosines[over] = next(line["cosine"] for line in metrics(other) if line.get("stage") == 3)
     assert cosines["all"] >= cosines["selected"] - 1e-6
+
+
+def _head_for(over, selector, settings, folder, run, monkeypatch):
+    """Trains a client with a selector that the test chooses; returns it."""
+    monkeypatch.setattr(stages, "stage2", lambda config: ClientSecret(selector=selector, seed=3))
+    other = RunFolder(folder)
+    train(settings(head_for=over, batch_size=64), other.path, stage1_from=run.path)
+    return load_client(other)
+
+
+def test_a_head_for_all_nets_does_not_depend_on_the_selector_and_its_tail_does(run, settings, tmp_path, monkeypatch):
+    clients = {
+        (over, selector): _head_for(over, selector, settings, tmp_path / f"{over}{selector[1]}", run, monkeypatch)
+        for over in ("all", "selected")
+        for selector in ((0, 1), (0, 2))
+    }
+    heads = {key: module_tensors("head", client.head) for key, client in clients.items()}
+
+    def same(over):
+        first, second = heads[over, (0, 1)], heads[over, (0, 2)]
+        return all(torch.equal(first[name], second[name]) for name in first)
+
+    assert same("all")
+    assert not same("selected")
+    tails = [clients["all", selector].tail.fc.weight for selector in ((0, 1), (0, 2))]
+    assert not torch.equal(*tails)
 
 
 def test_combine_scales_by_one_over_p_concatenates_and_applies_the_tail(run):
@@ -960,6 +987,10 @@ def test_bodies_id_does_not_change_with_memory_layout_or_mode(bodies):
         ({"answer_bits": 2}, "--answer-bits 2: choose 8 or 4"),
         ({"max_wire_drop_points": -1.0}, "max_wire_drop_points"),
         ({"reg_over": "al"}, "--reg-over al: choose all or selected"),
+        ({"head_for": "none"}, "--head-for none: choose all or selected"),
+        ({"head_for": "all", "reg_over": "selected"}, "--head-for all and --reg-over selected"),
+        ({"head_for": "all", "noise": "learned"}, "--head-for all and --noise learned"),
+        ({"head_for": "all", "defense": "joint"}, "--head-for all has no place in --defense joint"),
         ({"defense": "ensemble"}, "--defense ensemble: choose"),
         ({"noise_mode": "frozen"}, "--noise-mode frozen: choose"),
         ({"noise": "laplace"}, "--noise laplace: choose gaussian, uniform or learned"),

@@ -15,6 +15,7 @@ from ensembler.training.perturbation import NOISE_KINDS, NoiseKind, Perturbation
 Defense = Literal["ensembler", "joint", "single", "none"]
 NoiseMode = Literal["fixed", "fresh"]
 RegOver = Literal["all", "selected"]
+HeadFor = Literal["all", "selected"]
 Computing = Literal["auto", "float32", "bfloat16"]
 
 MAX_NETS = 1024
@@ -44,6 +45,8 @@ class TrainConfig:
         dropout: the share of its features that the client drops, see ``perturbation``. Stage 1 of Ensembler drops none.
         reg_weight: lambda of Eq. 3.
         reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
+        head_for: whose answers the head learns from: the P ``selected`` nets' (Eq. 3), or those of ``all`` N alike, so
+            that it does not depend on the selector; see ``impartial``.
         information_weight: of ``hiding.information_bits`` in the loss of both stages.
         information_noise: the deviation of the noise that it reckons with.
         nopeek_weight: of ``hiding.distance_correlation``.
@@ -86,6 +89,7 @@ class TrainConfig:
     dropout: float = 0.0
     reg_weight: float = 0.1
     reg_over: RegOver = "all"
+    head_for: HeadFor = "selected"
     information_weight: float = 0.0
     information_noise: float = 0.5
     nopeek_weight: float = 0.0
@@ -112,6 +116,10 @@ class TrainConfig:
             raise ConfigError(f"--defense {self.defense}: choose ensembler, joint, single or none")
         if self.reg_over not in ("all", "selected"):
             raise ConfigError(f"--reg-over {self.reg_over}: choose all or selected")
+        if self.head_for not in ("all", "selected"):
+            raise ConfigError(f"--head-for {self.head_for}: choose all or selected")
+        if self.head_for == "all":
+            self._check_impartial()
         if self.precision not in ("auto", "float32", "bfloat16"):
             raise ConfigError(f"--precision {self.precision}: choose auto, float32 or bfloat16")
         if not 0 <= self.teacher_weight <= 1:
@@ -147,6 +155,15 @@ class TrainConfig:
             raise ConfigError(f"batch_size = {self.batch_size}: batch norm needs at least two images")
         if self.train_limit is not None and self.train_limit < self.batch_size:
             raise ConfigError(f"train_limit = {self.train_limit}: at least one batch of {self.batch_size}")
+
+    def _check_impartial(self) -> None:
+        if not self.is_ensemble:
+            raise ConfigError(f"--head-for all has no place in --defense {self.defense}, which selects no nets")
+        # Either would make what is sent depend on the selector after all.
+        if self.reg_over == "selected" and self.reg_weight:
+            raise ConfigError("--head-for all and --reg-over selected: the cosine term would tell the selected heads")
+        if self.noise == "learned":
+            raise ConfigError("--head-for all and --noise learned: that noise is learned with the selected nets alone")
 
     def _check_perturbation(self) -> None:
         if self.noise not in NOISE_KINDS:

@@ -75,6 +75,7 @@ def _strong(arch: ArchSpec) -> dict[str, Any]:
         # Noise that never changes is undone by whoever sees a few messages, and heads unlike others keep nothing back.
         "noise_std": 0.0,
         "reg_weight": 0.0,
+        "head_for": "all",
     }
 
 

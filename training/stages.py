@@ -35,6 +35,7 @@ from ensembler.training.fit import (
     pick_device,
 )
 from ensembler.training.hiding import Hiding
+from ensembler.training.impartial import Impartial
 from ensembler.training.losses import classification_loss, max_cosine, stage3_loss
 from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise, placed
 from ensembler.training.perturbation import Draw, Perturbation
@@ -119,13 +120,15 @@ class Client(nn.Module):
             through_wire: quantise what travels, as the product does; off gives the float reference, in which only a
                 bottleneck quantises: it is a part of the net.
         """
-        sent = self.perturbed(features)
-        sent = fake_quantise(sent, self.wire.feature_codec) if through_wire else self.referred(sent)
-        answers = torch.stack([body(sent) for body in selected], dim=1)  # (B, P, F)
         if through_wire:
-            codecs = tuple(self.wire.answer_codecs[i] for i in self.selector)
-            answers = fake_quantise_answers(answers, codecs)
-        return self.combine(answers)
+            return self.combine(self.asked(features, selected, [self.wire.answer_codecs[i] for i in self.selector]))
+        sent = self.referred(self.perturbed(features))
+        return self.combine(torch.stack([body(sent) for body in selected], dim=1))
+
+    def asked(self, features: Tensor, bodies: Sequence[nn.Module], codecs: Sequence[AffineCodec]) -> Tensor:
+        """Returns what bodies answer to the head's own ``features``, through the wire: ``(B, number of bodies, F)``."""
+        sent = fake_quantise(self.perturbed(features), self.wire.feature_codec)
+        return fake_quantise_answers(torch.stack([body(sent) for body in bodies], dim=1), tuple(codecs))
 
 
 # --- between stages 1 and 2 ---
@@ -259,7 +262,10 @@ def stage3(
     secret: ClientSecret,
     reporter: Reporter,
 ) -> Client:
-    """Trains a new head and tail from scratch on the P frozen bodies, through the fake-quantised wire (Eq. 3)."""
+    """Trains a new head and tail from scratch on the frozen bodies, through the fake-quantised wire (Eq. 3).
+
+    The head learns from the P selected ones, or from all N, see ``impartial``; the tail always from the P.
+    """
     device = data.train_x.device
     torch.manual_seed(derived_seed(secret.seed, 3, 0))
     net = build_net(arch, config.num_selected)
@@ -276,11 +282,19 @@ def stage3(
         previous = [previous[k] for k in secret.selector]
     teacher = teacher_of(config, arch, run.labels, device)
     hiding = Hiding(config, arch, device)
+    impartial = placed(Impartial(arch, len(bodies)), device) if config.head_for == "all" else None
 
     def step(x: Tensor, targets: Tensor) -> StepResult:
         features = client.head(x)
-        logits = client.finish(features, selected)
-        loss = classification_loss(logits, targets, teacher(x), config.teacher_weight)
+        taught = teacher(x)
+        classification = partial(classification_loss, targets=targets, taught=taught, weight=config.teacher_weight)
+        if impartial is None:
+            logits = client.finish(features, selected)
+            loss = classification(logits)
+        else:
+            answers = client.asked(features, bodies, wire.spec.answer_codecs)
+            logits = client.combine(answers[:, list(client.selector)].detach())
+            loss = impartial.loss(answers, classification) + classification(logits)
         loss = loss + hiding.loss(x, features, targets)
         if not config.reg_weight:  # N heads cost as much as all the rest
             return StepResult(loss, logits)
@@ -290,8 +304,9 @@ def stage3(
         return StepResult(stage3_loss(loss, cosine, config.reg_weight), logits, cosine)
 
     client.train()
+    beside = {**hiding.state(), **(impartial.train().state() if impartial is not None else {})}
     for metrics in fit(
-        [*client.parameters(), *hiding.parameters()],
+        [*client.parameters(), *hiding.parameters(), *(impartial.parameters() if impartial is not None else ())],
         step,
         data,
         config,
@@ -299,9 +314,7 @@ def stage3(
         seed=derived_seed(secret.seed, 3, 2),
         reporter=reporter,
         label="stage 3, the client",
-        checkpoint=Checkpoint(
-            run, run.CLIENT_CHECKPOINT, {**module_tensors("client", client), **hiding.state()}, {"stage": 3}
-        ),
+        checkpoint=Checkpoint(run, run.CLIENT_CHECKPOINT, {**module_tensors("client", client), **beside}, {"stage": 3}),
     ):
         run.append_metrics({"stage": 3, **asdict(metrics)})
     client.eval()

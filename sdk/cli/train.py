@@ -64,6 +64,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--dropout", type=float, help="share of its features that the client drops (default: 0)")
     parser.add_argument("--reg-weight", type=float, help="lambda of Eq. 3 (default: 0.1)")
     parser.add_argument("--reg-over", help="maximum of Eq. 3 over all heads, or the selected ones")
+    parser.add_argument("--head-for", help="nets that the head learns from: selected (default), or all alike")
     parser.add_argument(
         "--information-weight", type=float, help="of what the features tell beyond the class (default: 0)"
     )
