@@ -20,7 +20,7 @@ PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow test-tflite test-legacy test-ray test-arm test-image lint docs bench load peers ray results cifar wire privacy presets \
+.PHONY: demo test test-slow test-tflite test-legacy test-ray test-arm test-image lint docs bench load speed peers ray results cifar wire privacy presets \
 	frontier tables models fuzz soak clean
 
 demo: $(INSTALLED)
@@ -83,6 +83,10 @@ load: $(INSTALLED) peers
 	$(BIN)/python benchmarks/bundles.py
 	$(BIN)/python benchmarks/load.py
 	$(PEERS)/bin/python benchmarks/side_by_side.py
+
+# The paper's Table III over a link of known rate: Standard CI, Ensembler, and ours. As root, with iproute2; half an hour.
+speed: $(INSTALLED)
+	$(BIN)/python benchmarks/table3.py
 
 # The other servers have an environment of their own; none of them is a dependency.
 peers: $(PEERS)/.installed

@@ -18,7 +18,7 @@ import json
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,14 +45,14 @@ def made(name: str, folder: Path = FOLDER) -> Path:
 
     out = folder / name
     if not (out / "server" / "manifest.json").is_file():
-        data = _images(folder, IMAGE_SIZE[name])
+        data = images(folder, IMAGE_SIZE[name])
         training = f"--data {data} -N 4 -P 2 --epochs 1 --batch-size 16 --learning-rate 0.02".split()
         run = product.trained(folder / f"{name}_run", *BUNDLES[name].split(), *training)
         product.exported(run, out, data, *OPEN_GATES.split())
     return out / "server"
 
 
-def _images(folder: Path, size: int) -> str:
+def images(folder: Path, size: int) -> str:
     """Writes noise whose class is its strongest channel; returns its ``--data`` specification."""
     folder.mkdir(parents=True, exist_ok=True)
     rng = np.random.Generator(np.random.PCG64(0))
@@ -101,14 +101,34 @@ class Identities:
 
 
 @contextmanager
-def served(bundle: Path, identities: Identities | None, *options: str, log: Path) -> Iterator[str]:
-    """Runs ``ensembler serve`` in a process of its own and yields its address; plaintext without identities."""
+def served(
+    bundle: Path,
+    identities: Identities | None,
+    *options: str,
+    log: Path,
+    within: Sequence[str] = (),
+    host: str = "127.0.0.1",
+) -> Iterator[str]:
+    """Runs ``ensembler serve`` in a process of its own and yields its address; plaintext without identities.
+
+    ``within`` goes before its command, and ``host`` is what it binds.
+    """
     if identities is None:
         security = ["--plaintext"]
     else:
         folder = identities.folder
         security = ["--key", str(folder / "server.key_secret"), "--authorized", str(folder / "authorized")]
-    command = [sys.executable, "-m", "ensembler.cli", "serve", str(bundle), "--bind", "tcp://127.0.0.1:*", "--json"]
+    command = [
+        *within,
+        sys.executable,
+        "-m",
+        "ensembler.cli",
+        "serve",
+        str(bundle),
+        "--bind",
+        f"tcp://{host}:*",
+        "--json",
+    ]
     with log.open("w", encoding="utf-8") as errors:
         process = subprocess.Popen([*command, *security, *options], stdout=subprocess.PIPE, stderr=errors, text=True)
     try:

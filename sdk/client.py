@@ -6,12 +6,14 @@ import math
 import os
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -42,8 +44,18 @@ Codes = npt.NDArray[np.uint8]
 KEY_VARIABLE = "ENSEMBLER_DEVICE_KEY"
 KEY_NAME = "device.key_secret"
 BUNDLE_KEY_VARIABLE = "ENSEMBLER_BUNDLE_KEY"
-# One request of a long batch; the server batches further by itself.
-MAX_REQUEST_ROWS = 128
+# A long batch is sent in parts of at most so many images, so many at a time: while one is computed by the servers, the
+# next is on its way and the head has the one after that. The server batches further by itself.
+MAX_REQUEST_ROWS = 32
+PARTS_UNDER_WAY = 3
+
+
+class _Part(NamedTuple):
+    """Images on their way: their codes, and when (``time.monotonic()``) their preparing began and ended."""
+
+    codes: Codes
+    started: float
+    encoded: float
 
 
 class EdgeClient:
@@ -193,27 +205,26 @@ class EdgeClient:
     def predict_batch(self, images: Sequence[ImageLike], *, timeout_ms: float | None = None) -> list[Prediction]:
         """Classifies several images, in order; arguments and errors as ``predict``, the deadline is for all of them.
 
-        Either every image gets its answer or the call raises. With a ``fallback``: once the cloud is away, it answers
-        the rest of the images.
+        More than 32 images travel in parts, of which three are under way at once. Either every image gets its answer or
+        the call raises at once; parts that are still under way then end by themselves, by the deadline at the latest.
+        With a ``fallback``: once the cloud is away, it answers the rest of the images.
         """
-        begun = started = time.monotonic()
+        begun = time.monotonic()
         self._process.require()
         timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
-        deadline = started + timeout / 1000
+        deadline = begun + timeout / 1000
         given = list(several(images))
         pixels = [to_pixels(image, self._manifest.image) for image in given]
         predictions: list[Prediction] = []
-        for start in range(0, len(pixels), self._request_rows):
-            part = np.stack(pixels[start : start + self._request_rows])
-            try:
-                predictions += self._predict_part(part, started, deadline)
-            except EnsemblerError as error:
-                # A client that is closed has no server either, but nobody wants its answers any more.
-                if self._fallback is None or self._closed.is_set() or not cloud_is_away(error):
-                    raise
-                fallback = self._fallback
-                return predictions + [answer_locally(fallback, image, error, begun) for image in given[start:]]
-            started = time.monotonic()
+        try:
+            for part in self._parts(pixels, begun, deadline):
+                predictions += part
+        except EnsemblerError as error:
+            # A client that is closed has no server either, but nobody wants its answers any more.
+            if self._fallback is None or self._closed.is_set() or not cloud_is_away(error):
+                raise
+            fallback = self._fallback
+            return predictions + [answer_locally(fallback, image, error, begun) for image in given[len(predictions) :]]
         return predictions
 
     def stream(
@@ -318,10 +329,38 @@ class EdgeClient:
         shown = servers[0] if len(servers) == 1 else servers
         return f"EdgeClient(server={shown!r}, bodies_id={self._manifest.wire.bodies_id[:12]!r})"
 
+    # --- a batch in parts ---
+
+    def _parts(self, pixels: Sequence[Codes], begun: float, deadline: float) -> Generator[list[Prediction]]:
+        """Yields the predictions of each part, in order; the first one's time counts from ``begun``."""
+        count = -(-len(pixels) // self._request_rows)
+        if count <= 1:
+            if pixels:
+                yield self._ask(self._encode(pixels, begun), deadline)
+            return
+        rows = -(-len(pixels) // count)
+        under_way: deque[Future[list[Prediction]]] = deque()
+        pool = ThreadPoolExecutor(PARTS_UNDER_WAY, thread_name_prefix="ensembler-part")
+        try:
+            for start in range(0, len(pixels), rows):
+                if len(under_way) == PARTS_UNDER_WAY:
+                    yield under_way.popleft().result()
+                # One head after the other: two at once would both be late.
+                part = self._encode(pixels[start : start + rows], time.monotonic() if start else begun)
+                under_way.append(pool.submit(self._ask, part, deadline))
+            while under_way:
+                yield under_way.popleft().result()
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)
+
+    def _encode(self, pixels: Sequence[Codes], started: float) -> _Part:
+        codes = self._runtime.encode(np.stack(pixels))
+        return _Part(codes, started, time.monotonic())
+
     # --- one request ---
 
-    def _predict_part(self, pixels: Codes, started: float, deadline: float) -> list[Prediction]:
-        codes = self._runtime.encode(pixels)
+    def _ask(self, part: _Part, deadline: float) -> list[Prediction]:
+        codes, started, encoded = part
         sent = time.monotonic()
         request_id = os.urandom(REQUEST_ID_BYTES)
         wire, info = self._manifest.wire, trace_info()
@@ -339,15 +378,15 @@ class EdgeClient:
         ]
         replies = exchange_all(self._parties, requests, deadline)
         received = time.monotonic()
-        parts = [party.answers(reply, len(pixels), wire) for party, reply in zip(self._parties, replies, strict=True)]
-        logits = self._runtime.finish(parts[0] if len(parts) == 1 else np.concatenate(parts, axis=1))
+        answers = [party.answers(reply, len(codes), wire) for party, reply in zip(self._parties, replies, strict=True)]
+        logits = self._runtime.finish(answers[0] if len(answers) == 1 else np.concatenate(answers, axis=1))
         probabilities = softmax(logits)
         ended = time.monotonic()
         # Of several operators the slowest counts: the others' time passes meanwhile.
         slowest = max(replies, key=lambda reply: reply.number("queue_ms") + reply.number("compute_ms"))
         queue_ms, server_ms = slowest.number("queue_ms"), slowest.number("compute_ms")
         timings = Timings(
-            head=1000 * (sent - started),
+            head=1000 * (encoded - started),
             queue=queue_ms,
             server=server_ms,
             network=max(0.0, 1000 * (received - sent) - queue_ms - server_ms),
@@ -355,8 +394,7 @@ class EdgeClient:
             total=1000 * (ended - started),
         )
         return [
-            self._prediction(logits[i], probabilities[i], request_id.hex(), timings, replies)
-            for i in range(len(pixels))
+            self._prediction(logits[i], probabilities[i], request_id.hex(), timings, replies) for i in range(len(codes))
         ]
 
     def _prediction(

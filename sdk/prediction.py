@@ -48,7 +48,7 @@ class Prediction:
         probabilities: ``(K,)`` float32, sums to 1.
         logits: ``(K,)`` float32, before the softmax.
         request_id: 32 hexadecimal digits, the same for all images of one request.
-        timings: of the call; the images of a batch share it.
+        timings: of the request; the images of one share it. A long batch is several requests, which overlap.
         bytes_up: payload and header bytes sent for the whole request.
         bytes_down: received for it.
         source: ``cloud``, or ``fallback``: what the client's ``fallback`` answered while the cloud was away.

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from ensembler import AsyncEdgeClient, EdgeClient, Prediction
+from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.protocol.errors import (
     AuthenticationError,
     BusyError,
@@ -45,14 +46,12 @@ def nobody():
     return f"tcp://127.0.0.1:{port}"
 
 
-def refusing(code, after=0, then=None):
-    """A transport whose server answers ``after`` requests by ``then`` and every further one with an error code."""
-    seen = []
+def refusing(code, refused=lambda codes: True, otherwise=None):
+    """A transport whose server refuses requests by what they carry; the others are answered by ``otherwise``."""
 
     def handler(frames):
-        seen.append(frames)
-        if len(seen) <= after:
-            return then(frames)
+        if not refused(decode(frames).tensor):
+            return otherwise(frames)
         info = {"code": code, "message": "as the test says", "retry_after_ms": 1e6}
         return [encode(Message(operation=ERROR, request_id=decode(frames).request_id, info=info))]
 
@@ -124,14 +123,14 @@ def test_a_bad_image_is_an_error_all_the_same(tiny, nobody):
 
 
 def test_in_a_batch_the_fallback_answers_the_images_that_the_cloud_did_not(tiny, gate, tiny_images, expected):
-    many = np.concatenate([tiny_images, tiny_images])  # 192: requests of 128 and 64 images
+    second = EdgeRuntime(tiny.client).encode(tiny_images[32:64])  # of the three requests for 96 images
     local = Local()
-    transport = refusing(BusyError.code, after=1, then=gate)
+    transport = refusing(BusyError.code, lambda codes: np.array_equal(codes, second), otherwise=gate)
     with EdgeClient(tiny.client, "in-process", timeout_ms=60_000, fallback=local, transport=transport) as edge:
-        found = edge.predict_batch(list(many))
-    assert [result.source for result in found] == ["cloud"] * 128 + ["fallback"] * 64
-    np.testing.assert_array_equal(np.stack([r.logits for r in found[:128]]), np.concatenate([expected, expected[:32]]))
-    np.testing.assert_array_equal(np.stack([image for image, _ in local.asked]), many[128:])
+        found = edge.predict_batch(list(tiny_images))
+    assert [result.source for result in found] == ["cloud"] * 32 + ["fallback"] * 64
+    np.testing.assert_array_equal(np.stack([r.logits for r in found[:32]]), expected[:32])
+    np.testing.assert_array_equal(np.stack([image for image, _ in local.asked]), tiny_images[32:])
 
 
 def test_a_stream_goes_on_with_the_fallback(tiny, nobody, tiny_images):

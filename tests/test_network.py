@@ -9,6 +9,7 @@ import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from itertools import groupby
 
 import numpy as np
 import pytest
@@ -122,7 +123,48 @@ def test_predict_batch_answers_every_image_in_order(tiny, running, tiny_images, 
         results = edge.predict_batch(list(many))
         assert edge.predict_batch([]) == []
     np.testing.assert_array_equal(np.stack([r.logits for r in results]), np.concatenate([expected, expected]))
-    assert len({r.request_id for r in results}) == 2
+    assert [len(list(part)) for _, part in groupby(results, key=lambda one: one.request_id)] == [32] * 6
+
+
+def test_parts_of_a_batch_are_under_way_together_but_not_all_of_them(tiny, gate, tiny_images, expected):
+    gate.open.clear()
+    transport = InProcessTransport(gate)
+    with (
+        EdgeClient(tiny.client, "in-process", timeout_ms=LONG_MS, transport=transport) as edge,
+        ThreadPoolExecutor(1) as pool,
+    ):
+        found = pool.submit(edge.predict_batch, [*tiny_images, *tiny_images])
+        for _ in range(3):
+            assert gate.arrived.acquire(timeout=30)
+        gate.open.set()
+        results = found.result(60)
+    assert gate.most_at_once == 3
+    np.testing.assert_array_equal(np.stack([r.logits for r in results]), np.concatenate([expected, expected]))
+
+
+def test_a_batch_fails_at_once_with_the_error_of_its_first_part_that_has_one(tiny, gate, tiny_images, expected):
+    second = EdgeRuntime(tiny.client).encode(tiny_images[32:64])
+    held = threading.Event()
+    ended = threading.Event()
+
+    def handler(frames):
+        message = decode(frames)
+        if np.array_equal(message.tensor, second):
+            info = {"code": InternalError.code, "message": "as the test says"}
+            return [encode(Message(operation=ERROR, request_id=message.request_id, info=info))]
+        if np.array_equal(message.tensor, third):
+            assert held.wait(60)
+            ended.set()
+        return gate(frames)
+
+    third = EdgeRuntime(tiny.client).encode(tiny_images[64:])
+    with EdgeClient(tiny.client, "in-process", timeout_ms=LONG_MS, transport=InProcessTransport(handler)) as edge:
+        with pytest.raises(InternalError, match="as the test says"):
+            edge.predict_batch(list(tiny_images))  # the third part is still held
+        assert not ended.is_set()
+        held.set()
+        assert ended.wait(30)
+        np.testing.assert_array_equal(edge.predict(tiny_images[0]).logits, expected[0])
 
 
 def test_a_prediction_says_what_the_call_cost(tiny, running, tiny_images):
