@@ -3,31 +3,13 @@
 from __future__ import annotations
 
 import json
-import platform
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ensembler.protocol.machine import machine
+
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
-
-
-def machine() -> str:
-    """Returns the machine in words: cores, processor, memory. No host name."""
-    model, memory = platform.machine(), 0.0
-    for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith(("model name", "Model")):
-            model = line.split(":", 1)[1].strip()
-            break
-    for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines():
-        if line.startswith("MemTotal"):
-            memory = int(line.split()[1]) / 2**20
-    return f"{_cores()} cores of {model}, {memory:.0f} GiB, Python {platform.python_version()}"
-
-
-def _cores() -> int:
-    import os
-
-    return len(os.sched_getaffinity(0))
 
 
 def record(name: str, figures: list[dict[str, Any]], *, command: str, seed: int | None) -> None:

@@ -5,17 +5,22 @@ The server knows engines by this interface alone; tests/test_engine.py holds all
 
 from __future__ import annotations
 
+import logging
 import os
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
 import numpy as np
 import numpy.typing as npt
 
+from ensembler.cloud_runtime import profile
+from ensembler.cloud_runtime.profile import Profile
 from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
 from ensembler.protocol.manifest import BodiesFormat, ServerManifest, load_server
+
+log = logging.getLogger("ensembler.engine")
 
 AUTO = "auto"
 DEVICES = (AUTO, "cpu", "cuda")
@@ -81,6 +86,7 @@ class EngineOptions:
         workers: processes of their own that compute; 0 computes in this one.
         address: of ``ray`` alone: its head, ``HOST:PORT``, or ``auto``; None starts a Ray of this machine alone.
         replicas: of ``ray`` alone: on how many machines each group of nets is, if there are as many.
+        part_rows: of ``onnxruntime`` alone: images that a thread takes through one net at a time; None takes its own.
     """
 
     kind: str = AUTO
@@ -89,6 +95,7 @@ class EngineOptions:
     workers: int = 0
     address: str | None = None
     replicas: int = 1
+    part_rows: int | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in (AUTO, *ENGINES):
@@ -117,18 +124,58 @@ def load(bundle: Path, options: EngineOptions) -> Engine:
         ConfigError: the engine cannot compute on the device.
         MissingExtraError: the engine is not installed.
     """
+    options = _completed(bundle, options)
     if options.workers:
         from ensembler.cloud_runtime.worker_engine import WorkerEngine
 
         return WorkerEngine(bundle, options)
-    kind = _READERS[load_server(bundle).format] if options.kind == AUTO else options.kind
-    engine = ENGINES[kind](bundle, options)
+    engine = ENGINES[_kind(options, load_server(bundle))](bundle, options)
     try:
         warm_up(engine)
     except BaseException:
         engine.close()
         raise
     return engine
+
+
+def tuned(bundle: Path, options: EngineOptions) -> Profile | None:
+    """Returns the profile beside a bundle, if this engine can use it and it was made for these nets on this machine.
+
+    Raises:
+        BundleError: see ``load``.
+        ConfigError: see ``profile.load``.
+    """
+    manifest = load_server(bundle)
+    if _kind(options, manifest) != "onnxruntime" or options.device == "cuda":
+        return None
+    found = profile.load(bundle)
+    return found if found is not None and found.misfit(manifest) is None else None
+
+
+def tuned_rows(bundles: Iterable[Path], options: EngineOptions) -> int | None:
+    """Returns how many images to compute together by the bundles' profiles, or None if none has one.
+
+    Models of one server share the bounds of a batch, so the smallest counts.
+    """
+    return min((found.max_batch_rows for bundle in bundles if (found := tuned(bundle, options))), default=None)
+
+
+def _completed(bundle: Path, options: EngineOptions) -> EngineOptions:
+    """Returns the options with what the bundle's profile says where they leave it open."""
+    found = tuned(bundle, options)
+    if found is None:
+        if (unfit := profile.load(bundle)) is not None and (why := unfit.misfit(load_server(bundle))) is not None:
+            log.warning("%s is not used: %s; ensembler bench server --tune", profile.path_of(bundle), why)
+        return options
+    return replace(
+        options,
+        threads=found.threads if options.threads is None else options.threads,
+        part_rows=found.part_rows if options.part_rows is None else options.part_rows,
+    )
+
+
+def _kind(options: EngineOptions, manifest: ServerManifest) -> str:
+    return _READERS[manifest.format] if options.kind == AUTO else options.kind
 
 
 def warm_up(engine: Engine) -> None:
@@ -163,9 +210,10 @@ def usable_cores() -> int:
 
 
 def _onnxruntime(bundle: Path, options: EngineOptions) -> Engine:
-    from ensembler.cloud_runtime.onnx_engine import OnnxEngine
+    from ensembler.cloud_runtime.onnx_engine import PART_ROWS, OnnxEngine
 
-    return OnnxEngine(bundle, threads=options.threads, device=options.device)
+    part_rows = PART_ROWS if options.part_rows is None else options.part_rows
+    return OnnxEngine(bundle, threads=options.threads, part_rows=part_rows, device=options.device)
 
 
 def _torch(bundle: Path, options: EngineOptions) -> Engine:

@@ -6,13 +6,12 @@ answered by the other. Versions are told apart by the digest of their manifest, 
 
 from __future__ import annotations
 
-import hashlib
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 
 from ensembler.cloud_runtime.engine import Engine
 from ensembler.protocol.errors import BundleMismatchError, ConfigError
-from ensembler.protocol.manifest import to_json
+from ensembler.protocol.manifest import digest
 
 # Of a digest or a bodies_id, in lines for people.
 SHOWN_DIGITS = 12
@@ -78,7 +77,7 @@ class Model:
 
 def version_of(engine: Engine) -> Version:
     """Returns a version that computes nothing yet."""
-    return Version(engine, hashlib.sha256(to_json(engine.manifest)).hexdigest())
+    return Version(engine, digest(engine.manifest))
 
 
 def find(models: dict[bytes, Model], prefix: str) -> Model:

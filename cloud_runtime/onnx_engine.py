@@ -58,14 +58,14 @@ class OnnxEngine:
         providers = _providers(device)
         self.sessions = [_session(bundle / name, providers) for name in self.manifest.bodies]
         self._on_cuda = CUDA in self.sessions[0].get_providers()
-        self._part_rows = LIMITS.rows if self._on_cuda else part_rows
+        self.part_rows = LIMITS.rows if self._on_cuda else part_rows
         self._crew = Crew(self.threads - 1)
 
     def run(self, features: Codes) -> Codes:
         """See ``Engine``."""
         wire = self.manifest.wire
         answers = np.empty((len(features), wire.num_nets, wire.answer_width), np.uint8)
-        part_rows = rows_of_a_piece(len(features), wire.num_nets, self.threads, self._part_rows)
+        part_rows = rows_of_a_piece(len(features), wire.num_nets, self.threads, self.part_rows)
 
         def piece(body: int, start: int) -> None:
             rows = slice(start, start + part_rows)

@@ -221,6 +221,11 @@ class ClientManifest:
         return next(pair for pair in self.models if pair.format == wanted)
 
 
+def digest(manifest: ServerManifest | ClientManifest) -> str:
+    """Returns the SHA-256 of a manifest, which names every file's own, in hexadecimal: what tells two bundles apart."""
+    return hashlib.sha256(to_json(manifest)).hexdigest()
+
+
 def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
     """Returns the canonical bytes of a manifest: sorted keys, no timestamp, so equal manifests are equal files."""
     wire = manifest.wire

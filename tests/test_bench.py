@@ -1,20 +1,29 @@
-"""``ensembler bench device``, and what it remembers for the clients of this machine."""
+"""``ensembler bench``: what it measures, and what it remembers for clients and servers of this machine."""
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import shutil
 from pathlib import Path
 
 import pytest
 
 from ensembler.cli import main
+from ensembler.cloud_runtime import engine as engines
+from ensembler.cloud_runtime import profile, tuning
+from ensembler.cloud_runtime.engine import EngineOptions
+from ensembler.cloud_runtime.profile import Profile
+from ensembler.cloud_runtime.tuning import Arrangement, Rate
 from ensembler.edge_runtime import preferences
 from ensembler.edge_runtime.backends import BACKENDS, installed
 from ensembler.edge_runtime.bench import bench
 from ensembler.edge_runtime.preferences import Preferences
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.machine import machine, processor
+from ensembler.protocol.manifest import digest, load_server
 
 GOLDEN = Path(__file__).resolve().parent / "golden" / "v1_tflite" / "client"
 HERE = [backend for backend in BACKENDS if installed(backend)]
@@ -117,3 +126,193 @@ def test_people_get_a_table_and_the_fastest(capsys):
     assert out.startswith("runtime")
     assert "fastest: " in out
     assert " with 1 thread, " in out
+
+
+# --- the nets in a server ---
+
+
+@pytest.fixture
+def bundle(tiny, tmp_path):
+    """A server bundle of its own, beside which a profile may be written."""
+    return Path(shutil.copytree(tiny.server, tmp_path / "bundles" / "server"))
+
+
+def fitting(bundle, **changes) -> Profile:
+    """A profile that is right for the bundle on this machine, but for the changes."""
+    fields = {"processor": processor(), "version": digest(load_server(bundle)), "threads": 1, "part_rows": 4}
+    return Profile(**fields | {"max_batch_rows": 8} | changes)
+
+
+def test_every_arrangement_is_timed_and_the_smallest_good_batch_is_best():
+    tried = tuning.arrangements([1, 2], [1, 8], all_parts=True)
+    assert {(each.rows, each.part_rows) for each in tried} == {(1, 4), (8, 4), (8, 8)}
+    rates = [
+        Rate(arrangement=Arrangement(threads=1, part_rows=4, rows=rows), images_per_s=rate, slowest=1, fastest=1000)
+        for rows, rate in [(1, 50), (8, 98), (16, 99), (32, 100)]
+    ]
+    assert tuning.best(rates).arrangement.rows == 8
+
+
+def test_what_is_timed_computes_for_real(bundle):
+    (rate,) = tuning.measured(bundle, tuning.arrangements([1], [8], all_parts=False), seconds=0.05)
+    assert 0 < rate.slowest <= rate.images_per_s <= rate.fastest
+    assert rate.batch_ms == pytest.approx(8000 / rate.images_per_s)
+
+
+def test_tuning_writes_a_profile_beside_the_bundle_and_serving_takes_it(bundle, capsys):
+    command = ["bench", "server", str(bundle), "--threads", "1", "--rows", "4,8", "--seconds", "0.05", "--json"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["written"] is None
+    assert profile.load(bundle) is None
+    assert main([*command, "--tune"]) == 0
+    document = json.loads(capsys.readouterr().out)
+    assert document["written"] == str(bundle.parent / "server.profile.json")
+    found = profile.load(bundle)
+    assert found == fitting(bundle, part_rows=document["best"]["part_rows"], max_batch_rows=document["best"]["rows"])
+    engine = engines.load(bundle, EngineOptions())
+    assert (engine.threads, engine.part_rows) == (1, found.part_rows)
+    engine.close()
+
+
+def test_what_the_operator_says_overrules_the_profile(bundle):
+    profile.save(bundle, fitting(bundle, threads=1, part_rows=4))
+    engine = engines.load(bundle, EngineOptions(threads=2, part_rows=3))
+    assert (engine.threads, engine.part_rows) == (2, 3)
+    engine.close()
+
+
+@pytest.mark.parametrize(
+    ("changes", "why"),
+    [({"version": "0" * 64}, "made for other nets"), ({"processor": "64 cores of an abacus"}, "made on 64 cores")],
+)
+def test_a_profile_of_something_else_is_not_used_and_the_log_says_why(bundle, changes, why, caplog):
+    profile.save(bundle, fitting(bundle, **changes))
+    with caplog.at_level(logging.WARNING):
+        engine = engines.load(bundle, EngineOptions(threads=2))
+    assert engine.part_rows == 16
+    engine.close()
+    (line,) = [record.getMessage() for record in caplog.records]
+    assert "server.profile.json is not used: it was " + why in line
+    assert engines.tuned(bundle, EngineOptions()) is None
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{",
+        b"{}",
+        b" " * 5000,
+        *(
+            json.dumps(
+                {"processor": "p", "version": "v", "threads": 1, "part_rows": 4, "max_batch_rows": 8} | wrong
+            ).encode()
+            for wrong in ({"threads": 0}, {"threads": True}, {"part_rows": 1.5}, {"max_batch_rows": 10**9}, {"more": 1})
+        ),
+    ],
+)
+def test_a_profile_that_says_something_else_is_refused_by_name(bundle, content):
+    (bundle.parent / "server.profile.json").write_bytes(content)
+    with pytest.raises(ConfigError, match=r"server\.profile\.json is not what ensembler bench server --tune writes"):
+        engines.load(bundle, EngineOptions())
+
+
+def test_models_of_one_server_share_the_smallest_batch_of_their_profiles(bundle, tiny, tmp_path):
+    assert engines.tuned_rows([tiny.server], EngineOptions()) is None
+    profile.save(bundle, fitting(bundle, max_batch_rows=8))
+    other = Path(shutil.copytree(tiny.server, tmp_path / "other"))
+    profile.save(other, fitting(other, max_batch_rows=4))
+    assert engines.tuned_rows([bundle, tiny.server], EngineOptions()) == 8
+    assert engines.tuned_rows([bundle, other], EngineOptions()) == 4
+    assert engines.tuned_rows([bundle, other], EngineOptions(device="cuda")) is None
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--rows", "0"], "--rows = 0: give a whole number, at least 1"),
+        (["--rows", "1,x"], "--rows 1,x: give numbers with commas between them"),
+        (["--rows", "1000000"], "a batch of 1000000 images: at most"),
+        (["--seconds", "0"], "0 is not above zero"),
+    ],
+)
+def test_impossible_options_of_the_server_are_refused(bundle, options, message, capsys):
+    try:
+        status = main(["bench", "server", str(bundle), *options])
+    except SystemExit as exit_:  # argparse's own
+        status = exit_.code
+    assert status == 2
+    assert message in capsys.readouterr().err
+
+
+# --- from end to end, and two runs ---
+
+
+def test_calls_are_measured_from_end_to_end_and_two_runs_are_compared(tiny, serve, tmp_path, capsys):
+    files = [tmp_path / "one.json", tmp_path / "two.json"]
+    with serve(tiny.server) as (endpoint, _):
+        for path in files:
+            command = ["bench", "client", str(tiny.client), "--server", endpoint, "--calls", "4", "--rounds", "2"]
+            assert main([*command, "--batch", "3", "--at-once", "2", "--timeout-ms", "60000", "--json"]) == 0
+            path.write_text(capsys.readouterr().out)
+    document = json.loads(files[0].read_text())
+    assert document["machine"] == machine()
+    figures = document["figures"]
+    assert all(one["low"] <= one["high"] for one in figures.values())
+    parts = [figures[f"{part}_p50_ms"]["value"] for part in ("head", "network", "queue", "server", "tail")]
+    assert 0 < max(parts) <= figures["total_p99_ms"]["value"]
+    assert figures["total_p50_ms"]["value"] <= figures["total_p95_ms"]["value"] <= figures["total_p99_ms"]["value"]
+    assert main(["bench", "compare", *map(str, files), "--json"]) == 0
+    compared = json.loads(capsys.readouterr().out)["compared"]
+    assert compared["bytes_up"] == {
+        "first": figures["bytes_up"]["value"],
+        "second": figures["bytes_up"]["value"],
+        "ratio": 1.0,
+        "spreads_overlap": True,
+    }
+
+
+def written(path, figure, bench="client", **more):
+    """Writes a result with one figure, and returns its path as a text."""
+    document = {"bench": bench, "machine": "a", "figures": {"images_per_s": figure}} | more
+    path.write_text(json.dumps(document))
+    return str(path)
+
+
+def test_a_comparison_says_the_ratio_what_is_noise_and_what_else_differs(tmp_path, capsys):
+    first = written(tmp_path / "1.json", {"value": 100, "low": 90, "high": 110})
+    near = written(tmp_path / "2.json", {"value": 105, "low": 95, "high": 115})
+    far = written(tmp_path / "3.json", {"value": 200, "low": 190, "high": 210}, machine="b", settings={"batch": 2})
+    assert main(["bench", "compare", first, near]) == 0
+    out = capsys.readouterr().out
+    assert "1.050" in out
+    assert "within spread" in out
+    assert main(["bench", "compare", first, far]) == 0
+    out = capsys.readouterr().out
+    assert "2.000" in out
+    assert "within spread" not in out
+    assert "the machines differ: a; b" in out
+    assert "the settings differ: None; {'batch': 2}" in out
+
+
+def test_what_cannot_be_compared_is_refused_by_name(tmp_path, capsys):
+    good = written(tmp_path / "good.json", {"value": 1, "low": 1, "high": 1})
+    other = written(tmp_path / "other.json", {"value": 1, "low": 1, "high": 1}, bench="server")
+    torn = written(tmp_path / "torn.json", {"value": "1", "low": 1, "high": 1})
+    for second, message in {
+        other: "good.json is of bench client, " + other + " is of bench server",
+        torn: "torn.json is not what ensembler bench ... --json writes",
+        str(tmp_path / "none.json"): "none.json: cannot be read: No such file or directory",
+    }.items():
+        assert main(["bench", "compare", good, second]) == 2
+        assert message.split(", ")[0] in capsys.readouterr().err
+
+
+def test_the_processor_and_the_machine_are_said_in_words(tmp_path):
+    (tmp_path / "cpuinfo").write_text("processor: 0\nmodel name\t: Abacus 3000\n")
+    (tmp_path / "meminfo").write_text("MemTotal:       4194304 kB\n")
+    cores = len(os.sched_getaffinity(0))
+    assert processor(tmp_path) == f"{cores} cores of Abacus 3000"
+    assert machine(tmp_path).startswith(f"{cores} cores of Abacus 3000, 4 GiB, Python 3.")
+    assert machine(tmp_path / "none").startswith(f"{cores} cores of ")

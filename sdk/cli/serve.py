@@ -8,6 +8,7 @@ import logging
 import signal
 import sys
 from contextlib import ExitStack, closing
+from dataclasses import replace
 from pathlib import Path
 from types import FrameType
 
@@ -67,7 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads",
         type=int,
         default=None,
-        help="computing threads for all nets together (default: the cores)",
+        help="computing threads for all nets together (default: what ensembler bench server --tune found, else the "
+        "cores)",
     )
     parser.add_argument(
         "--workers",
@@ -75,7 +77,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=0,
         help="processes that compute, replaced when one dies (default: 0, the server itself computes)",
     )
-    parser.add_argument("--max-batch-rows", type=int, default=64, help="images computed together (default: 64)")
+    parser.add_argument(
+        "--max-batch-rows",
+        type=int,
+        default=None,
+        help="images computed together (default: what ensembler bench server --tune found, else 64)",
+    )
     parser.add_argument(
         "--max-batch-ms", type=float, default=200.0, help="longest time a batch is filled to (default: 200)"
     )
@@ -120,7 +127,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from ensembler.transport.zmq_server import ServerSocket
 
     policy = BatchPolicy(
-        max_batch_rows=options.max_batch_rows,
+        max_batch_rows=BatchPolicy.max_batch_rows if options.max_batch_rows is None else options.max_batch_rows,
         max_batch_ms=options.max_batch_ms,
         max_queue_rows=options.max_queue_rows,
         max_client_rows=options.max_client_rows,
@@ -142,6 +149,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
         for bundle in options.bundles:
             loaded.append(engines.load(bundle, engine_options))
             loading.callback(loaded[-1].close)
+        if options.max_batch_rows is None and (rows := engines.tuned_rows(options.bundles, engine_options)):
+            policy = replace(policy, max_batch_rows=rows)
         pairs, folder = _identity(options)
         allowed = frozenset[str]() if folder is None else opened.enter_context(closing(FolderAllowList(folder)))
         binds = options.bind or ["tcp://127.0.0.1:5555"]
