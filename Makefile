@@ -84,7 +84,7 @@ load: $(INSTALLED) peers
 	$(BIN)/python benchmarks/load.py
 	$(PEERS)/bin/python benchmarks/side_by_side.py
 
-# The paper's Table III over a link of known rate: Standard CI, Ensembler, and ours. As root, with iproute2; half an hour.
+# The paper's Table III over a link of known rate: Standard CI, Ensembler, and ours. As root, with iproute2; ten minutes.
 speed: $(INSTALLED)
 	$(BIN)/python benchmarks/table3.py
 
