@@ -87,6 +87,7 @@ load: $(INSTALLED) peers
 # The paper's Table III over a link of known rate: Standard CI, Ensembler, and ours. As root, with iproute2; ten minutes.
 speed: $(INSTALLED)
 	$(BIN)/python benchmarks/table3.py
+	$(BIN)/python benchmarks/occupancy.py
 
 # The other servers have an environment of their own; none of them is a dependency.
 peers: $(PEERS)/.installed

@@ -129,6 +129,21 @@ def test_metrics_count_what_happened(tiny, watched, tiny_images):
         assert found["ensembler_stage_seconds_count", (("stage", stage),)] == 2
 
 
+def test_what_a_prediction_says_of_the_server_is_what_the_servers_histograms_say(tiny, watched, tiny_images):
+    _, endpoint, address, engine = watched
+    engine.release.set()
+    with client(tiny, endpoint, plaintext=True) as edge:
+        times = [edge.predict(image).timings for image in tiny_images[:5]]
+    found = numbers(get(address, "/metrics")[2])
+    for stage, said_ms in {
+        "queue": sum(one.queue for one in times),
+        "compute": sum(one.server for one in times),
+    }.items():
+        labels = (("stage", stage),)
+        assert found["ensembler_stage_seconds_count", labels] == 5
+        assert found["ensembler_stage_seconds_sum", labels] == pytest.approx(said_ms / 1000, rel=1e-6)
+
+
 def test_no_metric_names_a_device(tiny, in_thread, tiny_images):
     from ensembler.transport import keys
 
