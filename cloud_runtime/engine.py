@@ -138,34 +138,35 @@ def load(bundle: Path, options: EngineOptions) -> Engine:
     return engine
 
 
-def tuned(bundle: Path, options: EngineOptions) -> Profile | None:
-    """Returns the profile beside a bundle, if this engine can use it and it was made for these nets on this machine.
+def tuned_rows(bundles: Iterable[Path], options: EngineOptions) -> int | None:
+    """Returns how many images to compute together by the bundles' profiles, or None if none has one that fits.
+
+    Models of one server share the bounds of a batch, so the smallest counts.
 
     Raises:
         BundleError: see ``load``.
         ConfigError: see ``profile.load``.
     """
+    found = [one for bundle in bundles for one, unfit in [_profile(bundle, options)] if one and not unfit]
+    return min((one.max_batch_rows for one in found), default=None)
+
+
+def _profile(bundle: Path, options: EngineOptions) -> tuple[Profile | None, str | None]:
+    """Returns the profile beside a bundle, if the engine can use one, and why it does not fit, if it does not."""
     manifest = load_server(bundle)
     if _kind(options, manifest) != "onnxruntime" or options.device == "cuda":
-        return None
+        return None, None
     found = profile.load(bundle)
-    return found if found is not None and found.misfit(manifest) is None else None
-
-
-def tuned_rows(bundles: Iterable[Path], options: EngineOptions) -> int | None:
-    """Returns how many images to compute together by the bundles' profiles, or None if none has one.
-
-    Models of one server share the bounds of a batch, so the smallest counts.
-    """
-    return min((found.max_batch_rows for bundle in bundles if (found := tuned(bundle, options))), default=None)
+    return found, None if found is None else found.misfit(manifest)
 
 
 def _completed(bundle: Path, options: EngineOptions) -> EngineOptions:
     """Returns the options with what the bundle's profile says where they leave it open."""
-    found = tuned(bundle, options)
+    found, unfit = _profile(bundle, options)
     if found is None:
-        if (unfit := profile.load(bundle)) is not None and (why := unfit.misfit(load_server(bundle))) is not None:
-            log.warning("%s is not used: %s; ensembler bench server --tune", profile.path_of(bundle), why)
+        return options
+    if unfit is not None:
+        log.warning("%s is not used: %s; ensembler bench server --tune", profile.path_of(bundle), unfit)
         return options
     return replace(
         options,

@@ -193,7 +193,7 @@ def test_a_profile_of_something_else_is_not_used_and_the_log_says_why(bundle, ch
     engine.close()
     (line,) = [record.getMessage() for record in caplog.records]
     assert "server.profile.json is not used: it was " + why in line
-    assert engines.tuned(bundle, EngineOptions()) is None
+    assert engines.tuned_rows([bundle], EngineOptions()) is None
 
 
 @pytest.mark.parametrize(
