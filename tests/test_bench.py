@@ -302,7 +302,7 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path, capsys):
     torn = written(tmp_path / "torn.json", {"value": "1", "low": 1, "high": 1})
     for second, message in {
         other: "good.json is of bench client, " + other + " is of bench server",
-        torn: "torn.json is not what ensembler bench ... --json writes",
+        torn: "torn.json is not what ensembler bench ... --json > FILE writes",
         str(tmp_path / "none.json"): "none.json: cannot be read: No such file or directory",
     }.items():
         assert main(["bench", "compare", good, second]) == 2

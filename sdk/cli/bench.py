@@ -23,7 +23,7 @@ from ensembler.edge_runtime.preferences import Preferences
 from ensembler.end_to_end import PERCENTILES, Figure, measured
 from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.machine import machine
-from ensembler.protocol.manifest import load_client
+from ensembler.protocol.manifest import load_client, load_server
 from ensembler.protocol.options import whole
 from ensembler.protocol.text import aligned
 
@@ -149,6 +149,7 @@ def _server(options: argparse.Namespace, console: Console) -> int:
     need(["onnxruntime"], "cloud", "serving")
     from ensembler.cloud_runtime import profile, tuning
 
+    load_server(options.bundle)  # what is wrong with it is said before the time that it takes
     threads = _numbers("--threads", options.threads, profile.MAX_THREADS) or [len(os.sched_getaffinity(0))]
     tried = tuning.arrangements(threads, _numbers("--rows", options.rows) or [1], all_parts=options.tune)
     console.say(f"{len(tried)} arrangements, about {len(tried) * options.seconds:.0f} s")
@@ -295,7 +296,7 @@ def _read(path: Path) -> dict[str, Any]:
             for figure in document["figures"].values()
         )
     ):
-        raise ConfigError(f"{path} is not what ensembler bench ... --json writes; make it with > {path.name}")
+        raise ConfigError(f"{path} is not what ensembler bench ... --json > FILE writes")
     return document
 
 
