@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-# A bucket of one large segment: smaller ones cut the rate short, larger ones let a burst through unslowed.
+# What passes unslowed after a pause: of one large segment, since smaller buckets cut the rate short.
 BURST_BYTES = 65536
 QUEUE_MS = 500
 

@@ -154,19 +154,25 @@ def tuned_rows(bundles: Iterable[Path], options: EngineOptions) -> int | None:
 def _profile(bundle: Path, options: EngineOptions) -> tuple[Profile | None, str | None]:
     """Returns the profile beside a bundle, if the engine can use one, and why it does not fit, if it does not."""
     manifest = load_server(bundle)
-    if _kind(options, manifest) != "onnxruntime" or options.device == "cuda":
+    if _kind(options, manifest) != "onnxruntime":
         return None, None
-    found = profile.load(bundle)
-    return found, None if found is None else found.misfit(manifest)
+    from ensembler.cloud_runtime.onnx_engine import uses_cuda
+
+    if uses_cuda(options.device):  # it says how processors compute
+        return None, None
+    found, unfit = profile.load(bundle)
+    return found, unfit if found is None else found.misfit(manifest)
 
 
 def _completed(bundle: Path, options: EngineOptions) -> EngineOptions:
     """Returns the options with what the bundle's profile says where they leave it open."""
-    found, unfit = _profile(bundle, options)
-    if found is None:
+    if options.threads is not None and options.part_rows is not None:
         return options
+    found, unfit = _profile(bundle, options)
     if unfit is not None:
         log.warning("%s is not used: %s; ensembler bench server --tune", profile.path_of(bundle), unfit)
+        return options
+    if found is None:
         return options
     return replace(
         options,

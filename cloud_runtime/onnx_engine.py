@@ -122,6 +122,16 @@ def _onnxruntime() -> Any:
     return ort
 
 
+def uses_cuda(device: str) -> bool:
+    """Whether the nets run on a GPU: one of ``engine.DEVICES``, and what this onnxruntime finds.
+
+    Raises:
+        ConfigError: see ``OnnxEngine``.
+        MissingExtraError: see ``OnnxEngine``.
+    """
+    return CUDA in _providers(device)
+
+
 def _providers(device: str) -> list[str]:
     available = CUDA in _onnxruntime().get_available_providers()
     if device == "cuda" and not available:

@@ -52,20 +52,19 @@ def path_of(bundle: Path) -> Path:
     return folder.with_name(folder.name + ".profile.json")
 
 
-def load(bundle: Path) -> Profile | None:
-    """Returns the profile of a bundle, or None where there is none.
+def load(bundle: Path) -> tuple[Profile | None, str | None]:
+    """Returns the profile of a bundle, or None and, where there is a file, what is wrong with it.
 
-    Raises:
-        ConfigError: the file cannot be read, or is not what ``save`` writes.
+    A server goes on without: a profile makes it faster and no more.
     """
     path = path_of(bundle)
     try:
         if not path.is_file():  # a pipe might never end to be read
-            return None
+            return None, None
         with path.open("rb") as stream:
             data = stream.read(MAX_BYTES + 1)
     except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from error
+        return None, f"it cannot be read: {error.strerror}"
     try:
         document = json.loads(data) if len(data) <= MAX_BYTES else None
     except (ValueError, RecursionError):
@@ -74,8 +73,8 @@ def load(bundle: Path) -> Profile | None:
         bounds = {"threads": MAX_THREADS, "part_rows": LIMITS.rows, "max_batch_rows": LIMITS.rows}
         texts = all(type(document[name]) is str for name in ("processor", "version"))
         if texts and all(type(document[name]) is int and 1 <= document[name] <= most for name, most in bounds.items()):
-            return Profile(**document)
-    raise ConfigError(f"{path} is not what ensembler bench server --tune writes; remove it, or write it again")
+            return Profile(**document), None
+    return None, "it is not what that command writes"
 
 
 def save(bundle: Path, profile: Profile) -> Path:

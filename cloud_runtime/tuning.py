@@ -101,13 +101,11 @@ def measured(
     Raises:
         BundleError: see ``OnnxEngine``.
     """
-    engines: dict[tuple[int, int], OnnxEngine] = {}
+    engines: dict[int, OnnxEngine] = {}
     try:
         for each in tried:
-            if (each.threads, each.part_rows) not in engines:
-                engines[each.threads, each.part_rows] = OnnxEngine(
-                    bundle, threads=each.threads, part_rows=each.part_rows, device="cpu"
-                )
+            if each.threads not in engines:
+                engines[each.threads] = OnnxEngine(bundle, threads=each.threads, device="cpu")
         wire = next(iter(engines.values())).manifest.wire
         generator = np.random.Generator(np.random.PCG64(0))
         shape = (max(each.rows for each in tried), *wire.feature_shape)
@@ -116,7 +114,8 @@ def measured(
         for turn in range(ROUNDS):
             said(turn + 1, ROUNDS)
             for each, found in zip(tried, rates, strict=True):
-                engine = engines[each.threads, each.part_rows]
+                engine = engines[each.threads]
+                engine.part_rows = each.part_rows
                 found.append(_rate(engine, features[: each.rows], seconds / ROUNDS))
     finally:
         for engine in engines.values():

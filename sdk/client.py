@@ -8,12 +8,13 @@ import threading
 import time
 from collections import deque
 from collections.abc import Callable, Generator, Iterable, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, wait
+from contextvars import copy_context
 from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -40,6 +41,8 @@ from ensembler.transport.base import Transport
 from ensembler.transport.zmq_client import ZmqTransport
 
 Codes = npt.NDArray[np.uint8]
+
+T = TypeVar("T")
 
 KEY_VARIABLE = "ENSEMBLER_DEVICE_KEY"
 KEY_NAME = "device.key_secret"
@@ -206,8 +209,9 @@ class EdgeClient:
         """Classifies several images, in order; arguments and errors as ``predict``, the deadline is for all of them.
 
         More than 32 images travel in parts, of which three are under way at once. Either every image gets its answer or
-        the call raises at once; parts that are still under way then end by themselves, by the deadline at the latest.
-        With a ``fallback``: once the cloud is away, it answers the rest of the images.
+        the call raises, as soon as a part has failed (and Ctrl-C ends it at once); parts that are still under way then
+        end by themselves, by the deadline at the latest. With a ``fallback``: once the cloud is away, it answers the
+        rest of the images.
         """
         begun = time.monotonic()
         self._process.require()
@@ -340,18 +344,29 @@ class EdgeClient:
             return
         rows = -(-len(pixels) // count)
         under_way: deque[Future[list[Prediction]]] = deque()
-        pool = ThreadPoolExecutor(PARTS_UNDER_WAY, thread_name_prefix="ensembler-part")
-        try:
-            for start in range(0, len(pixels), rows):
-                if len(under_way) == PARTS_UNDER_WAY:
-                    yield under_way.popleft().result()
-                # One head after the other: two at once would both be late.
-                part = self._encode(pixels[start : start + rows], time.monotonic() if start else begun)
-                under_way.append(pool.submit(self._ask, part, deadline))
-            while under_way:
-                yield under_way.popleft().result()
-        finally:
-            pool.shutdown(wait=False, cancel_futures=True)
+        for start in range(0, len(pixels), rows):
+            self._raise_failed(under_way)
+            if len(under_way) == PARTS_UNDER_WAY:
+                yield self._first(under_way)
+            # One head after the other: two at once would both be late.
+            part = self._encode(pixels[start : start + rows], time.monotonic() if start else begun)
+            under_way.append(_in_thread(partial(self._ask, part, deadline)))
+        while under_way:
+            yield self._first(under_way)
+
+    def _first(self, under_way: deque[Future[list[Prediction]]]) -> list[Prediction]:
+        """Waits for the first part and takes it out; what fails meanwhile is raised as ``_raise_failed`` says."""
+        while not under_way[0].done():
+            wait([part for part in under_way if not part.done()], return_when=FIRST_COMPLETED)
+            self._raise_failed(under_way)
+        return under_way.popleft().result()
+
+    def _raise_failed(self, under_way: Iterable[Future[list[Prediction]]]) -> None:
+        """Raises what has failed already, but for what a fallback can answer after the parts before it."""
+        errors = [error for part in under_way if part.done() and (error := part.exception()) is not None]
+        for error in errors:
+            if self._fallback is None or not (isinstance(error, EnsemblerError) and cloud_is_away(error)):
+                raise error
 
     def _encode(self, pixels: Sequence[Codes], started: float) -> _Part:
         codes = self._runtime.encode(np.stack(pixels))
@@ -464,6 +479,21 @@ def _rows_per_request(wire: WireSpec) -> int:
     """Returns how many images fit into one request and its reply, also when they are unpacked."""
     codes = max(math.prod(wire.feature_shape), wire.num_nets * wire.answer_width)
     return max(1, min(MAX_REQUEST_ROWS, LIMITS.tensor_bytes // codes))
+
+
+def _in_thread(call: Callable[[], T]) -> Future[T]:
+    """Runs ``call`` in a thread that keeps no program alive, with the caller's context variables: a trace goes on."""
+    future: Future[T] = Future()
+    future.set_running_or_notify_cancel()
+
+    def run() -> None:
+        try:
+            future.set_result(call())
+        except BaseException as error:  # raised in the caller's thread
+            future.set_exception(error)
+
+    threading.Thread(target=copy_context().run, args=(run,), name="ensembler-part", daemon=True).start()
+    return future
 
 
 def _opened(transports: Iterable[Transport]) -> list[Transport]:

@@ -6,9 +6,12 @@ import logging
 import os
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextvars import ContextVar
 from itertools import groupby
 
 import numpy as np
@@ -140,6 +143,63 @@ def test_parts_of_a_batch_are_under_way_together_but_not_all_of_them(tiny, gate,
         results = found.result(60)
     assert gate.most_at_once == 3
     np.testing.assert_array_equal(np.stack([r.logits for r in results]), np.concatenate([expected, expected]))
+
+
+def test_parts_of_a_batch_have_the_callers_context_variables(tiny, gate, tiny_images, monkeypatch):
+    variable, seen = ContextVar("trace", default=None), []
+    monkeypatch.setattr("ensembler.client.trace_info", lambda: seen.append(variable.get()) or {})
+    variable.set("a span")
+    with EdgeClient(tiny.client, "in-process", timeout_ms=LONG_MS, transport=InProcessTransport(gate)) as edge:
+        edge.predict_batch(list(tiny_images))
+    assert seen == ["a span"] * 3
+
+
+INTERRUPTED = """
+import signal, sys, threading
+import numpy as np
+from ensembler import EdgeClient
+client = EdgeClient(sys.argv[1], sys.argv[2], plaintext=True, timeout_ms=600_000)
+print("asking", flush=True)
+client.predict_batch(np.zeros((96, 16, 16, 3), np.uint8))
+"""
+
+
+def test_ctrl_c_ends_a_long_batch_and_the_program_at_once(tiny):
+    with socket.create_server(("127.0.0.1", 0)) as mute:
+        endpoint = f"tcp://127.0.0.1:{mute.getsockname()[1]}"
+        command = [sys.executable, "-c", INTERRUPTED, str(tiny.client), endpoint]
+        with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+            try:
+                assert process.stdout.readline() == "asking\n"
+                mute.settimeout(60)
+                connection, _ = mute.accept()  # so a part is under way
+                process.send_signal(signal.SIGINT)
+                _, errors = process.communicate(timeout=60)
+                connection.close()
+            finally:
+                process.kill()
+    assert "KeyboardInterrupt" in errors
+
+
+def test_a_later_part_that_no_waiting_cures_ends_a_batch_whose_first_part_is_still_away(tiny, gate, tiny_images):
+    second, held = EdgeRuntime(tiny.client).encode(tiny_images[32:64]), threading.Event()
+
+    def handler(frames):
+        message = decode(frames)
+        if np.array_equal(message.tensor, second):
+            info = {"code": InternalError.code, "message": "as the test says"}
+            return [encode(Message(operation=ERROR, request_id=message.request_id, info=info))]
+        assert held.wait(60)
+        return gate(frames)
+
+    def never(image, error):
+        raise AssertionError("the fallback hides what somebody has to mend")
+
+    transport = InProcessTransport(handler)
+    with EdgeClient(tiny.client, "in-process", timeout_ms=LONG_MS, transport=transport, fallback=never) as edge:
+        with pytest.raises(InternalError, match="as the test says"):
+            edge.predict_batch(list(tiny_images))
+        held.set()
 
 
 def test_a_batch_fails_at_once_with_the_error_of_its_first_part_that_has_one(tiny, gate, tiny_images, expected):

@@ -80,6 +80,26 @@ def test_every_preset_trains_a_net_that_can_be_built():
         build_net(config.arch_spec((32, 32), 10), config.num_selected)
 
 
+@pytest.mark.parametrize(
+    "options", [["--defense", "single"], ["--defense", "joint"], ["--noise", "learned", "--noise-std", "1"]]
+)
+def test_a_preset_goes_with_a_defence_in_which_a_part_of_it_has_no_place(options, tiny_data, tmp_path, capsys):
+    command = [
+        "train",
+        "--data",
+        tiny_data,
+        "--arch",
+        "resnet10_slim",
+        "--preset",
+        "strong",
+        "--out",
+        str(tmp_path / "r"),
+    ]
+    assert main([*command, *options, "--dry-run"]) == 0
+    assert main([*command, *options, "--head-for", "all", "--dry-run"]) == 2
+    assert "--head-for all" in capsys.readouterr().err
+
+
 def test_given_options_go_before_the_presets(tiny_data, tmp_path, capsys):
     out = tmp_path / "run"
     common = ["train", "--data", tiny_data, "--arch", "resnet10_slim", "-N", "2", "-P", "1", "--epochs", "1"]

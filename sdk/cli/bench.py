@@ -173,7 +173,7 @@ def _server(options: argparse.Namespace, console: Console) -> int:
         *aligned(table, left=0),
         "",
         f"best: batches of {chosen.rows} in parts of {chosen.part_rows} on {_counted(chosen.threads)}, "
-        f"{best.images_per_s:.1f} images/s; larger batches gain less than {100 * (1 - tuning.ENOUGH):.0f} %",
+        f"{best.images_per_s:.1f} images/s; what else was tried gains less than {100 * (1 - tuning.ENOUGH):.0f} %",
     ]
     figures = {
         f"images_per_s_{each.threads}_threads_{each.rows}_rows_{each.part_rows}_part": Figure(
@@ -184,7 +184,11 @@ def _server(options: argparse.Namespace, console: Console) -> int:
     }
     document = _document("server", figures) | {"best": asdict(chosen), "written": None}
     if options.tune:
-        path = profile.save(options.bundle, tuning.profile_of(options.bundle, best))
+        try:
+            path = profile.save(options.bundle, tuning.profile_of(options.bundle, best))
+        except ConfigError:
+            console.result(document, "\n".join(lines))  # what was measured is not lost
+            raise
         document["written"] = str(path)
         lines.append(f"written to {path}: ensembler serve takes it where its options leave it open")
     console.result(document, "\n".join(lines))
@@ -253,13 +257,15 @@ def _compare(options: argparse.Namespace, console: Console) -> int:
             "spreads_overlap": not apart,
         }
         shown = "" if ratio is None else f"{ratio:.3f}"
+        known = any(one[name]["low"] < one[name]["high"] for one in (first, second))
+        remark = ("" if apart else "within spread") if known else "no spread known"
         rows.append(
             (
                 name,
                 f"{first[name]['value']:.4g}",
                 f"{second[name]['value']:.4g}",
                 shown,
-                "" if apart else "within spread",
+                remark,
             )
         )
     lines = aligned(rows)

@@ -187,7 +187,10 @@ def _config(options: argparse.Namespace) -> Any:
         # An encoder may be given alone: the bottleneck is then the preset's.
         plain = TrainConfig(**{name: value for name, value in given.items() if name not in ("bottleneck", "encoder")})
         dataset = data.load(plain.data)
-        given = preset_options(options.preset, plain.arch_spec(dataset.image_size, len(dataset.labels))) | given
+        chosen = preset_options(options.preset, plain.arch_spec(dataset.image_size, len(dataset.labels)))
+        if plain.defense != "ensembler" or plain.noise == "learned":
+            chosen.pop("head_for", None)  # it has no place there, and nobody named it
+        given = chosen | given
     return TrainConfig(**given)
 
 
