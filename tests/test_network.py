@@ -205,14 +205,16 @@ def test_a_later_part_that_no_waiting_cures_ends_a_batch_whose_first_part_is_sti
 def test_a_batch_fails_at_once_with_the_error_of_its_first_part_that_has_one(tiny, gate, tiny_images, expected):
     second = EdgeRuntime(tiny.client).encode(tiny_images[32:64])
     held = threading.Event()
-    ended = threading.Event()
+    arrived, ended = threading.Event(), threading.Event()
 
     def handler(frames):
         message = decode(frames)
         if np.array_equal(message.tensor, second):
+            assert arrived.wait(60)
             info = {"code": InternalError.code, "message": "as the test says"}
             return [encode(Message(operation=ERROR, request_id=message.request_id, info=info))]
         if np.array_equal(message.tensor, third):
+            arrived.set()
             assert held.wait(60)
             ended.set()
         return gate(frames)
