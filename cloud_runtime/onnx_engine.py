@@ -118,7 +118,7 @@ def _onnxruntime() -> Any:
         import onnxruntime as ort
     except ImportError as error:
         raise MissingExtraError("onnxruntime", "cloud", "serving") from error
-    ort.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
+    ort.disable_telemetry_events()  # see sdk/__init__.py
     return ort
 
 

@@ -47,7 +47,7 @@ class OnnxSession:
             import onnxruntime as ort
         except ImportError as error:
             raise MissingExtraError("onnxruntime", "onnx", f"running {name}") from error
-        ort.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
+        ort.disable_telemetry_events()  # see sdk/__init__.py
         self._name = name
         options = ort.SessionOptions()
         options.intra_op_num_threads = threads

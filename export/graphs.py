@@ -35,7 +35,7 @@ from torch import Tensor, nn
 from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import ExportError
 
-onnxruntime.disable_telemetry_events()  # from 1.29 on it reports to its maker, on Linux too
+onnxruntime.disable_telemetry_events()  # see sdk/__init__.py
 
 Floats = npt.NDArray[np.float32]
 Graph = onnx.ModelProto

@@ -7,11 +7,16 @@ Start reading at ``ensembler.client``.
 
 from __future__ import annotations
 
+import os
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if __name__ != "ensembler":
     raise ImportError(f"import ensembler, not {__name__}: a second copy of its classes would not match")
+
+# From 1.29 on onnxruntime reports to its maker, on Linux too: as soon as it is imported it makes an identity of the
+# machine and starts a thread for it. What loads it here turns reports off as well, in case that was imported first.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 if TYPE_CHECKING:
     from ensembler.async_client import AsyncEdgeClient as AsyncEdgeClient

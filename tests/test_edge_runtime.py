@@ -58,6 +58,14 @@ def test_onnxruntime_is_told_to_report_nothing_to_its_maker(tiny, monkeypatch):
     assert told
 
 
+def test_onnxruntime_starts_nothing_that_could_report():
+    code = "import os, numpy, ensembler; before = os.listdir('/proc/self/task'); import onnxruntime; "
+    code += "print(os.environ['ORT_DISABLE_TELEMETRY'], len(os.listdir('/proc/self/task')) - len(before))"
+    outside = {name: value for name, value in os.environ.items() if name not in ("ORT_DISABLE_TELEMETRY", "CI")}
+    done = subprocess.run([sys.executable, "-c", code], env=outside, capture_output=True, text=True)
+    assert (done.stdout, done.stderr) == ("1 0\n", "")
+
+
 def test_an_unknown_backend_is_refused_with_the_known_ones(tiny):
     with pytest.raises(ConfigError, match=r"unknown backend 'abacus'; known: .*onnxruntime"):
         open_session(tiny.client / "head.onnx", backend="abacus")
