@@ -357,8 +357,10 @@ class EdgeClient:
     def _first(self, under_way: deque[Future[list[Prediction]]]) -> list[Prediction]:
         """Waits for the first part and takes it out; what fails meanwhile is raised as ``_raise_failed`` says."""
         while not under_way[0].done():
-            wait([part for part in under_way if not part.done()], return_when=FIRST_COMPLETED)
-            self._raise_failed(under_way)
+            pending = [part for part in under_way if not part.done()]
+            self._raise_failed(under_way)  # what ended before ``pending`` was made will not end the wait
+            wait(pending, return_when=FIRST_COMPLETED)
+        self._raise_failed(under_way)
         return under_way.popleft().result()
 
     def _raise_failed(self, under_way: Iterable[Future[list[Prediction]]]) -> None:
