@@ -27,6 +27,7 @@ from ensembler.protocol.errors import (
 from ensembler.protocol.messages import LIMITS
 
 FORMAT = "ensembler-bundle"
+CRYPTO_FORMAT = "ensembler-c2pi"  # of crypto-clear inference; ensembler.crypto reads it
 VERSION = 1
 MANIFEST_NAME = "manifest.json"
 
@@ -298,7 +299,7 @@ def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
         BundleVersionError: another version of the format.
         BundleError: anything else that is wrong, with the field's name.
     """
-    reader = _open(data, source, "client")
+    reader = opened(data, source, "client")
     reader.document = _OPTIONAL | reader.document
     mode: NoiseMode = reader.choice("noise_mode", ("none", "fixed", "fresh", "drawn"))
     files = reader.files()
@@ -324,7 +325,7 @@ def parse_client(data: bytes, source: str = MANIFEST_NAME) -> ClientManifest:
 
 def parse_server(data: bytes, source: str = MANIFEST_NAME) -> ServerManifest:
     """Reads and validates a server manifest; arguments and errors as ``parse_client``."""
-    reader = _open(data, source, "server")
+    reader = opened(data, source, "server")
     files = reader.files()
     wire = reader.wire()
     reader.document = {_BODIES_FORMAT: "onnx"} | reader.document
@@ -348,12 +349,23 @@ def load_client(folder: Path) -> ClientManifest:
     Raises:
         BundleError: missing, malformed, of another version or tampered with; see the subclasses.
     """
-    return _load(folder, parse_client)
+    return load_folder(folder, parse_client)
 
 
 def load_server(folder: Path) -> ServerManifest:
     """Reads the manifest of the server bundle ``folder`` and verifies every file; errors as ``load_client``."""
-    return _load(folder, parse_server)
+    return load_folder(folder, parse_server)
+
+
+def of_crypto(folder: Path) -> bool:
+    """Whether a folder looks like a bundle of crypto-clear inference; what is wrong with one is said at its loading."""
+    try:
+        require_regular(folder / MANIFEST_NAME)
+        with (folder / MANIFEST_NAME).open("rb") as stream:
+            document = json.loads(stream.read(MAX_MANIFEST_BYTES))
+    except (OSError, ValueError, RecursionError, BundleError):
+        return False
+    return isinstance(document, dict) and document.get("format") == CRYPTO_FORMAT
 
 
 def describe_file(path: Path) -> FileEntry:
@@ -372,7 +384,8 @@ def is_curve_key(text: str) -> bool:
     return all(sum(digit * 85**power for power, digit in enumerate(reversed(group))) < 1 << 32 for group in groups)
 
 
-def _load(folder: Path, parse: Callable[[bytes, str], T]) -> T:
+def load_folder(folder: Path, parse: Callable[[bytes, str], T]) -> T:
+    """Reads the manifest of a bundle and verifies every file; errors as ``load_client``, and what ``parse`` raises."""
     path = folder / MANIFEST_NAME
     try:
         if not folder.is_dir():
@@ -408,13 +421,29 @@ def require_regular(path: Path) -> None:
         raise BundleError(f"{path} cannot be read: it is not a file; copy the bundle again")
 
 
-def _open(data: bytes, source: str, kind: str) -> _Reader:
+def opened(data: bytes, source: str, kind: str, form: str = FORMAT) -> Reader:
+    """Returns a reader of a manifest of this package's version.
+
+    Args:
+        data: the file's bytes.
+        source: how errors name the file.
+        kind: ``client`` or ``server``.
+        form: what the manifest calls its format.
+
+    Raises:
+        BundleVersionError: another version of the format.
+        BundleError: another format or kind, or not JSON.
+    """
     try:
         document = json.loads(data)
     except (ValueError, RecursionError) as error:
         raise BundleError(f"{source} is not JSON; copy the bundle again") from error
-    reader = _Reader(document, source, "")
-    if not isinstance(document, dict) or document.get("format") != FORMAT:
+    reader = Reader(document, source, "")
+    found = document.get("format") if isinstance(document, dict) else None
+    if found in (FORMAT, CRYPTO_FORMAT) and found != form:
+        other = "split" if form == CRYPTO_FORMAT else "crypto-clear"
+        raise BundleError(f"{source} belongs to a bundle of {other} inference, which this does not take")
+    if found != form:
         raise BundleError(f"{source} is not the manifest of an Ensembler bundle")
     version = document.get("version")
     if version != VERSION or isinstance(version, bool):
@@ -429,7 +458,7 @@ def _open(data: bytes, source: str, kind: str) -> _Reader:
     return reader
 
 
-class _Reader:
+class Reader:
     """Reads fields of one JSON object; every refusal names the file and the field."""
 
     def __init__(self, document: Any, source: str, prefix: str) -> None:
@@ -438,9 +467,11 @@ class _Reader:
         self.prefix = prefix
 
     def error(self, name: str, problem: str) -> BundleError:
+        """Returns the error that names the file and the field."""
         return BundleError(f"{self.source}: {self.prefix}{name} {problem}")
 
     def get(self, name: str, valid: Callable[[Any], bool]) -> Any:
+        """Returns a field's value if it is there and ``valid`` says so."""
         if name not in self.document:
             raise self.error(name, "is missing")
         value = self.document[name]
@@ -448,16 +479,20 @@ class _Reader:
             raise self.error(name, "has an invalid value")
         return value
 
-    def child(self, name: str) -> _Reader:
-        return _Reader(self.get(name, lambda v: isinstance(v, dict)), self.source, f"{self.prefix}{name}.")
+    def child(self, name: str) -> Reader:
+        """Returns a reader of a field that is an object."""
+        return Reader(self.get(name, lambda v: isinstance(v, dict)), self.source, f"{self.prefix}{name}.")
 
     def integer(self, name: str, low: int, high: int) -> int:
+        """Returns an integer within bounds, both of them included."""
         return int(self.get(name, lambda v: isinstance(v, int) and low <= v <= high))
 
     def choice(self, name: str, choices: tuple[str, ...]) -> Any:
+        """Returns a field that is one of ``choices``."""
         return self.get(name, lambda v: v in choices)
 
     def strings(self, name: str, limit: int) -> list[str]:
+        """Returns a field that is a list of 1 to ``limit`` texts."""
         items: list[str] = self.get(
             name,
             lambda v: (
@@ -470,9 +505,11 @@ class _Reader:
         return items
 
     def file_name(self, name: str, files: Mapping[str, FileEntry]) -> str:
+        """Returns a field that names one of the bundle's files."""
         return str(self.get(name, lambda v: isinstance(v, str) and v in files))
 
     def models(self, files: Mapping[str, FileEntry]) -> tuple[ModelPair, ...]:
+        """Returns head and tail, in one format or both."""
         readers = [self, self.child(_ALSO)] if _ALSO in self.document else [self]
         pairs = tuple(ModelPair(head=r.file_name("head", files), tail=r.file_name("tail", files)) for r in readers)
         if len({pair.format for pair in pairs}) != len(pairs):
@@ -480,6 +517,7 @@ class _Reader:
         return pairs
 
     def files(self) -> dict[str, FileEntry]:
+        """Returns the files and their digests."""
         entries = self.child("files")
         result = {}
         for name in entries.document:
@@ -493,10 +531,12 @@ class _Reader:
         return result
 
     def hexadecimal(self, name: str) -> str:
+        """Returns 64 hexadecimal digits."""
         return str(self.get(name, lambda v: isinstance(v, str) and re.fullmatch(r"[0-9a-f]{64}", v) is not None))
 
     def codec(self, value: Any, name: str) -> AffineCodec:
-        reader = _Reader(value, self.source, f"{self.prefix}{name}.")
+        """Returns a codec."""
+        reader = Reader(value, self.source, f"{self.prefix}{name}.")
         if not isinstance(value, dict):
             raise self.error(name, "is not an object")
         bits = CODEC_BITS[reader.choice("codec", tuple(CODEC_BITS))]
@@ -507,12 +547,13 @@ class _Reader:
             raise reader.error("scale", "is not a positive float32 value") from error
 
     def parties(self, wire: WireSpec) -> tuple[PartySpec, ...]:
+        """Returns the operators."""
         items = self.get("parties", lambda v: isinstance(v, list) and 1 <= len(v) <= wire.num_nets)
         found = []
         for index, item in enumerate(items):
             if not isinstance(item, dict):
                 raise self.error(f"parties[{index}]", "is not an object")
-            reader = _Reader(item, self.source, f"{self.prefix}parties[{index}].")
+            reader = Reader(item, self.source, f"{self.prefix}parties[{index}].")
             found.append(
                 PartySpec(
                     bodies_id=reader.hexadecimal("bodies_id"),
@@ -529,6 +570,7 @@ class _Reader:
         return tuple(found)
 
     def encryption(self) -> SealSpec | None:
+        """Returns how the models are encrypted, None: they are not."""
         if self.get("encryption", lambda v: v is None or isinstance(v, dict)) is None:
             return None
         seal = self.child("encryption")
@@ -542,6 +584,7 @@ class _Reader:
         return SealSpec(kdf=kdf, salt=salt, log2_n=log2_n, p=seal.integer("p", 1, MAX_SCRYPT_P))
 
     def wire(self) -> WireSpec:
+        """Returns what travels."""
         wire = self.child("wire")
         shape = wire.get(
             "feature_shape",

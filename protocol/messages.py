@@ -23,7 +23,13 @@ INFER = "infer"
 STATUS = "status"
 RESULT = "result"
 ERROR = "error"
-OPERATIONS = (INFER, STATUS, RESULT, ERROR)
+# Of crypto-clear inference (docs/crypto.md): a session is opened and ended; link carries the engines' bytes both ways.
+OPEN = "open"
+LINK = "link"
+RUN = "run"
+SHARE = "share"
+END = "end"
+OPERATIONS = (INFER, STATUS, RESULT, ERROR, OPEN, LINK, RUN, SHARE, END)
 
 REQUEST_ID_BYTES = 16
 BODIES_ID_BYTES = 32
@@ -56,7 +62,8 @@ class Message:
     """One request or reply.
 
     Attributes:
-        operation: ``infer`` or ``status`` (device to cloud), ``result`` or ``error`` (back).
+        operation: ``infer`` or ``status`` (device to cloud), ``result`` or ``error`` (back); or one of a session of
+            crypto-clear inference.
         request_id: 16 random bytes that the reply repeats; a retry repeats them too.
         bodies_id: 32 bytes, which nets; zeros in ``status`` requests.
         budget_ms: how long the sender will still wait, at the moment of sending; 0 in replies.

@@ -28,7 +28,7 @@ from ensembler.party import Party, exchange_all
 from ensembler.prediction import Prediction, Timings
 from ensembler.process import OwnProcess
 from ensembler.protocol.errors import ConfigError, EnsemblerError, KeyFileError
-from ensembler.protocol.manifest import ClientManifest, Kdf, WireSpec
+from ensembler.protocol.manifest import ClientManifest, Kdf, WireSpec, of_crypto
 from ensembler.protocol.messages import INFER, LIMITS, REQUEST_ID_BYTES, STATUS, Message
 from ensembler.protocol.options import expanded, milliseconds, whole
 from ensembler.replica import Replica, Reply
@@ -50,6 +50,7 @@ BUNDLE_KEY_VARIABLE = "ENSEMBLER_BUNDLE_KEY"
 # A long batch is sent in parts of at most so many images, so many at a time: while one is computed by the servers, the
 # next is on its way and the head has the one after that. The server batches further by itself.
 MAX_REQUEST_ROWS = 32
+TIMEOUT_MS = 5000.0
 PARTS_UNDER_WAY = 3
 
 
@@ -64,7 +65,8 @@ class _Part(NamedTuple):
 class EdgeClient:
     """Predicts images with a head and tail on this device and N nets on a server.
 
-    Thread-safe: calls from several threads run side by side, each on its own connection.
+    Thread-safe: calls from several threads run side by side, each on its own connection. A bundle of crypto-clear
+    inference makes a ``crypto_client.CryptoEdgeClient``, with the same calls.
 
     Belongs to the process that made it. In a forked child every call that would ask the server raises ``ConfigError``,
     ``close`` does nothing, and the parent's client goes on working; make a new client in the child.
@@ -84,7 +86,8 @@ class EdgeClient:
         server_key: the public key of the servers, instead of what the bundle pins: the path of its file, or its 40
             characters. A mapping from addresses to keys holds for those; the others keep what the bundle pins.
         plaintext: connect without encryption and authentication. Never the default, also when the bundle pins no key.
-        timeout_ms: the deadline of a call that gives none itself.
+        timeout_ms: the deadline of a call that gives none itself. None: 5 seconds, and 2 minutes with a bundle of
+            crypto-clear inference.
         threads: of one run of head or tail; None takes what ``ensembler bench device --write`` found best, else one.
         backend: ``onnxruntime``, ``ai-edge-litert`` or ``tflite-runtime``; ``auto`` takes one that is installed and
             reads the bundle's models: what ``ensembler bench device --write`` found best, else the bundle's default
@@ -94,6 +97,7 @@ class EdgeClient:
             answer before the deadline, a full or a stopping server); its ``Prediction`` is the answer. See
             ``Prediction.local``. It may be called from several threads. None raises the error.
         transport: moves the frames instead of ZeroMQ, one for each address; for tests.
+        insecure_engine: takes a bundle of crypto-clear inference whose engine protects nothing; for tests.
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
@@ -101,6 +105,14 @@ class EdgeClient:
         ConfigError: an impossible option.
         MissingExtraError: no inference runtime for the bundle is installed, or what decrypts the bundle is not.
     """
+
+    def __new__(cls, bundle: str | os.PathLike[str], *_: Any, **__: Any) -> EdgeClient:
+        """Makes the client for the kind of bundle."""
+        if cls is EdgeClient and of_crypto(expanded("bundle", bundle)):
+            from ensembler.crypto_client import CryptoEdgeClient
+
+            return super().__new__(CryptoEdgeClient)
+        return super().__new__(cls)
 
     def __init__(
         self,
@@ -112,20 +124,23 @@ class EdgeClient:
         bundle_key: str | os.PathLike[str] | bytes | None = None,
         passphrase: str | None = None,
         plaintext: bool = False,
-        timeout_ms: float = 5000.0,
+        timeout_ms: float | None = None,
         threads: int | None = None,
         backend: str = "auto",
         top_k: int = 5,
         fallback: Fallback | None = None,
         transport: Transport | Sequence[Transport] | None = None,
+        insecure_engine: bool = False,
     ) -> None:
+        if insecure_engine:
+            raise ConfigError(f"insecure_engine is for a bundle of crypto-clear inference; {bundle} is none")
         if fallback is not None and not callable(fallback):
             raise ConfigError(f"fallback is {type(fallback).__name__}; give a function of an image and an error")
         top_k = whole("top_k", top_k, 1)
         if not isinstance(plaintext, bool):  # "false" is true
             raise ConfigError(f"plaintext = {plaintext!r}: give True or False")
         self._process = OwnProcess()
-        self._timeout_ms = checked_timeout(timeout_ms)
+        self._timeout_ms = checked_timeout(TIMEOUT_MS if timeout_ms is None else timeout_ms)
         folder = expanded("bundle", bundle)
         secret = secret_finder(bundle_key, passphrase)
         self._runtime = EdgeRuntime(folder, threads=threads, backend=backend, secret=secret)
@@ -133,7 +148,7 @@ class EdgeClient:
         refuse_idle_secret(folder, self._manifest, bundle_key, passphrase)
         self._request_rows = _rows_per_request(self._manifest.wire)
         self._top_k = min(top_k, len(self._manifest.labels))
-        servers = server_addresses(server, self._manifest, folder)
+        servers = server_addresses(server, len(self._manifest.parties), folder)
         self._describe = partial(
             describe,
             folder,
@@ -147,7 +162,8 @@ class EdgeClient:
         if transport is not None:
             transports = [transport] if not isinstance(transport, Sequence) else transport
         else:
-            transports = self._open_transports(folder, servers, key, server_key, plaintext=plaintext)
+            pinned = [party.server_public_key for party in self._manifest.parties]
+            transports = open_transports(folder, servers, pinned, key, server_key, plaintext=plaintext)
         addresses = [address for replicas in servers for address in replicas]
         made = iter([Replica(*each) for each in zip(addresses, transports, strict=True)])
         self._parties = [
@@ -155,37 +171,6 @@ class EdgeClient:
             for spec, replicas in zip(self._manifest.parties, servers, strict=True)
         ]
         self._closed = threading.Event()
-
-    def _open_transports(
-        self,
-        folder: Path,
-        servers: Sequence[Sequence[str]],
-        key: str | os.PathLike[str] | None,
-        server_key: ServerKeys | None,
-        *,
-        plaintext: bool,
-    ) -> list[Transport]:
-        """Opens a transport for each address, in order."""
-        if plaintext:
-            if server_key is not None:
-                raise ConfigError("server_key and plaintext were both given; a key is for an encrypted connection")
-            return _opened(ZmqTransport(address, server_key=None, keys=None) for each in servers for address in each)
-        known = server_keys(server_key, servers, self._manifest)
-        if any(public is None for _, public in known):
-            raise ConfigError(
-                f"the bundle {folder} pins no server key, so the server cannot be known; export with --server-key, "
-                "pass server_key (--server-key), or pass plaintext=True (--plaintext) if nobody else can reach the "
-                "network"
-            )
-        places = [folder.resolve().parent / "keys" / KEY_NAME, *key_files.standard_places(KEY_NAME)]
-        path = key_files.find(key, KEY_VARIABLE, places)
-        if path is None:
-            raise KeyFileError(
-                f"no device key: pass key=, set {KEY_VARIABLE}, or put {KEY_NAME} into {places[1].parent}; "
-                "ensembler keys new makes a pair"
-            )
-        pair = key_files.load_pair(path)
-        return _opened(ZmqTransport(address, server_key=public, keys=pair) for address, public in known)
 
     # --- the public calls ---
 
@@ -498,9 +483,40 @@ def _in_thread(call: Callable[[], T]) -> Future[T]:
     return future
 
 
-def _opened(transports: Iterable[Transport]) -> list[Transport]:
+def open_transports(
+    folder: Path,
+    servers: Sequence[Sequence[str]],
+    pinned: Sequence[str | None],
+    key: str | os.PathLike[str] | None,
+    server_key: ServerKeys | None,
+    *,
+    plaintext: bool,
+) -> list[ZmqTransport]:
+    """Opens a transport for each address, in order; ``pinned`` are the bundle's keys of the operators' servers."""
+    if plaintext:
+        if server_key is not None:
+            raise ConfigError("server_key and plaintext were both given; a key is for an encrypted connection")
+        return _opened(ZmqTransport(address, server_key=None, keys=None) for each in servers for address in each)
+    known = server_keys(server_key, servers, pinned)
+    if any(public is None for _, public in known):
+        raise ConfigError(
+            f"the bundle {folder} pins no server key, so the server cannot be known; export with --server-key, "
+            "pass server_key (--server-key), or pass plaintext=True (--plaintext) if nobody else can reach the network"
+        )
+    places = [folder.resolve().parent / "keys" / KEY_NAME, *key_files.standard_places(KEY_NAME)]
+    path = key_files.find(key, KEY_VARIABLE, places)
+    if path is None:
+        raise KeyFileError(
+            f"no device key: pass key=, set {KEY_VARIABLE}, or put {KEY_NAME} into {places[1].parent}; "
+            "ensembler keys new makes a pair"
+        )
+    pair = key_files.load_pair(path)
+    return _opened(ZmqTransport(address, server_key=public, keys=pair) for address, public in known)
+
+
+def _opened(transports: Iterable[ZmqTransport]) -> list[ZmqTransport]:
     """Opens all or none."""
-    done: list[Transport] = []
+    done: list[ZmqTransport] = []
     try:
         done.extend(transports)
     except BaseException:

@@ -34,6 +34,33 @@ class Timings:
     total: float
 
 
+@dataclass(frozen=True, kw_only=True)
+class CryptoCost:
+    """What one answer of crypto-clear inference cost, beside its ``Timings``.
+
+    Attributes:
+        engine: what computed; ``insecure-plain`` protects nothing.
+        setup_ms: opening the session; 0 where it was open.
+        crypto_ms: the layers before the boundary, by the two parties.
+        clear_ms: reveal and the layers after it, with the network between.
+        setup_bytes: that travelled between the engines for the session's opening, both ways.
+        crypto_bytes_up: that the engines sent for this image.
+        crypto_bytes_down: that came.
+        cpu_s: of this device.
+        peak_mb: memory of this device's engine at most, so far, in MiB.
+    """
+
+    engine: str
+    setup_ms: float
+    crypto_ms: float
+    clear_ms: float
+    setup_bytes: int
+    crypto_bytes_up: int
+    crypto_bytes_down: int
+    cpu_s: float
+    peak_mb: float
+
+
 _NO_TIME = Timings(head=0.0, queue=0.0, server=0.0, network=0.0, tail=0.0, total=0.0)
 
 
@@ -52,6 +79,7 @@ class Prediction:
         bytes_up: payload and header bytes sent for the whole request.
         bytes_down: received for it.
         source: ``cloud``, or ``fallback``: what the client's ``fallback`` answered while the cloud was away.
+        crypto: what two-party computation cost; None without.
     """
 
     label: str
@@ -64,6 +92,7 @@ class Prediction:
     bytes_up: int
     bytes_down: int
     source: Source = "cloud"
+    crypto: CryptoCost | None = None
 
     @classmethod
     def local(cls, label: str, score: float) -> Prediction:

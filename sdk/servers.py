@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ensembler.protocol.errors import ConfigError
-from ensembler.protocol.manifest import ClientManifest, is_curve_key
+from ensembler.protocol.manifest import is_curve_key
 from ensembler.protocol.options import expanded
 from ensembler.transport.keys import load_public
 
@@ -17,8 +17,13 @@ ServerKey: TypeAlias = str | os.PathLike[str]
 ServerKeys: TypeAlias = ServerKey | Mapping[str, ServerKey]
 
 
-def server_addresses(server: Servers, manifest: ClientManifest, bundle: Path) -> tuple[tuple[str, ...], ...]:
+def server_addresses(server: Servers, operators: int, bundle: Path) -> tuple[tuple[str, ...], ...]:
     """Returns the addresses of each operator's replicas, the preferred one first.
+
+    Args:
+        server: as ``EdgeClient``.
+        operators: for how many the bundle was exported.
+        bundle: its folder.
 
     Raises:
         ConfigError: no addresses, not one entry for each operator, or an address twice for one operator.
@@ -30,9 +35,9 @@ def server_addresses(server: Servers, manifest: ClientManifest, bundle: Path) ->
             f"server = {server!r}: give tcp://host:port, for several operators a list of such addresses, for "
             "replicas of one operator a tuple of addresses in the place of one"
         )
-    if len(found) != len(manifest.parties):
+    if len(found) != operators:
         raise ConfigError(
-            f"the bundle {bundle} was exported for {len(manifest.parties)} operators, {len(found)} server "
+            f"the bundle {bundle} was exported for {operators} operators, {len(found)} server "
             "addresses were given; give one for each, in the order of the export, and replicas of one operator as one "
             "entry: tcp://a:5555,tcp://b:5555"
         )
@@ -44,14 +49,14 @@ def server_addresses(server: Servers, manifest: ClientManifest, bundle: Path) ->
 
 
 def server_keys(
-    server_key: ServerKeys | None, servers: Sequence[Sequence[str]], manifest: ClientManifest
+    server_key: ServerKeys | None, servers: Sequence[Sequence[str]], pinned: Sequence[str | None]
 ) -> list[tuple[str, str | None]]:
     """Returns every address with the public key that its server must have: the one that is given, else the pinned one.
 
     Args:
         server_key: as ``EdgeClient``.
         servers: the addresses of each operator.
-        manifest: of the client bundle.
+        pinned: what the client's bundle pins for each operator.
 
     Raises:
         ConfigError: a key for an address that is none of the servers', or what is neither a path nor a key.
@@ -68,8 +73,8 @@ def server_keys(
         if address not in known:
             raise ConfigError(f"a server_key was given for {address!r}, which is none of {', '.join(known)}")
     return [
-        (address, given.get(address, party.server_public_key))
-        for party, replicas in zip(manifest.parties, servers, strict=True)
+        (address, given.get(address, key))
+        for key, replicas in zip(pinned, servers, strict=True)
         for address in replicas
     ]
 

@@ -38,7 +38,7 @@ ALLOWED = {
     "training": {"protocol"},
     "export": {"protocol", "edge_runtime", "training"},
     "privacy": {"protocol", "edge_runtime", "training"},
-    "crypto": {"protocol", "transport", "training"},
+    "crypto": {"protocol", "transport", "training", "export"},
 }
 # What runs on a device may import of others.
 ALLOWED_ELSEWHERE = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from typing import TypeVar
 
@@ -193,6 +193,24 @@ class ZmqConnection:
                     raise self._lost
                 if time.monotonic() >= until:
                     return None
+
+    def wait(self, until: float, also: Iterable[tuple[int, int]]) -> None:
+        """Returns when a frame came, the line was lost, a descriptor is ready, or the time is over.
+
+        Args:
+            until: on the clock of ``time.monotonic()``, in seconds.
+            also: descriptors, and ZeroMQ's flags of what is awaited of each.
+        """
+        with mapped_errors(self._endpoint):
+            registered = []
+            try:
+                for descriptor, flags in also:
+                    self._poller.register(descriptor, flags)
+                    registered.append(descriptor)
+                self._poller.poll(max(0, math.ceil(1000 * (until - time.monotonic()))))
+            finally:
+                for descriptor in registered:
+                    self._poller.unregister(descriptor)
 
     def silence(self) -> TransportError:
         """See ``Connection``."""

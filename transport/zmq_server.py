@@ -10,7 +10,7 @@ import ctypes
 import errno
 import os
 import socket as sockets
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
@@ -134,9 +134,22 @@ class ServerSocket:
         self._poller.register(socket, zmq.POLLIN)
         return socket.getsockopt_string(zmq.LAST_ENDPOINT)
 
-    def wait(self, timeout_ms: int | None) -> None:
-        """Returns when a message is there, ``wake`` was called, or the time is over; None waits for ever."""
-        self._poller.poll(timeout_ms)
+    def wait(self, timeout_ms: int | None, also: Iterable[tuple[int, int]] = ()) -> None:
+        """Returns when a message is there, ``wake`` was called, or the time is over; None waits for ever.
+
+        Args:
+            timeout_ms: how long at most.
+            also: other descriptors to wait for, and ZeroMQ's flags of what is awaited of each.
+        """
+        registered = []
+        try:
+            for descriptor, flags in also:
+                self._poller.register(descriptor, flags)
+                registered.append(descriptor)
+            self._poller.poll(timeout_ms)
+        finally:
+            for descriptor in registered:
+                self._poller.unregister(descriptor)
         self._awake()
 
     def pause(self, timeout_ms: int) -> None:

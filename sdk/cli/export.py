@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensembler.cli.card import add_signing, signer_of
 from ensembler.cli.console import Console, ProgressReporter, need, need_export
+from ensembler.cli.export_crypto import export_crypto
 from ensembler.cli.package import add_packaging, is_bundle, package, refuse_others, target_of
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.sealing import BundleSecret
@@ -77,6 +78,25 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--encrypt-key", type=Path, help="encrypt head and tail with this key file (ensembler keys bundle FILE)"
     )
     encrypt.add_argument("--passphrase-file", type=Path, help="encrypt head and tail with the passphrase in this file")
+    parser.add_argument(
+        "--protocol",
+        choices=["split", "c2pi"],
+        default="split",
+        help="split: head and tail on the device (default); c2pi: the layers up to --boundary by two-party "
+        "computation, of a run that was trained with --defense none",
+    )
+    parser.add_argument(
+        "--boundary", type=float, help="c2pi: the last private layer, as ensembler boundary numbers them"
+    )
+    parser.add_argument(
+        "--noise",
+        type=float,
+        default=0.1,
+        help="c2pi: on what is revealed, uniform in plus or minus this (default: 0.1)",
+    )
+    parser.add_argument(
+        "--insecure-engine", action="store_true", help="c2pi: an engine that protects nothing, for tests"
+    )
     parser.add_argument("--data", default=None, help="where the run's data is now, if it moved")
     parser.add_argument(
         "--parity-images", type=int, default=10_000, help="held-out images in the report (default: 10000)"
@@ -101,6 +121,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Exports, packs, or both."""
     need(["ensembler.export"], "export", "exporting")
+    if options.protocol == "c2pi":
+        document, lines = export_crypto(options, console, _keys_to_pin)
+        console.result(document, "\n".join(lines))
+        return 0
+    if options.boundary is not None or options.insecure_engine:
+        raise ConfigError("--boundary and --insecure-engine go with --protocol c2pi")
     target = target_of(options)
     if is_bundle(options.run):
         if target is None:

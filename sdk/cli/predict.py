@@ -45,7 +45,17 @@ def add_connection(parser: argparse.ArgumentParser, *, required: bool = True) ->
     parser.add_argument("--key", type=Path, default=None, help="the device's secret key file")
     add_bundle_secret(parser)
     parser.add_argument("--plaintext", action="store_true", help="connect without encryption")
-    parser.add_argument("--timeout-ms", type=float, default=5000.0, help="deadline of each answer (default: 5000)")
+    parser.add_argument(
+        "--timeout-ms",
+        type=float,
+        default=None,
+        help="deadline of each answer (default: 5000; with a bundle of crypto-clear inference 120000)",
+    )
+    parser.add_argument(
+        "--insecure-engine",
+        action="store_true",
+        help="take a bundle of crypto-clear inference whose engine protects nothing, for tests",
+    )
 
 
 def add_backend(parser: argparse.ArgumentParser) -> None:
@@ -82,6 +92,7 @@ def client_of(options: argparse.Namespace, **more: Any) -> EdgeClient:
         **bundle_secret(options),
         plaintext=options.plaintext,
         timeout_ms=options.timeout_ms,
+        insecure_engine=options.insecure_engine,
         **more,
     )
 

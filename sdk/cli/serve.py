@@ -7,16 +7,22 @@ import gc
 import logging
 import signal
 import sys
+from collections.abc import Callable
 from contextlib import ExitStack, closing
 from dataclasses import replace
 from pathlib import Path
 from types import FrameType
+from typing import TYPE_CHECKING
 
-from ensembler.cli.console import Console
+from ensembler.cli.console import Console, need
 from ensembler.protocol.errors import ConfigError, KeyFileError
-from ensembler.protocol.options import require_milliseconds
+from ensembler.protocol.manifest import of_crypto
+from ensembler.protocol.options import require_milliseconds, whole
 from ensembler.transport import keys
 from ensembler.transport.keys import KeyPair
+
+if TYPE_CHECKING:
+    from ensembler.transport.zmq_server import ServerSocket
 
 NAME = "serve"
 HELP = "run the N nets of a server bundle for many devices"
@@ -109,6 +115,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--control", metavar="PATH", type=Path, default=None, help="socket for ensembler deploy (default: none)"
     )
+    parser.add_argument(
+        "--insecure-engine",
+        action="store_true",
+        help="serve a bundle of crypto-clear inference whose engine protects nothing, for tests",
+    )
     parser.add_argument("--log", choices=["text", "json"], default="text", help="of the log (default: text)")
     parser.add_argument("--log-requests", action="store_true", help="a line for every answered request, too")
 
@@ -116,6 +127,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Serves until SIGTERM or SIGINT, then drains and returns 0."""
     _start_log(options)
+    if any(of_crypto(bundle) for bundle in options.bundles):
+        return _serve_crypto(options, console)
+    if options.insecure_engine:
+        raise ConfigError("--insecure-engine is for a bundle of crypto-clear inference, and this is none")
     from ensembler.cloud_runtime import engine as engines
     from ensembler.cloud_runtime.batcher import BatchPolicy
     from ensembler.cloud_runtime.control import ControlSocket
@@ -167,15 +182,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             deployment = Deployment(server, engine_options)
             opened.enter_context(closing(ControlSocket(options.control, deployment.handle)))
 
-        def stop(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
-            server.stop()
-
-        # The handler runs between two bytecodes of this thread, which may be on its way into a poll that nothing else
-        # would end: the byte that C code writes at the signal's arrival does.
-        signal.set_wakeup_fd(socket.wake_fileno(), warn_on_full_buffer=False)
-        opened.callback(signal.set_wakeup_fd, -1)
-        for number in (signal.SIGTERM, signal.SIGINT):
-            signal.signal(number, stop)
+        _stop_at_signals(opened, socket, server.stop)
         first = loaded[0].manifest
         security = "plaintext: anyone can connect and read"
         if folder is not None:
@@ -199,6 +206,71 @@ def run(options: argparse.Namespace, console: Console) -> int:
         gc.freeze()
         server.run(options.grace_ms)
     return 0
+
+
+def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
+    """Serves one bundle of crypto-clear inference."""
+    need(["ensembler.crypto.server"], "crypto", "serving crypto-clear inference")
+    from ensembler.crypto.server import CryptoServer
+    from ensembler.transport.allow_list import FolderAllowList
+    from ensembler.transport.zmq_server import ServerSocket
+
+    if len(options.bundles) > 1 or len(options.bind or []) > 1:
+        raise ConfigError("a server of crypto-clear inference has one bundle and one --bind")
+    given = {
+        "--http": options.http,
+        "--control": options.control,
+        "--workers": options.workers,
+        "--max-batch-rows": options.max_batch_rows,
+        "--max-client-rows": options.max_client_rows,
+        "--address": options.address,
+    }
+    if unused := [name for name, value in given.items() if value]:
+        raise ConfigError(f"a server of crypto-clear inference has no {' and no '.join(unused)}: one image at a time")
+    require_milliseconds("--grace-ms", options.grace_ms)
+    with ExitStack() as opened:
+        (pair,), folder = _identity(options)
+        allowed = frozenset[str]() if folder is None else opened.enter_context(closing(FolderAllowList(folder)))
+        bind = (options.bind or ["tcp://127.0.0.1:5555"])[0]
+        socket = opened.enter_context(closing(ServerSocket(bind, keys=pair, authorized=allowed)))
+        server = CryptoServer(
+            socket,
+            options.bundles[0],
+            allow_insecure=options.insecure_engine,
+            threads=whole("--threads", 1 if options.threads is None else options.threads, 1),
+        )
+        _stop_at_signals(opened, socket, server.stop)
+        manifest = server.manifest
+        security = "plaintext: anyone can connect" if folder is None else f"CURVE, {len(allowed)} devices may connect"
+        shape = "x".join(map(str, manifest.boundary_shape))
+        console.result(
+            {
+                "event": "ready",
+                "endpoint": socket.endpoint,
+                "endpoints": [socket.endpoint],
+                "bodies_id": manifest.net_id,
+                "engine": manifest.settings.engine,
+                "boundary": manifest.boundary,
+            },
+            f"ready on {socket.endpoint}: crypto-clear inference by {manifest.settings.engine} up to "
+            f"{manifest.boundary} ({shape}), {security}",
+        )
+        server.run(options.grace_ms)
+    return 0
+
+
+def _stop_at_signals(opened: ExitStack, socket: ServerSocket, stop: Callable[[], None]) -> None:
+    """Has SIGTERM and SIGINT end the server."""
+
+    def ended(number: int, frame: FrameType | None) -> None:  # noqa: ARG001
+        stop()
+
+    # The handler runs between two bytecodes of this thread, which may be on its way into a poll that nothing else
+    # would end: the byte that C code writes at the signal's arrival does.
+    signal.set_wakeup_fd(socket.wake_fileno(), warn_on_full_buffer=False)
+    opened.callback(signal.set_wakeup_fd, -1)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, ended)
 
 
 def _start_log(options: argparse.Namespace) -> None:

@@ -1,0 +1,185 @@
+"""The two bundles of crypto-clear inference: a client's without any weight, and a server's with all of them.
+
+The folders are like those of split inference (``protocol.manifest``), with another format in the manifest. Whether a
+client fits a server is told by ``net_id``, 32 random bytes of one export: a digest of the weights would let a client
+confirm a guess of them.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ensembler.crypto import steps as layers
+from ensembler.crypto.steps import Step
+from ensembler.protocol.errors import BundleError
+from ensembler.protocol.manifest import (
+    CRYPTO_FORMAT,
+    MAX_LABELS,
+    VERSION,
+    FileEntry,
+    ImageSpec,
+    Reader,
+    is_curve_key,
+    load_folder,
+    opened,
+)
+
+SPU, INSECURE = "spu-cheetah", "insecure-plain"
+ENGINES = (SPU, INSECURE)
+FIELDS = ("FM64",)
+STEPS_FILE = "steps.bin"
+SUFFIX_FILE = "suffix.onnx"
+MAX_NOISE = 1000.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How the two parties compute.
+
+    Attributes:
+        engine: one of ``ENGINES``.
+        field: the ring, as SPU calls it.
+        fraction_bits: f of the fixed-point numbers.
+        packed: whether convolutions pack their ciphertexts: far fewer bytes for some time.
+    """
+
+    engine: str = SPU
+    field: str = "FM64"
+    fraction_bits: int = 18
+    packed: bool = True
+
+
+@dataclass(frozen=True, kw_only=True)
+class CryptoManifest:
+    """What both bundles state.
+
+    Attributes:
+        kind: ``client`` or ``server``.
+        net_id: 64 hexadecimal digits.
+        settings: see there.
+        image: what the net takes.
+        pixel_scale: a pixel p is the number ``(p - pixel_zero_point) * pixel_scale``.
+        pixel_zero_point: see there.
+        labels: the class names, index = class.
+        boundary: the name of the cut, for people.
+        boundary_shape: of what is revealed, without the batch.
+        noise_magnitude: the client's noise on its share is uniform in plus or minus this.
+        server_public_key: pinned in a client's; None for plaintext, and in a server's.
+        files: with their digests.
+    """
+
+    kind: str
+    net_id: str
+    settings: Settings
+    image: ImageSpec
+    pixel_scale: float
+    pixel_zero_point: int
+    labels: tuple[str, ...]
+    boundary: str
+    boundary_shape: tuple[int, ...]
+    noise_magnitude: float
+    server_public_key: str | None
+    files: Mapping[str, FileEntry]
+
+    @property
+    def image_shape(self) -> tuple[int, int, int, int]:
+        """Of the engine's input."""
+        return (1, 3, self.image.height, self.image.width)
+
+
+def weights_file(engine: str) -> str:
+    """Returns the name of the file with a server's weights of the steps."""
+    return "prefix.onnx" if engine == INSECURE else "weights.npz"
+
+
+def to_json(manifest: CryptoManifest) -> bytes:
+    """Returns the canonical bytes of a manifest."""
+    document: dict[str, Any] = {"format": CRYPTO_FORMAT, "version": VERSION, **asdict(manifest)}
+    return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
+
+
+def parse_client(data: bytes, source: str) -> CryptoManifest:
+    """Reads and validates a client's manifest; errors as ``protocol.manifest.parse_client``."""
+    return _parse(data, source, "client")
+
+
+def parse_server(data: bytes, source: str) -> CryptoManifest:
+    """Reads and validates a server's manifest; errors as ``protocol.manifest.parse_client``."""
+    return _parse(data, source, "server")
+
+
+def load_client(folder: Path) -> tuple[CryptoManifest, tuple[Step, ...]]:
+    """Reads a client's bundle and verifies every file; errors as ``protocol.manifest.load_client``."""
+    manifest = load_folder(folder, parse_client)
+    return manifest, _steps(folder, manifest)
+
+
+def load_server(folder: Path) -> tuple[CryptoManifest, tuple[Step, ...]]:
+    """Reads a server's bundle and verifies every file; errors as ``protocol.manifest.load_client``."""
+    manifest = load_folder(folder, parse_server)
+    return manifest, _steps(folder, manifest)
+
+
+def _steps(folder: Path, manifest: CryptoManifest) -> tuple[Step, ...]:
+    steps = layers.parse((folder / STEPS_FILE).read_bytes(), str(folder / STEPS_FILE))
+    if steps[-1].shape != (1, *manifest.boundary_shape):
+        raise BundleError(f"{folder / STEPS_FILE} ends with another shape than the boundary's; export the bundle again")
+    return steps
+
+
+def _parse(data: bytes, source: str, kind: str) -> CryptoManifest:
+    reader = opened(data, source, kind, CRYPTO_FORMAT)
+    files = reader.files()
+    settings = reader.child("settings")
+    engine = settings.choice("engine", ENGINES)
+    needed = [STEPS_FILE] if kind == "client" else [STEPS_FILE, SUFFIX_FILE, weights_file(engine)]
+    if files.keys() != set(needed):
+        raise reader.error("files", f"are not {', '.join(needed)}")
+    image = reader.child("image")
+    shape = reader.get(
+        "boundary_shape",
+        lambda v: isinstance(v, list) and 1 <= len(v) <= 4 and all(type(n) is int and 0 < n <= 1 << 20 for n in v),
+    )
+    if math.prod(shape) > layers.MAX_VALUES:
+        raise reader.error("boundary_shape", f"has more than {layers.MAX_VALUES} values")
+    return CryptoManifest(
+        kind=kind,
+        net_id=reader.hexadecimal("net_id"),
+        settings=Settings(
+            engine=engine,
+            field=settings.choice("field", FIELDS),
+            fraction_bits=settings.integer("fraction_bits", 8, 24),
+            packed=_flag(settings, "packed"),
+        ),
+        image=ImageSpec(height=image.integer("height", 1, 1 << 12), width=image.integer("width", 1, 1 << 12)),
+        pixel_scale=_number(reader, "pixel_scale", 1e3),
+        pixel_zero_point=reader.integer("pixel_zero_point", 0, 255),
+        labels=tuple(reader.strings("labels", MAX_LABELS)),
+        boundary=_text(reader),
+        boundary_shape=tuple(shape),
+        noise_magnitude=_number(reader, "noise_magnitude", MAX_NOISE),
+        server_public_key=reader.get(
+            "server_public_key", lambda v: v is None or (isinstance(v, str) and is_curve_key(v))
+        ),
+        files=files,
+    )
+
+
+def _flag(reader: Reader, name: str) -> bool:
+    value = reader.document.get(name)
+    if not isinstance(value, bool):
+        raise reader.error(name, "is not true or false")
+    return value
+
+
+def _number(reader: Reader, name: str, most: float) -> float:
+    return float(reader.get(name, lambda v: isinstance(v, int | float) and 0 <= v < most))
+
+
+def _text(reader: Reader) -> str:
+    return str(reader.get("boundary", lambda v: isinstance(v, str) and 0 < len(v) <= 200 and v.isprintable()))

@@ -1,0 +1,261 @@
+"""The client of crypto-clear inference: its session with a server, kept from one image to the next.
+
+No torch and no weight is here: the client has the layers' names and shapes, and its own image. Start reading at
+``CryptoSession.infer``.
+"""
+
+from __future__ import annotations
+
+import os
+import time
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import zmq
+
+from ensembler.crypto import bundle as bundles
+from ensembler.crypto.engine import CLIENT
+from ensembler.crypto.process import PartyProcess
+from ensembler.crypto.relay import Relay
+from ensembler.protocol.errors import DeadlineExceededError, EnsemblerError, ExpiredError, ProtocolError, from_wire
+from ensembler.protocol.messages import (
+    END,
+    ERROR,
+    LINK,
+    OPEN,
+    REQUEST_ID_BYTES,
+    RESULT,
+    RUN,
+    SHARE,
+    Message,
+    decode,
+    encode,
+)
+from ensembler.transport.base import Frames
+from ensembler.transport.zmq_client import ZmqConnection, ZmqTransport
+
+Codes = npt.NDArray[np.uint8]
+Floats = npt.NDArray[np.float32]
+Progress = Callable[[int, int], None]
+
+# Of one wait; a deadline may lie beyond what a poll takes.
+TICK_S = 60.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class CryptoAnswer:
+    """What one image's inference gave, and cost.
+
+    Attributes:
+        logits: ``(K,)`` float32.
+        request_id: of the request.
+        setup_ms: opening the session; 0 where it was open.
+        crypto_ms: the layers under two-party computation.
+        clear_ms: reveal and the layers in the clear, with the network between.
+        server_clear_ms: of that, the server's own time.
+        setup_bytes: that travelled to open the session, both ways.
+        crypto_bytes_up: that the engines sent to the server for this image.
+        crypto_bytes_down: from it.
+        bytes_up: all that was sent for this image, without the session's opening.
+        bytes_down: all that came.
+        cpu_s: of this device's engine.
+        peak_mb: memory of this device's engine at most, so far.
+    """
+
+    logits: Floats
+    request_id: str
+    setup_ms: float
+    crypto_ms: float
+    clear_ms: float
+    server_clear_ms: float
+    setup_bytes: int
+    crypto_bytes_up: int
+    crypto_bytes_down: int
+    bytes_up: int
+    bytes_down: int
+    cpu_s: float
+    peak_mb: float
+
+
+class CryptoSession:
+    """A session with one server; used by one thread at a time.
+
+    Args:
+        folder: the client's bundle.
+        manifest: of it, loaded and verified.
+        layers: how many the two parties compute.
+        transport: opens the connection.
+    """
+
+    def __init__(self, folder: Path, manifest: bundles.CryptoManifest, layers: int, transport: ZmqTransport) -> None:
+        self._folder, self._manifest, self._layers, self._transport = folder, manifest, layers, transport
+        self._connection: ZmqConnection | None = None
+        self._process: PartyProcess | None = None
+        self._relay: Relay
+        self._replies: list[Message] = []
+        self._up = self._down = 0
+
+    def infer(self, pixels: Codes, until: float, progress: Progress | None = None) -> CryptoAnswer:
+        """Answers one image.
+
+        Args:
+            pixels: ``(H, W, 3)`` uint8 of the bundle's size.
+            until: on the clock of ``time.monotonic()``, in seconds.
+            progress: called with the layers that are done under two-party computation, and how many there are.
+
+        Raises:
+            EnsemblerError: as ``EdgeClient.predict``; the session has ended then, and the next call opens another.
+        """
+        try:
+            return self._infer(pixels, until, progress)
+        except BaseException:
+            self.close()
+            raise
+
+    def _infer(self, pixels: Codes, until: float, progress: Progress | None) -> CryptoAnswer:
+        begun = time.monotonic()
+        setup_bytes = 0
+        if self._process is None or self._connection is None or not self._connection.usable():
+            self.close()
+            self._open(until)
+            setup_bytes = self._relay.sent_bytes + self._relay.received_bytes
+        opened = time.monotonic()
+        process, relay = self._process, self._relay
+        assert process is not None
+        self._up = self._down = 0
+        up, down = relay.sent_bytes, relay.received_bytes
+        request_id = os.urandom(REQUEST_ID_BYTES)
+        manifest = self._manifest
+        image = (pixels.astype(np.float32) - manifest.pixel_zero_point) * np.float32(manifest.pixel_scale)
+        self._send(Message(operation=RUN, request_id=request_id, budget_ms=1000 * max(0.0, until - opened)))
+        process.order("run", image=np.ascontiguousarray(image.transpose(2, 0, 1)[None]).tobytes())
+        done = self._answered(until, progress)
+        computed = time.monotonic()
+        share = np.frombuffer(done["share"], np.uint8).reshape(1, -1)
+        self._send(Message(operation=SHARE, request_id=request_id, tensor=share))
+        reply = self._replied(request_id, until)
+        if reply.tensor is None or reply.tensor.size != 4 * len(manifest.labels):
+            raise ProtocolError(f"the server answered without logits of {len(manifest.labels)} classes")
+        return CryptoAnswer(
+            logits=np.frombuffer(reply.tensor.tobytes(), "<f4").astype(np.float32),
+            request_id=request_id.hex(),
+            setup_ms=1000 * (opened - begun),
+            crypto_ms=1000 * (computed - opened),
+            clear_ms=1000 * (time.monotonic() - computed),
+            server_clear_ms=_number(reply.info.get("clear_ms")),
+            setup_bytes=setup_bytes,
+            crypto_bytes_up=relay.sent_bytes - up,
+            crypto_bytes_down=relay.received_bytes - down,
+            bytes_up=self._up,
+            bytes_down=self._down,
+            cpu_s=float(done["cpu_s"]),
+            peak_mb=float(done["peak_mb"]),
+        )
+
+    def close(self) -> None:
+        """Ends the session, whatever it does."""
+        process, connection = self._process, self._connection
+        self._process = self._connection = None
+        self._replies.clear()
+        if process is not None:
+            process.close()
+        if connection is not None:
+            with suppress(EnsemblerError):  # so that the server need not find out
+                connection.send(encode(Message(operation=END, request_id=bytes(REQUEST_ID_BYTES))))
+            connection.close()
+
+    def _open(self, until: float) -> None:
+        self._connection = self._transport.connect()
+        session = os.urandom(REQUEST_ID_BYTES)
+        self._process = process = PartyProcess()
+        assert process.link is not None
+        self._relay = Relay(process.link, session)
+        self._send(
+            Message(
+                operation=OPEN,
+                request_id=session,
+                bodies_id=bytes.fromhex(self._manifest.net_id),
+                budget_ms=1000 * max(0.0, until - time.monotonic()),
+                info={"steps": self._manifest.files[bundles.STEPS_FILE].sha256},
+            )
+        )
+        process.order("open", folder=str(self._folder), rank=CLIENT, threads=1)
+        self._answered(until, None)
+        self._replied(session, until)
+
+    # --- the loop ---
+
+    def _answered(self, until: float, progress: Progress | None) -> Any:
+        """Relays until this device's engine has done its order."""
+        assert self._process is not None
+        layers = 0
+        while True:
+            while (answer := self._process.answer()) is not None:
+                if "told" not in answer:
+                    return answer
+                layers = max(layers, int(answer["told"]))
+                if progress is not None:
+                    progress(layers, self._layers)
+            self._step(until)
+
+    def _replied(self, request_id: bytes, until: float) -> Message:
+        """Relays until the server has answered."""
+        while True:
+            for reply in self._replies:
+                if reply.request_id == request_id:
+                    self._replies.clear()
+                    return reply
+            self._step(until)
+
+    def _step(self, until: float) -> None:
+        """Waits for anything, and relays what there is."""
+        connection, process = self._connection, self._process
+        assert connection is not None
+        assert process is not None
+        waited = [(process.fileno(), zmq.POLLIN), *self._relay.interest()]
+        connection.wait(min(until, time.monotonic() + TICK_S), waited)
+        while (message := connection.receive(self._decoded, 0.0)) is not None:
+            if message.operation == LINK:
+                self._relay.take(message)
+            elif message.operation == ERROR:
+                raise self._error(message)
+            elif message.operation == RESULT:
+                self._replies.append(message)
+        # Last: that pieces were taken has to be told before the next wait, or the other side may wait for it.
+        while (piece := self._relay.outgoing()) is not None:
+            self._send(piece)
+        if time.monotonic() >= until:
+            silence = connection.silence()
+            if isinstance(silence, DeadlineExceededError):
+                silence = DeadlineExceededError(
+                    "the two parties did not finish before the deadline; raise timeout_ms: crypto-clear inference "
+                    "takes seconds an image, and more on the first"
+                )
+            raise silence
+
+    def _decoded(self, frames: Frames) -> Message:
+        self._down += sum(map(len, frames))
+        return decode(frames)
+
+    def _send(self, message: Message) -> None:
+        assert self._connection is not None
+        frames = encode(message)
+        self._up += sum(map(len, frames))
+        self._connection.send(frames)
+
+    @staticmethod
+    def _error(message: Message) -> EnsemblerError:
+        code, text = message.info.get("code"), message.info.get("message")
+        if not isinstance(code, int) or not isinstance(text, str):
+            return ProtocolError("the server answered with an error that says nothing")
+        error = from_wire(code, text, _number(message.info.get("retry_after_ms")))
+        return DeadlineExceededError(f"{error}; raise timeout_ms") if isinstance(error, ExpiredError) else error
+
+
+def _number(value: Any) -> float:
+    return float(value) if isinstance(value, int | float) else 0.0

@@ -1,0 +1,82 @@
+"""A ``Link`` over a stream of bytes: each message is its name's length, its own, the name and the data."""
+
+from __future__ import annotations
+
+import socket
+import struct
+import threading
+
+from ensembler.protocol.errors import ProtocolError, ServerUnreachableError
+
+_HEAD = struct.Struct("<HQ")
+MAX_MESSAGE_BYTES = 1 << 31
+# Of what has come and nobody has asked for. The parties go in step, so an honest one stays far below it.
+MAX_WAITING_BYTES = 1 << 32
+
+
+class StreamLink:
+    """See ``engine.Link``. A thread reads whatever comes, so that neither party ever waits for the other to read.
+
+    Args:
+        stream: a connected socket, whose other end is another ``StreamLink``, with anything in between.
+    """
+
+    def __init__(self, stream: socket.socket) -> None:
+        self._stream = stream
+        self._sending = threading.Lock()
+        self._changed = threading.Condition()
+        self._waiting: dict[str, bytes] = {}
+        self._waiting_bytes = 0
+        self._ended: Exception | None = None
+        threading.Thread(target=self._read, name="ensembler-link", daemon=True).start()
+
+    def send(self, key: str, data: bytes) -> None:
+        """See ``Link``."""
+        name = key.encode()
+        try:
+            with self._sending:
+                self._stream.sendall(_HEAD.pack(len(name), len(data)) + name)
+                self._stream.sendall(data)
+        except OSError as error:
+            raise _gone() from error
+
+    def receive(self, key: str) -> bytes:
+        """See ``Link``."""
+        with self._changed:
+            self._changed.wait_for(lambda: key in self._waiting or self._ended is not None)
+            if key not in self._waiting:
+                assert self._ended is not None
+                raise self._ended
+            data = self._waiting.pop(key)
+            self._waiting_bytes -= len(data)
+            return data
+
+    def _read(self) -> None:
+        try:
+            with self._stream.makefile("rb") as source:
+                while head := source.read(_HEAD.size):
+                    name_bytes, data_bytes = _HEAD.unpack(head)
+                    if data_bytes > MAX_MESSAGE_BYTES or self._waiting_bytes + data_bytes > MAX_WAITING_BYTES:
+                        raise ProtocolError("the other party sends more than any net needs")
+                    name, data = source.read(name_bytes).decode(), source.read(data_bytes)
+                    if len(data) != data_bytes:
+                        break
+                    with self._changed:
+                        if name in self._waiting:
+                            raise ProtocolError("the other party sent a message twice")
+                        self._waiting[name] = data
+                        self._waiting_bytes += data_bytes
+                        self._changed.notify_all()
+            ended: Exception = _gone()
+        except ProtocolError as error:
+            ended = error
+        except (OSError, ValueError, struct.error) as error:
+            ended = _gone()
+            ended.__cause__ = error
+        with self._changed:
+            self._ended = ended
+            self._changed.notify_all()
+
+
+def _gone() -> ServerUnreachableError:
+    return ServerUnreachableError("the other party of the computation has gone")

@@ -1,0 +1,137 @@
+"""One party's process: ``python -m ensembler.crypto.party LINK CONTROL``, two inherited sockets.
+
+The engine has a process of its own, so that what hangs in it can be ended at a deadline, and what it takes in memory
+ends with it. ``LINK`` is the stream to the other party's engine; over ``CONTROL`` come one order after the other, and
+each has one answer, and ``told`` messages before it. Orders: ``open``, ``run``, ``finish`` (see ``_Party``). Start
+reading at ``main``.
+"""
+
+from __future__ import annotations
+
+import os
+import select
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from multiprocessing.connection import Connection
+from pathlib import Path
+from typing import Any
+
+import msgpack
+import numpy as np
+
+from ensembler.crypto import bundle as bundles
+from ensembler.crypto import shares
+from ensembler.crypto.engine import CLIENT, SERVER, Engine, open_engine
+from ensembler.crypto.link import StreamLink
+from ensembler.protocol.errors import EnsemblerError, InternalError
+
+MAX_ORDER_BYTES = 256 * 1024 * 1024
+OUT_OF_MEMORY = "MemoryError"
+
+
+class _Party:
+    """Answers orders."""
+
+    def __init__(self, link: StreamLink, tell: Callable[[int], None]) -> None:
+        self._link, self._tell = link, tell
+        self._engine: Engine
+        self._manifest: bundles.CryptoManifest
+        self._share: shares.Shares | None = None
+        self._suffix: Any = None
+
+    def open(self, folder: str, rank: int, threads: int) -> dict[str, Any]:
+        """Loads a bundle and sets the engine up, together with the other party."""
+        path = Path(folder)
+        load = bundles.load_server if rank == SERVER else bundles.load_client
+        self._manifest, steps = load(path)
+        settings = self._manifest.settings
+        weights = path / bundles.weights_file(settings.engine) if rank == SERVER else None
+        if rank == SERVER:
+            self._suffix = _session(path / bundles.SUFFIX_FILE, threads)
+        side = SERVER if rank == SERVER else CLIENT
+        self._engine = open_engine(settings, self._link, side, steps, weights, self._manifest.image_shape)
+        return {}
+
+    def run(self, image: bytes) -> dict[str, Any]:
+        """Runs the steps. The client's answer is its noised share, the server keeps its own."""
+        manifest = self._manifest
+        given = np.frombuffer(image, np.float32).reshape(manifest.image_shape) if image else None
+        share = self._engine.run(given, self._tell)
+        if given is None:
+            self._share = share
+            return {}
+        return {"share": shares.noised(share, manifest.noise_magnitude, manifest.settings.fraction_bits)}
+
+    def finish(self, share: bytes) -> dict[str, Any]:
+        """Reveals the boundary and runs what follows it; the server's."""
+        if self._share is None or self._suffix is None:
+            raise InternalError("no result is waiting for a share")
+        features = shares.revealed(self._share, share, self._manifest.settings.fraction_bits)
+        self._share = None
+        (logits,) = self._suffix.run(None, {self._suffix.get_inputs()[0].name: features})
+        return {"logits": np.ascontiguousarray(logits, np.float32).tobytes()}
+
+
+def _peak_mb() -> float:
+    """Returns this program's largest memory; what ``getrusage`` says counts the program before it too."""
+    status = Path("/proc/self/status").read_text()
+    return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
+
+
+def _session(model: Path, threads: int) -> Any:
+    import onnxruntime as ort
+
+    ort.disable_telemetry_events()  # see sdk/__init__.py
+    options = ort.SessionOptions()
+    options.intra_op_num_threads, options.log_severity_level = threads, 3
+    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+
+
+def _end_with(control: int) -> None:
+    """Ends this process when the one that started it has gone, whatever the engine does."""
+    watch = select.poll()
+    watch.register(control, 0)  # a hang-up is always told
+    watch.poll()
+    os._exit(1)
+
+
+def main(link: int, control: int) -> None:
+    """Answers until the other end of ``control`` is closed."""
+    orders = Connection(control)
+    threading.Thread(target=_end_with, args=(control,), name="ensembler-watch", daemon=True).start()
+
+    def tell(done: int) -> None:
+        orders.send_bytes(msgpack.packb({"told": done}))
+
+    party = _Party(StreamLink(socket.socket(fileno=link)), tell)
+    calls: dict[str, Callable[..., dict[str, Any]]] = {"open": party.open, "run": party.run, "finish": party.finish}
+    while True:
+        try:
+            order = msgpack.unpackb(orders.recv_bytes(MAX_ORDER_BYTES), max_bin_len=MAX_ORDER_BYTES)
+        except (EOFError, OSError):
+            return
+        begun, before = time.monotonic(), time.process_time()
+        try:
+            answer = calls[order.pop("do")](**order)
+        except EnsemblerError as error:
+            answer = {"error": type(error).__name__, "text": str(error)}
+        except MemoryError:
+            answer = {"error": OUT_OF_MEMORY, "text": ""}
+        except Exception as error:  # the engine's own classes
+            memory = "bad_alloc" in str(error) or "memory" in str(error).lower()
+            answer = {"error": OUT_OF_MEMORY if memory else type(error).__name__, "text": str(error)[:500]}
+        answer["wall_s"] = time.monotonic() - begun
+        answer["cpu_s"] = time.process_time() - before
+        answer["peak_mb"] = _peak_mb()
+        try:
+            orders.send_bytes(msgpack.packb(answer))
+        except OSError:
+            return
+
+
+if __name__ == "__main__":
+    main(int(sys.argv[1]), int(sys.argv[2]))
+    os._exit(0)  # what the engine has of threads is not waited for
