@@ -11,16 +11,17 @@ FUZZ ?= .venv-fuzz
 FUZZ_INPUTS ?= 5000000
 PEERS ?= .venv-peers
 RAY ?= .venv-ray
+CRYPTO ?= .venv-crypto
 TORCH_INDEX ?=
 BUNDLES ?= out/demo
 BIN = $(VENV)/bin
 DOCUMENTED = ensembler ensembler.protocol ensembler.transport ensembler.edge_runtime ensembler.cloud_runtime \
-	ensembler.training ensembler.privacy ensembler.export
+	ensembler.training ensembler.privacy ensembler.export ensembler.crypto
 PIP = $(BIN)/pip --disable-pip-version-check
 CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
-.PHONY: demo test test-slow test-tflite test-legacy test-ray test-arm test-image lint docs bench load speed peers ray results cifar wire privacy presets \
+.PHONY: demo test test-slow test-tflite test-legacy test-ray test-crypto test-arm test-image lint docs bench load speed peers ray results cifar wire privacy presets \
 	frontier tables models fuzz soak clean
 
 demo: $(INSTALLED)
@@ -48,6 +49,10 @@ test-legacy: $(LEGACY)/.installed
 test-ray: $(RAY)/.installed
 	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -W ignore::ResourceWarning tests/test_engine.py
 	OMP_NUM_THREADS=1 $(RAY)/bin/python -m pytest -W ignore::ResourceWarning tests/cluster
+
+# Crypto-clear inference with its real engine, whose release goes with what the other tests use.
+test-crypto: $(CRYPTO)/.installed
+	OMP_NUM_THREADS=1 $(CRYPTO)/bin/python -m pytest tests/test_crypto.py
 
 # Packages for three boards, installed and run on emulated ones; as root on Debian or its like, with qemu-user-static and
 # mmdebstrap. Where boards cannot be emulated the tests are skipped and say why.
@@ -204,5 +209,13 @@ $(RAY)/.installed: setup.cfg pyproject.toml constraints/ray.txt
 		--editable '.[ray,export,encrypt,image]' pytest pytest-timeout
 	touch $@
 
+$(CRYPTO)/.installed: setup.cfg pyproject.toml constraints/crypto.txt $(CONSTRAINTS)
+	test -x $(CRYPTO)/bin/python || $(PYTHON) -m venv $(CRYPTO)
+	$(CRYPTO)/bin/pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS) \
+		$(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) torch
+	$(CRYPTO)/bin/pip --disable-pip-version-check install --quiet --constraint $(CONSTRAINTS) \
+		--constraint constraints/crypto.txt --editable '.[crypto,export,image]' hypothesis psutil pytest pytest-timeout
+	touch $@
+
 clean:
-	rm -rf $(VENV) $(TFLITE) $(LEGACY) $(FUZZ) $(PEERS) $(RAY) build out *.egg-info
+	rm -rf $(VENV) $(TFLITE) $(LEGACY) $(FUZZ) $(PEERS) $(RAY) $(CRYPTO) build out *.egg-info

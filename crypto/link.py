@@ -5,6 +5,7 @@ from __future__ import annotations
 import socket
 import struct
 import threading
+from contextlib import suppress
 
 from ensembler.protocol.errors import ProtocolError, ServerUnreachableError
 
@@ -28,7 +29,8 @@ class StreamLink:
         self._waiting: dict[str, bytes] = {}
         self._waiting_bytes = 0
         self._ended: Exception | None = None
-        threading.Thread(target=self._read, name="ensembler-link", daemon=True).start()
+        self._reader = threading.Thread(target=self._read, name="ensembler-link", daemon=True)
+        self._reader.start()
 
     def send(self, key: str, data: bytes) -> None:
         """See ``Link``."""
@@ -50,6 +52,13 @@ class StreamLink:
             data = self._waiting.pop(key)
             self._waiting_bytes -= len(data)
             return data
+
+    def close(self) -> None:
+        """Ends the stream, for both ends."""
+        with suppress(OSError):  # the other end was first
+            self._stream.shutdown(socket.SHUT_RDWR)
+        self._reader.join()
+        self._stream.close()
 
     def _read(self) -> None:
         try:

@@ -28,6 +28,8 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
         EnsemblerError: as ``crypto.exporting.export``.
     """
     need_export()
+    import torch
+
     from ensembler.crypto.bundle import INSECURE, SPU, Settings
     from ensembler.crypto.exporting import CryptoOptions, export
     from ensembler.privacy.boundary_study import chosen_layers, layers_of, plain_net
@@ -61,8 +63,8 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
             net,
             layer.cut,
             run.labels,
-            data.test_x[:count],
-            data.test_y[:count],
+            torch.from_numpy(data.test_x[:count]),
+            torch.from_numpy(data.test_y[:count]),
             options.out,
             CryptoOptions(
                 settings=Settings(engine=INSECURE if options.insecure_engine else SPU),

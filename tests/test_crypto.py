@@ -1,0 +1,655 @@
+"""Crypto-clear inference: shares and steps, the relayed stream, two engines under one contract, a real server.
+
+The engine without protection runs everywhere; SPU where it is installed (``make test-crypto``).
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import io
+import json
+import os
+import shutil
+import signal
+import socket
+import threading
+import time
+import zipfile
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import nn
+
+from ensembler import EdgeClient
+from ensembler.cli import main
+from ensembler.crypto import bundle as bundles
+from ensembler.crypto import shares
+from ensembler.crypto import steps as layers
+from ensembler.crypto.engine import CLIENT, SERVER, open_engine
+from ensembler.crypto.link import StreamLink
+from ensembler.crypto.process import PartyProcess
+from ensembler.crypto.relay import PIECE_BYTES, WINDOW_BYTES, Relay
+from ensembler.crypto.steps import Step
+from ensembler.crypto_client import CryptoEdgeClient
+from ensembler.privacy.boundary_study import plain_net
+from ensembler.protocol.errors import (
+    AuthenticationError,
+    BadRequestError,
+    BundleError,
+    BundleTamperedError,
+    BusyError,
+    ConfigError,
+    DeadlineExceededError,
+    EnsemblerError,
+    InternalError,
+    NotAuthorizedError,
+    ProtocolError,
+    ServerUnreachableError,
+    UnknownBodiesError,
+)
+from ensembler.protocol.manifest import load_client
+from ensembler.protocol.messages import Message
+from ensembler.training.models import normalise
+from ensembler.training.runs import RunFolder
+from ensembler.training.stages import train
+
+pytestmark = pytest.mark.usefixtures("one_thread")
+
+HAS_SPU = importlib.util.find_spec("spu") is not None
+needs_spu = pytest.mark.skipif(not HAS_SPU, reason="spu is not installed; make test-crypto installs it")
+ENGINES = [bundles.INSECURE, pytest.param(bundles.SPU, marks=needs_spu)]
+BITS = 18
+HEAD_END = "4"  # of own_nets:sequential, for the training alone
+LONG_MS = 60_000
+
+
+# --- shares ---
+
+finite = st.floats(-4000, 4000, width=32)
+
+
+@given(st.lists(finite, min_size=1, max_size=20), st.sampled_from([12, 18]), st.sampled_from([0.0, 0.1, 3.0]))
+def test_what_the_server_sees_is_the_number_and_noise_within_the_magnitude(numbers, bits, magnitude):
+    values = np.array(numbers, np.float32)
+    theirs = shares.random_share(values.shape)
+    own = shares.encode(values, bits) - theirs
+    seen = shares.revealed(own, shares.noised(theirs, magnitude, bits), bits)
+    assert np.abs(seen.astype(np.float64) - values).max() <= magnitude + 2.0**-bits + 4000 * 2.0**-24
+
+
+def test_the_noise_is_uniform_and_differs_from_one_reveal_to_the_next():
+    own = theirs = np.zeros(20_000, np.uint64)
+    first, second = (shares.revealed(own, shares.noised(theirs, 0.5, BITS), BITS) for _ in range(2))
+    assert not np.array_equal(first, second)
+    assert np.abs(first).max() <= 0.5
+    assert np.histogram(first, 10, (-0.5, 0.5))[0] == pytest.approx(2000, abs=250)
+
+
+def test_a_share_of_another_size_is_refused():
+    with pytest.raises(ProtocolError, match="8 bytes instead of 12"):
+        shares.revealed(np.zeros(3, np.uint64), bytes(8), BITS)
+
+
+def test_noise_beyond_the_revealed_bits_is_refused():
+    with pytest.raises(ConfigError, match="does not fit into 13 integer bits"):
+        shares.noised(np.zeros(3, np.uint64), 5000.0, BITS)
+
+
+# --- steps ---
+
+STEPS = (
+    Step(name="1:Conv", operator="Conv", inputs=("image",), weights=(("w0", (4, 3, 3, 3)),), output="v1", shape=(1, 4)),
+    Step(name="2:Relu", operator="Relu", inputs=("v1",), weights=(), output="v2", shape=(1, 4), code=b"code"),
+)
+
+
+def test_steps_survive_their_file():
+    assert layers.parse(layers.to_bytes(STEPS), "steps.bin") == STEPS
+
+
+@given(st.binary(max_size=200))
+def test_bytes_that_are_no_steps_are_refused(data):
+    with pytest.raises(BundleError, match=r"steps\.bin"):
+        layers.parse(data, "steps.bin")
+
+
+@given(st.integers(0, 10_000), st.integers(0, 255))
+def test_a_changed_byte_gives_steps_or_a_bundle_error(position, value):
+    data = bytearray(layers.to_bytes(STEPS))
+    data[position % len(data)] = value
+    with suppress(BundleError):
+        layers.parse(bytes(data), "steps.bin")
+
+
+def test_a_step_that_uses_a_later_value_is_refused():
+    with pytest.raises(BundleError, match="uses a value that is not there"):
+        layers.parse(layers.to_bytes(STEPS[::-1]), "steps.bin")
+
+
+# --- the relayed stream ---
+
+
+class Ends:
+    """Two relays, each between an engine's socket and the other relay, with the messages between them in a list."""
+
+    def __init__(self) -> None:
+        pairs = [socket.socketpair() for _ in range(2)]
+        self.engines = [engine for engine, _ in pairs]
+        self.relays = [Relay(stream, bytes(16)) for _, stream in pairs]
+        self._sockets = [each for pair in pairs for each in pair]
+
+    def __enter__(self) -> Ends:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for each in self._sockets:
+            each.close()
+
+    def pump(self) -> None:
+        moved = True
+        while moved:
+            moved = False
+            for here, there in (self.relays, self.relays[::-1]):
+                while (message := here.outgoing()) is not None:
+                    moved = True
+                    there.take(message)
+
+
+@pytest.fixture
+def ends():
+    with Ends() as found:
+        yield found
+
+
+@given(st.lists(st.binary(min_size=1, max_size=300_000), min_size=1, max_size=4))
+def test_a_stream_arrives_as_it_was_written(parts):
+    received, total = bytearray(), b"".join(parts)
+    left = memoryview(total)
+    with Ends() as ends:
+        for engine in ends.engines:
+            engine.setblocking(False)
+        while len(received) < len(total):
+            with suppress(BlockingIOError):
+                left = left[ends.engines[0].send(left) :]
+            ends.pump()
+            with suppress(BlockingIOError):
+                received += ends.engines[1].recv(1 << 20)
+    assert bytes(received) == total
+
+
+def test_a_side_sends_no_more_than_a_window_until_it_is_taken(ends):
+    writer = threading.Thread(target=ends.engines[0].sendall, args=(bytes(2 * WINDOW_BYTES),), daemon=True)
+    writer.start()
+    deadline = time.monotonic() + 30
+    sent = []
+    while sum(message.tensor.size for message in sent) < WINDOW_BYTES // 16 and time.monotonic() < deadline:
+        if (message := ends.relays[0].outgoing()) is not None:
+            sent.append(message)
+    for _ in range(1000):
+        if (message := ends.relays[0].outgoing()) is not None:
+            sent.append(message)
+    on_way = sum(message.tensor.size for message in sent)
+    assert 0 < on_way <= WINDOW_BYTES + PIECE_BYTES
+    assert len(sent) <= 48
+    for message in sent:
+        ends.relays[1].take(message)
+    ends.engines[1].setblocking(False)
+    received = 0
+    while received < 2 * WINDOW_BYTES and time.monotonic() < deadline:
+        ends.pump()
+        with suppress(BlockingIOError):
+            received += len(ends.engines[1].recv(1 << 20))
+    assert received == 2 * WINDOW_BYTES
+    writer.join(30)
+
+
+def test_a_piece_that_came_twice_or_is_missing_is_refused(ends):
+    ends.engines[0].sendall(b"first")
+    piece = ends.relays[0].outgoing()
+    ends.engines[0].sendall(b"second")
+    later = ends.relays[0].outgoing()
+    with pytest.raises(ProtocolError, match="missing, or came twice"):
+        ends.relays[1].take(later)
+    ends.relays[1].take(piece)
+    with pytest.raises(ProtocolError, match="missing, or came twice"):
+        ends.relays[1].take(piece)
+
+
+def test_pieces_that_were_never_sent_cannot_be_taken(ends):
+    lie = Message(operation="link", request_id=bytes(16), info={"at": 0, "pieces": 3, "taken": 100})
+    with pytest.raises(ProtocolError, match="that were not sent"):
+        ends.relays[0].take(lie)
+
+
+# --- bundles ---
+
+
+@pytest.fixture(scope="session")
+def plain_run(tiny_data, configs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("plain") / "run"
+    options = {"head_end": HEAD_END, "tail_start": "9", "defense": "none", "noise_std": 0.0}
+    config = configs(data=tiny_data, num_nets=1, num_selected=1, epochs_stage1=2, epochs_stage3=1)
+    train(config(arch="own_nets:sequential", **options), out)
+    return out
+
+
+def exported(run, out, *options, noise="0.1"):
+    given = ["--boundary", "4", "--noise", noise, "--max-accuracy-drop", "100", *options]
+    return main(["export", str(run), "--out", str(out), "--protocol", "c2pi", "--json", *given])
+
+
+@pytest.fixture(scope="session")
+def out_of(plain_run, tmp_path_factory):
+    """``out_of(engine)`` is the folder of an export without noise, and with keys."""
+    made = {}
+
+    def of(engine):
+        if engine not in made:
+            made[engine] = tmp_path_factory.mktemp("crypto") / "out"
+            options = ["--insecure-engine"] if engine == bundles.INSECURE else []
+            assert exported(plain_run, made[engine], *options, noise="0") == 0
+        return made[engine]
+
+    return of
+
+
+@pytest.fixture(scope="session")
+def out(out_of):
+    return out_of(bundles.INSECURE)
+
+
+@pytest.fixture(scope="session")
+def plain_logits(plain_run, tiny_images):
+    net = plain_net(RunFolder.open(plain_run))
+    with torch.inference_mode():
+        return net.module(normalise(torch.from_numpy(tiny_images.transpose(0, 3, 1, 2)))).numpy()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_no_weight_is_in_a_clients_bundle(out_of, plain_run, engine):
+    stored = {name: value.numpy() for name, value in plain_net(RunFolder.open(plain_run)).module.state_dict().items()}
+    content = b"".join(path.read_bytes() for path in sorted((out_of(engine) / "client").iterdir()))
+    assert sorted(path.name for path in (out_of(engine) / "client").iterdir()) == ["manifest.json", "steps.bin"]
+    for name, value in stored.items():
+        if value.dtype == np.float32 and value.size >= 8:
+            for piece in (value.tobytes()[:16], value.reshape(-1)[:4].astype("<f8").tobytes()):
+                assert piece not in content, name
+    assert str(Path.cwd()).encode() not in content
+
+
+def test_a_damaged_file_and_a_bundle_of_another_kind_are_named(out, tiny, tmp_path):
+    with pytest.raises(BundleError, match="belongs to a bundle of crypto-clear inference"):
+        load_client(out / "client")
+    with pytest.raises(BundleError, match="belongs to a bundle of split inference"):
+        bundles.load_client(tiny.client)
+    with pytest.raises(BundleError, match="belongs to a server bundle"):
+        bundles.load_client(out / "server")
+    damaged = shutil.copytree(out / "client", tmp_path / "client")
+    (damaged / "steps.bin").write_bytes(b"x")
+    with pytest.raises(BundleTamperedError, match=r"steps\.bin"):
+        EdgeClient(damaged, "tcp://127.0.0.1:9", insecure_engine=True, plaintext=True)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [("settings", {"engine": "none"}), ("noise_magnitude", -1), ("boundary_shape", [0]), ("files", {}), ("labels", [])],
+)
+def test_an_impossible_field_of_a_manifest_is_named(out, field, value):
+    document = json.loads((out / "client" / "manifest.json").read_text()) | {field: value}
+    with pytest.raises(BundleError, match=rf"m\.json: {field}"):
+        bundles.parse_client(json.dumps(document).encode(), "m.json")
+
+
+def test_an_export_says_what_it_needs(plain_run, tiny, tmp_path, capsys):
+    plain = ["export", str(plain_run), "--out", str(tmp_path / "out"), "--protocol", "c2pi", "--insecure-engine"]
+    assert main(plain) == 2
+    assert "needs --boundary" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "99"]) == 2
+    assert "99" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--format", "onnx"]) == 2
+    assert "takes no --format" in capsys.readouterr().err
+    assert main(["export", str(tiny.run), *plain[2:], "--boundary", "3"]) == 2
+    assert "--defense none" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--noise", "2000"]) == 1
+    assert "lower --noise" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--noise", "4100"]) == 1
+    assert "must stay below 4096" in capsys.readouterr().err
+    assert not (tmp_path / "out" / "client").exists()
+    assert not (tmp_path / "out" / "keys").exists()
+
+
+# --- engines ---
+
+
+@pytest.fixture
+def links():
+    """Two links with each other."""
+    found = [StreamLink(end) for end in socket.socketpair()]
+    yield found
+    for link in found:
+        link.close()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_two_engines_leave_shares_that_add_up_to_the_layers_result(out_of, plain_run, tiny_images, links, engine):
+    client, steps = bundles.load_client(out_of(engine) / "client")
+    bundles.load_server(out_of(engine) / "server")
+    weights = out_of(engine) / "server" / bundles.weights_file(engine)
+    image = normalise(torch.from_numpy(tiny_images[:1].transpose(0, 3, 1, 2)))
+    told = []
+
+    def party(rank, link):
+        own = weights if rank == SERVER else None
+        made = open_engine(client.settings, link, rank, steps, own, client.image_shape)
+        given = image.numpy() if rank == CLIENT else None
+        return [made.run(given, told.append if rank == CLIENT else lambda _: None) for _ in range(2)]
+
+    with ThreadPoolExecutor(2) as pool:
+        sides = list(pool.map(party, (SERVER, CLIENT), links, timeout=200))
+    net = plain_net(RunFolder.open(plain_run))
+    front, _ = net.chain([client.boundary])
+    with torch.inference_mode():
+        expected = front.eval()(image).numpy()
+    for own, theirs in zip(*sides, strict=True):
+        total = (own + theirs).view(np.int64) / 2.0**BITS
+        np.testing.assert_allclose(total, expected, atol=2e-3)
+        for share in (own, theirs):  # alone it tells nothing: its bytes are uniform
+            counts = np.bincount(share.view(np.uint8).reshape(-1), minlength=256)
+            mean = counts.sum() / 256
+            assert ((counts - mean) ** 2 / mean).sum() < 400
+    assert not np.array_equal(sides[1][0], sides[1][1])
+    assert told[-1] == len(steps)
+
+
+def test_an_engine_of_no_such_name_is_refused():
+    with pytest.raises(ConfigError, match="no engine 'magic'"):
+        open_engine(bundles.Settings(engine="magic"), None, CLIENT, STEPS, None, (1, 3, 8, 8))
+
+
+def test_a_link_whose_other_end_has_gone_ends_a_wait(links):
+    one, two = links
+    two.close()
+    with pytest.raises(ServerUnreachableError, match="has gone"):
+        one.receive("anything")
+
+
+def test_a_process_that_is_killed_is_an_error_that_names_the_signal():
+    process = PartyProcess()
+    try:
+        (child,) = [each for each in psutil.Process().children() if "ensembler.crypto.party" in each.cmdline()]
+        child.kill()
+        with pytest.raises(InternalError, match=r"SIGKILL.*memory"):
+            process.result(30)
+    finally:
+        process.close()
+
+
+def test_what_an_order_fails_with_comes_as_its_own_class(out, tmp_path):
+    damaged = shutil.copytree(out / "server", tmp_path / "server")
+    (damaged / "suffix.onnx").write_bytes(b"x")
+    process = PartyProcess()
+    try:
+        process.order("open", folder=str(damaged), rank=SERVER, threads=1)
+        with pytest.raises(BundleTamperedError, match=r"suffix\.onnx"):
+            process.result(30)
+    finally:
+        process.close()
+
+
+# --- a server ---
+
+
+@pytest.fixture(scope="session")
+def running(out, serve):
+    with serve(out / "server", "--insecure-engine") as (endpoint, process):
+        yield endpoint, process
+
+
+def client(out, endpoint, **options):
+    return EdgeClient(out / "client", endpoint, **({"insecure_engine": True} | options))
+
+
+def test_a_client_answers_as_the_net_does(out, running, tiny_images, plain_logits):
+    layers_done = []
+    progress = {"progress": lambda done, count: layers_done.append((done, count))}
+    with client(out, running[0], **progress) as edge:
+        assert isinstance(edge, CryptoEdgeClient)
+        first = edge.predict(tiny_images[0])
+        rest = edge.predict_batch(list(tiny_images[1:5]))
+        streamed = [result for _, result in edge.stream(tiny_images[5:8])]
+        status = edge.status()
+        (counted,) = edge.statistics()
+    found = np.stack([result.logits for result in [first, *rest, *streamed]])
+    np.testing.assert_allclose(found, plain_logits[:8], atol=1e-3)
+    assert first.label == edge.labels[int(np.argmax(plain_logits[0]))]
+    assert status["fits"]
+    assert status["engine"] == "insecure-plain"
+    assert counted.answers == 9  # with the status
+    assert layers_done[0] == (1, 1)
+    assert first.crypto.setup_ms > 0
+    assert rest[0].crypto.setup_ms < first.crypto.setup_ms
+    assert first.crypto.engine == "insecure-plain"
+    assert first.crypto.crypto_bytes_up >= 4 * tiny_images[0].size
+    assert edge.info().feature_shape == (8, 8, 8)
+
+
+def test_noise_is_added_on_the_device_and_within_its_magnitude(plain_run, serve, tiny_images, tmp_path, plain_logits):
+    assert exported(plain_run, tmp_path / "out", "--insecure-engine", "--plaintext", noise="0.5") == 0
+    with (
+        serve(tmp_path / "out" / "server", "--insecure-engine", "--plaintext") as (endpoint, _),
+        client(tmp_path / "out", endpoint, plaintext=True) as edge,
+    ):
+        one, two = (edge.predict(tiny_images[0]).logits for _ in range(2))
+    assert not np.array_equal(one, two)
+    assert np.abs(one - plain_logits[0]).max() > 1e-4
+
+
+def test_an_engine_without_protection_is_taken_only_where_it_is_asked_for(out, capsys):
+    with pytest.raises(ConfigError, match=r"insecure-plain, which sends the image.*insecure_engine=True"):
+        EdgeClient(out / "client", "tcp://127.0.0.1:9", plaintext=True)
+    assert main(["serve", str(out / "server"), "--plaintext", "--bind", "tcp://127.0.0.1:*"]) == 2
+    assert "insecure-plain" in capsys.readouterr().err
+
+
+def test_an_option_that_a_bundle_of_this_kind_has_no_use_for_is_named(out, tiny):
+    with pytest.raises(ConfigError, match="no use for backend"):
+        client(out, "tcp://127.0.0.1:9", backend="onnxruntime")
+    with pytest.raises(ConfigError, match="one address"):
+        client(out, "tcp://127.0.0.1:9,tcp://127.0.0.1:10", plaintext=True)
+    with pytest.raises(ConfigError, match="insecure_engine is for a bundle of crypto-clear"):
+        EdgeClient(tiny.client, "tcp://127.0.0.1:9", plaintext=True, insecure_engine=True)
+
+
+def test_a_client_of_another_export_is_told_so(plain_run, out, running, tiny_images, tmp_path):
+    assert exported(plain_run, tmp_path / "out", "--insecure-engine", "--server-key", str(out / "keys/server.key")) == 0
+    with (
+        client(tmp_path / "out", running[0], key=out / "keys/device.key_secret") as edge,
+        pytest.raises(UnknownBodiesError, match="another net"),
+    ):
+        edge.predict(tiny_images[0])
+
+
+def test_a_client_of_split_inference_is_told_so_and_the_other_way_round(out, running, tiny, tiny_images, serve):
+    keys = {"key": out / "keys/device.key_secret", "server_key": out / "keys/server.key"}
+    with (
+        EdgeClient(tiny.client, running[0], **keys) as edge,
+        pytest.raises(BadRequestError, match="runs crypto-clear inference"),
+    ):
+        edge.predict(tiny_images[0])
+    with (
+        serve(tiny.server, "--plaintext") as (endpoint, _),
+        client(out, endpoint, plaintext=True) as edge,
+        pytest.raises(BadRequestError, match="'open'"),
+    ):
+        edge.predict(tiny_images[0])
+
+
+def test_one_client_at_a_time_and_the_next_when_it_is_gone(out, running, tiny_images, plain_logits):
+    with client(out, running[0]) as first:
+        first.predict(tiny_images[0])
+        with client(out, running[0]) as second:
+            with pytest.raises(BusyError, match="one at a time") as refused:
+                second.predict(tiny_images[1])
+            assert refused.value.retry_after_ms >= 1000
+            first.close()
+            np.testing.assert_allclose(second.predict(tiny_images[1]).logits, plain_logits[1], atol=1e-3)
+
+
+def parties_of(process):
+    found = psutil.Process(process if isinstance(process, int) else process.pid).children()
+    return [each for each in found if "ensembler.crypto.party" in each.cmdline()]
+
+
+def test_a_servers_engine_that_dies_is_an_error_and_the_next_call_works(out, running, tiny_images, plain_logits):
+    with client(out, running[0]) as edge:
+        edge.predict(tiny_images[0])
+        for party in parties_of(running[1]):
+            party.kill()
+        with pytest.raises((InternalError, BadRequestError)):
+            edge.predict(tiny_images[1])
+        np.testing.assert_allclose(edge.predict(tiny_images[2]).logits, plain_logits[2], atol=1e-3)
+    assert not parties_of(os.getpid())
+
+
+def test_a_clients_engine_that_dies_is_an_error_and_the_next_call_works(out, running, tiny_images, plain_logits):
+    with client(out, running[0]) as edge:
+        edge.predict(tiny_images[0])
+        for party in parties_of(os.getpid()):
+            party.kill()
+        with pytest.raises(InternalError, match="SIGKILL"):
+            edge.predict(tiny_images[1])
+        np.testing.assert_allclose(edge.predict(tiny_images[2]).logits, plain_logits[2], atol=1e-3)
+
+
+def test_an_engine_that_hangs_ends_at_the_deadline(out, running, tiny_images, plain_logits):
+    with client(out, running[0]) as edge:
+        edge.predict(tiny_images[0])
+        (party,) = parties_of(running[1])
+        party.suspend()
+        with pytest.raises(DeadlineExceededError, match="raise timeout_ms"):
+            edge.predict(tiny_images[1], timeout_ms=1000)
+        np.testing.assert_allclose(edge.predict(tiny_images[2]).logits, plain_logits[2], atol=1e-3)
+
+
+def test_a_server_that_is_not_there_is_an_error_within_the_deadline(out, tiny_images):
+    with client(out, "tcp://127.0.0.1:9", timeout_ms=3000) as edge, pytest.raises(ServerUnreachableError):
+        edge.predict(tiny_images[0])
+
+
+def test_a_fallback_answers_while_the_server_is_away(out, tiny_images):
+    from ensembler.prediction import Prediction
+
+    options = {"timeout_ms": 3000, "fallback": lambda image, error: Prediction.local("red", 0.5)}
+    with client(out, "tcp://127.0.0.1:9", **options) as edge:
+        assert edge.predict(tiny_images[0]).source == "fallback"
+
+
+def test_a_stranger_learns_nothing_and_a_device_that_is_withdrawn_is_cut_off(out, serve, tiny_images, tmp_path):
+    keys = shutil.copytree(out / "keys", tmp_path / "keys")
+    stranger = tmp_path / "stranger"
+    assert main(["keys", "new", "--out", str(stranger), "--name", "device"]) == 0
+    secret = ["--key", str(keys / "server.key_secret")]
+    with serve(out / "server", "--insecure-engine", *secret) as (endpoint, _):
+        with client(out, endpoint, key=stranger / "device.key_secret") as edge, pytest.raises(AuthenticationError):
+            edge.predict(tiny_images[0])
+        with client(out, endpoint, key=keys / "device.key_secret") as edge:
+            edge.predict(tiny_images[0])
+            (keys / "authorized" / "device.key").unlink()
+            deadline, refused = time.monotonic() + 30, None
+            while refused is None and time.monotonic() < deadline:
+                try:
+                    edge.predict(tiny_images[0])
+                except EnsemblerError as error:
+                    refused = error
+            assert isinstance(refused, NotAuthorizedError | AuthenticationError)
+
+
+def test_a_server_ends_at_sigterm_with_status_0_and_leaves_no_process(out, serve, tiny_images):
+    with serve(out / "server", "--insecure-engine") as (endpoint, process), client(out, endpoint) as edge:
+        edge.predict(tiny_images[0])
+        parties = parties_of(process)
+        assert parties
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+        psutil.wait_procs(parties, timeout=30)
+        assert not any(party.is_running() for party in parties)
+
+
+def test_a_server_that_is_killed_takes_its_engine_with_it(out, serve, tiny_images):
+    with serve(out / "server", "--insecure-engine") as (endpoint, process), client(out, endpoint) as edge:
+        edge.predict(tiny_images[0])
+        parties = parties_of(process)
+        process.kill()
+        psutil.wait_procs(parties, timeout=30)
+        assert not any(party.is_running() for party in parties)
+
+
+# --- SPU ---
+
+
+@needs_spu
+def test_two_processes_answer_as_the_net_does_under_cheetah(out_of, serve, tiny_images, plain_logits):
+    out = out_of(bundles.SPU)
+    with serve(out / "server") as (endpoint, _), EdgeClient(out / "client", endpoint) as edge:
+        results = edge.predict_batch(list(tiny_images[:3]))
+    found = np.stack([result.logits for result in results])
+    np.testing.assert_allclose(found, plain_logits[:3], atol=2e-3)
+    assert results[0].crypto.engine == "spu-cheetah"
+    image = tiny_images[0].astype(np.float32)
+    assert results[1].crypto.crypto_bytes_up > image.nbytes
+
+
+@needs_spu
+@pytest.mark.parametrize(
+    "net",
+    [
+        nn.Sequential(nn.Conv2d(3, 4, 3, 2, 1), nn.ReLU6(), nn.AvgPool2d(2)),
+        nn.Sequential(nn.Conv2d(3, 6, 3, groups=3), nn.ReLU(), nn.MaxPool2d(3, 2, 1)),
+        nn.Sequential(nn.Conv2d(3, 4, 3), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(4, 5)),
+    ],
+    ids=["relu6 and average", "groups and padded pooling", "mean and linear"],
+)
+def test_layers_of_many_kinds_are_computed_as_torch_does(net, links, tmp_path):
+    from ensembler.crypto.layers import to_steps
+    from ensembler.export import graphs
+
+    torch.manual_seed(0)
+    image = torch.randn(1, 3, 12, 12)
+    graph = graphs.optimised(graphs.from_torch(net.eval(), [torch.randn(2, 3, 12, 12)]))
+    steps, weights = to_steps(graph, (1, 3, 12, 12))
+    np.savez(tmp_path / "weights.npz", **weights)
+
+    def party(rank, link):
+        own = tmp_path / "weights.npz" if rank == SERVER else None
+        made = open_engine(bundles.Settings(), link, rank, steps, own, (1, 3, 12, 12))
+        return made.run(image.numpy() if rank == CLIENT else None, lambda _: None)
+
+    with ThreadPoolExecutor(2) as pool:
+        own, theirs = pool.map(party, (SERVER, CLIENT), links, timeout=200)
+    with torch.inference_mode():
+        np.testing.assert_allclose((own + theirs).view(np.int64) / 2.0**BITS, net(image).numpy(), atol=2e-3)
+
+
+@needs_spu
+def test_an_operator_without_translation_is_named_with_the_last_layer_that_works():
+    from ensembler.crypto.layers import to_steps
+    from ensembler.export import graphs
+    from ensembler.protocol.errors import ExportError
+
+    net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Softplus())
+    graph = graphs.optimised(graphs.from_torch(net.eval(), [torch.randn(2, 3, 8, 8)]))
+    with pytest.raises(ExportError, match=r"Softplus cannot be computed by two parties; the last .* is 2:Relu"):
+        to_steps(graph, (1, 3, 8, 8))
+
+
+@needs_spu
+def test_weights_of_a_server_are_plain_arrays(out_of):
+    content = (out_of(bundles.SPU) / "server" / "weights.npz").read_bytes()
+    assert all(name.endswith(".npy") for name in zipfile.ZipFile(io.BytesIO(content)).namelist())
