@@ -193,10 +193,29 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         each = {way: of([way], lambda row: row["auc"]) for way in ways}
         furthest = max(each, key=lambda way: abs(float(np.mean(each[way])) - 0.5))
         name = furthest.removeprefix("selector, ")
-        figures.append(
-            figure("selector_recovery_auc", each[furthest], "AUC", f"ranking by {name}, the furthest from 0.5")
+        nets, selected = victims[0].config.num_nets, victims[0].config.num_selected
+        chance = chance_of(nets, selected, len(each[furthest]), len(ways), float(np.mean(each[furthest])))
+        words = (
+            f"ranking by {name}, of {len(ways)} the furthest from 0.5; by chance one is as far with p = {chance:.2f}"
         )
+        figures.append(figure("selector_recovery_auc", each[furthest], "AUC", words))
     return figures
+
+
+def chance_of(nets: int, selected: int, victims: int, ways: int, auc: float) -> float:
+    """Returns the probability that one of several random rankings is as far from 0.5 as ``auc``, in the victims' mean.
+
+    The rankings are taken as independent, which those of one audit are not quite.
+    """
+    one: list[float] = []
+    for places in itertools.combinations(range(nets), selected):
+        others = [place for place in range(nets) if place not in places]
+        one.append(float(np.mean([mine < other for mine in places for other in others])))
+    sums = [0.0]
+    for _ in range(victims):
+        sums = [total + each for total in sums for each in one]
+    far = float(np.mean(np.abs(np.array(sums) / victims - 0.5) >= abs(auc - 0.5) - 1e-9))
+    return 1 - (1 - far) ** ways
 
 
 def accuracy(prefix: str, mine: Sequence[npt.NDArray[np.bool_]], theirs: Sequence[npt.NDArray[np.bool_]]) -> list[Row]:

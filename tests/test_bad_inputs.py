@@ -165,7 +165,7 @@ def test_a_file_in_the_place_of_a_bundle_is_refused(tmp_path, capsys, kind):
         ({"passphrase": b"secret phrase"}, "passphrase is bytes; give a text"),
         ({"plaintext": "false"}, "plaintext = 'false': give True or False"),
         ({"timeout_ms": "5"}, "timeout_ms = '5': give a number"),
-        ({"timeout_ms": None}, "timeout_ms = None: give a number"),
+        ({"timeout_ms": "soon"}, "timeout_ms = 'soon': give a number"),
         ({"timeout_ms": float("nan")}, "timeout_ms = nan: give a number"),
         ({"threads": "1"}, "threads = '1': give a whole number"),
         ({"threads": 1 << 40}, "threads = 1099511627776: give a whole number"),
