@@ -19,6 +19,7 @@ from ensembler.crypto.steps import IMAGE, Step
 from ensembler.protocol.errors import BundleError, InternalError, MissingExtraError
 
 ENGINE_EXTRA = "crypto"
+COMPARING = frozenset({"Clip", "MaxPool", "Relu"})
 
 
 class SpuEngine:
@@ -50,6 +51,7 @@ class SpuEngine:
         self._io = spu.IoWrapper(2, config)
         self._owned = f"<{settings.field},{{}}>"
         self._put_weights(weights)
+        self._warm_up()
 
     def run(self, image: Floats | None, told: Callable[[int], None]) -> Shares:
         """See ``Engine``."""
@@ -62,6 +64,16 @@ class SpuEngine:
         for step in self._steps:
             self._runtime.DelVar(step.output)
         return share
+
+    def _warm_up(self) -> None:
+        """Runs the first layers on an image of zeros: their first run sets keys and oblivious transfers up, once."""
+        compared = (place for place, step in enumerate(self._steps) if step.operator in COMPARING)
+        last = next(compared, len(self._steps) - 1)
+        self._put(IMAGE, np.zeros(self._shape, np.float32), CLIENT)
+        for program in self._programs[: last + 1]:
+            self._runtime.Run(program)
+        for step in self._steps[: last + 1]:
+            self._runtime.DelVar(step.output)
 
     def _put_weights(self, weights: Path | None) -> None:
         found = {} if weights is None else dict(np.load(weights, allow_pickle=False))
