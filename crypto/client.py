@@ -22,7 +22,16 @@ from ensembler.crypto import bundle as bundles
 from ensembler.crypto.engine import CLIENT
 from ensembler.crypto.process import PartyProcess
 from ensembler.crypto.relay import Relay
-from ensembler.protocol.errors import DeadlineExceededError, EnsemblerError, ExpiredError, ProtocolError, from_wire
+from ensembler.protocol.errors import (
+    BadRequestError,
+    BusyError,
+    DeadlineExceededError,
+    EnsemblerError,
+    ExpiredError,
+    ProtocolError,
+    ServerUnreachableError,
+    from_wire,
+)
 from ensembler.protocol.messages import (
     END,
     ERROR,
@@ -99,6 +108,7 @@ class CryptoSession:
         self._relay: Relay
         self._replies: list[Message] = []
         self._up = self._down = 0
+        self._shared = False  # whether the share of the image under way was sent
 
     def infer(self, pixels: Codes, until: float, progress: Progress | None = None) -> CryptoAnswer:
         """Answers one image.
@@ -111,6 +121,18 @@ class CryptoSession:
         Raises:
             EnsemblerError: as ``EdgeClient.predict``; the session has ended then, and the next call opens another.
         """
+        reused = self._process is not None
+        try:
+            return self._infer(pixels, until, progress)
+        except (BadRequestError, BusyError, ServerUnreachableError):
+            self.close()
+            # The server may have ended a session that was idle. But no share is sent twice for one image: two of them
+            # have different noise, and their mean has less.
+            if not reused or self._shared:
+                raise
+        except BaseException:
+            self.close()
+            raise
         try:
             return self._infer(pixels, until, progress)
         except BaseException:
@@ -119,6 +141,7 @@ class CryptoSession:
 
     def _infer(self, pixels: Codes, until: float, progress: Progress | None) -> CryptoAnswer:
         begun = time.monotonic()
+        self._shared = False
         setup_bytes = 0
         if self._process is None or self._connection is None or not self._connection.usable():
             self.close()
@@ -137,6 +160,7 @@ class CryptoSession:
         done = self._answered(until, progress)
         computed = time.monotonic()
         share = np.frombuffer(done["share"], np.uint8).reshape(1, -1)
+        self._shared = True
         self._send(Message(operation=SHARE, request_id=request_id, tensor=share))
         reply = self._replied(request_id, until)
         if reply.tensor is None or reply.tensor.size != 4 * len(manifest.labels):

@@ -10,9 +10,9 @@ from contextlib import suppress
 from ensembler.protocol.errors import ProtocolError, ServerUnreachableError
 
 _HEAD = struct.Struct("<HQ")
-MAX_MESSAGE_BYTES = 1 << 31
+MAX_MESSAGE_BYTES = 1 << 28
 # Of what has come and nobody has asked for. The parties go in step, so an honest one stays far below it.
-MAX_WAITING_BYTES = 1 << 32
+MAX_WAITING_BYTES = 1 << 30
 
 
 class StreamLink:

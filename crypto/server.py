@@ -7,6 +7,7 @@ those are in the process, and end with it. Start reading at ``CryptoServer.run``
 from __future__ import annotations
 
 import logging
+import math
 import time
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from ensembler.crypto.bundle import INSECURE
 from ensembler.crypto.engine import SERVER
 from ensembler.crypto.process import PartyProcess
 from ensembler.crypto.relay import Relay
+from ensembler.crypto.shares import REVEALED
 from ensembler.protocol.errors import (
     BadRequestError,
     BusyError,
@@ -51,6 +53,8 @@ from ensembler.transport.zmq_server import Incoming, Peer, ServerSocket
 _log = logging.getLogger("ensembler.server")
 
 IDLE_S = 60.0
+# Then it ends also if nobody asks: a device that was switched off says nothing, and its engine holds a gigabyte.
+LONGEST_IDLE_S = 600.0
 LONGEST_ORDER_S = 3600.0
 RETRY_AFTER_MS = 1000.0
 TICK_MS = 1000
@@ -107,6 +111,7 @@ class CryptoServer:
         require_protection(self.manifest, folder, allow_insecure)
         self._net_id = bytes.fromhex(self.manifest.net_id)
         self._steps = self.manifest.files[bundles.STEPS_FILE].sha256
+        self._share_bytes = REVEALED.itemsize * math.prod(self.manifest.boundary_shape)
         self._socket, self._folder, self._threads, self._idle_s = socket, folder, threads, idle_s
         self._session: _Session | None = None
         self._stopping = False
@@ -186,8 +191,10 @@ class CryptoServer:
                 raise BadRequestError("the session is computing; one image after the other")
             session.request_id, session.until, session.times = message.request_id, _until(message), {}
             session.give("run", image=b"")
-        elif message.tensor is None or session.order not in ("run", "shared"):
+        elif session.order not in ("run", "shared") or session.share is not None:
             raise BadRequestError("no share is awaited")
+        elif message.tensor is None or message.tensor.size != self._share_bytes:
+            raise BadRequestError(f"a share of this net has {self._share_bytes} bytes")
         else:
             session.share = message.tensor.tobytes()
         return None
@@ -229,6 +236,8 @@ class CryptoServer:
                 session.give("finish", share=share)
             if session.order is not None and time.monotonic() > session.until:
                 raise ExpiredError("the deadline passed while the two parties computed")
+            if session.order is None and time.monotonic() - session.used > LONGEST_IDLE_S:
+                raise BusyError("the session was idle and ended; ask again")
         except WireError as error:
             self._end_session(str(error), error)
         except EnsemblerError as error:

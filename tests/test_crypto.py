@@ -36,6 +36,7 @@ from ensembler.crypto.engine import CLIENT, SERVER, open_engine
 from ensembler.crypto.link import StreamLink
 from ensembler.crypto.process import PartyProcess
 from ensembler.crypto.relay import PIECE_BYTES, WINDOW_BYTES, Relay
+from ensembler.crypto.server import CryptoServer
 from ensembler.crypto.steps import Step
 from ensembler.crypto_client import CryptoEdgeClient
 from ensembler.privacy.boundary_study import plain_net
@@ -59,6 +60,7 @@ from ensembler.protocol.messages import Message
 from ensembler.training.models import normalise
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import train
+from ensembler.transport.zmq_server import ServerSocket
 
 pytestmark = pytest.mark.usefixtures("one_thread")
 
@@ -412,6 +414,29 @@ def running(out, serve):
         yield endpoint, process
 
 
+never = threading.Event()  # is not set: a pause between two looks
+
+
+@pytest.fixture
+def in_process(out):
+    """``in_process(**options)`` is the endpoint of a server in a thread of this process, in plaintext."""
+    started = []
+
+    def start(**options):
+        line = ServerSocket("tcp://127.0.0.1:*", keys=None, authorized=())
+        server = CryptoServer(line, out / "server", allow_insecure=True, **options)
+        thread = threading.Thread(target=server.run, args=(1000,))
+        thread.start()
+        started.append((line, server, thread))
+        return line.endpoint
+
+    yield start
+    for line, server, thread in started:
+        server.stop()
+        thread.join()
+        line.close()
+
+
 def client(out, endpoint, **options):
     return EdgeClient(out / "client", endpoint, **({"insecure_engine": True} | options))
 
@@ -500,6 +525,29 @@ def test_one_client_at_a_time_and_the_next_when_it_is_gone(out, running, tiny_im
             assert refused.value.retry_after_ms >= 1000
             first.close()
             np.testing.assert_allclose(second.predict(tiny_images[1]).logits, plain_logits[1], atol=1e-3)
+
+
+def test_a_session_whose_place_was_taken_opens_another_by_itself(out, in_process, tiny_images, plain_logits):
+    endpoint = in_process(idle_s=0.0)
+    with client(out, endpoint, plaintext=True) as first, client(out, endpoint, plaintext=True) as second:
+        for edge, index in ((first, 0), (second, 1), (first, 2), (second, 3)):
+            result = edge.predict(tiny_images[index])
+            np.testing.assert_allclose(result.logits, plain_logits[index], atol=1e-3)
+            assert result.crypto.setup_ms > 1
+
+
+def test_a_session_that_is_idle_for_long_ends_and_its_client_notices_nothing(
+    out, in_process, tiny_images, plain_logits, monkeypatch
+):
+    monkeypatch.setattr("ensembler.crypto.server.LONGEST_IDLE_S", 2.0)
+    with client(out, in_process(), plaintext=True) as edge:
+        edge.predict(tiny_images[0])
+        assert len(parties_of(os.getpid())) == 2
+        deadline = time.monotonic() + 30
+        while len(parties_of(os.getpid())) == 2 and time.monotonic() < deadline:
+            never.wait(0.05)
+        assert len(parties_of(os.getpid())) == 1  # the client's own
+        np.testing.assert_allclose(edge.predict(tiny_images[1]).logits, plain_logits[1], atol=1e-3)
 
 
 def parties_of(process):
