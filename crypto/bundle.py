@@ -16,7 +16,7 @@ from typing import Any
 
 from ensembler.crypto import steps as layers
 from ensembler.crypto.steps import Step
-from ensembler.protocol.errors import BundleError
+from ensembler.protocol.errors import BundleError, ConfigError
 from ensembler.protocol.manifest import (
     CRYPTO_FORMAT,
     MAX_LABELS,
@@ -95,6 +95,19 @@ class CryptoManifest:
 def weights_file(engine: str) -> str:
     """Returns the name of the file with a server's weights of the steps."""
     return "prefix.onnx" if engine == INSECURE else "weights.npz"
+
+
+def require_protection(manifest: CryptoManifest, folder: Path, allow_insecure: bool) -> None:
+    """Refuses a bundle of the engine without protection, unless it was asked for.
+
+    Raises:
+        ConfigError: it was not.
+    """
+    if manifest.settings.engine == INSECURE and not allow_insecure:
+        raise ConfigError(
+            f"{folder} was exported with {INSECURE}, which sends the image to the server as it is: for tests alone; "
+            "export it again without --insecure-engine, or allow it (--insecure-engine, insecure_engine=True)"
+        )
 
 
 def to_json(manifest: CryptoManifest) -> bytes:

@@ -16,7 +16,6 @@ import numpy as np
 import zmq
 
 from ensembler.crypto import bundle as bundles
-from ensembler.crypto.bundle import INSECURE
 from ensembler.crypto.engine import SERVER
 from ensembler.crypto.process import PartyProcess
 from ensembler.crypto.relay import Relay
@@ -24,7 +23,6 @@ from ensembler.crypto.shares import REVEALED
 from ensembler.protocol.errors import (
     BadRequestError,
     BusyError,
-    ConfigError,
     EnsemblerError,
     ExpiredError,
     InternalError,
@@ -108,7 +106,7 @@ class CryptoServer:
         idle_s: float = IDLE_S,
     ) -> None:
         self.manifest, _ = bundles.load_server(folder)
-        require_protection(self.manifest, folder, allow_insecure)
+        bundles.require_protection(self.manifest, folder, allow_insecure)
         self._net_id = bytes.fromhex(self.manifest.net_id)
         self._steps = self.manifest.files[bundles.STEPS_FILE].sha256
         self._share_bytes = REVEALED.itemsize * math.prod(self.manifest.boundary_shape)
@@ -292,19 +290,6 @@ class CryptoServer:
         _log.info("a session ended: %s", why)
         if error is not None:
             self._refuse(session.peer, session.request_id, error)
-
-
-def require_protection(manifest: bundles.CryptoManifest, folder: Path, allow_insecure: bool) -> None:
-    """Refuses a bundle of the engine without protection, unless it was asked for.
-
-    Raises:
-        ConfigError: it was not.
-    """
-    if manifest.settings.engine == INSECURE and not allow_insecure:
-        raise ConfigError(
-            f"{folder} was exported with {INSECURE}, which sends the image to the server as it is: for tests alone; "
-            "export it again without --insecure-engine, or allow it (--insecure-engine, insecure_engine=True)"
-        )
 
 
 def _until(message: Message) -> float:

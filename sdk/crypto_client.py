@@ -16,7 +16,6 @@ import numpy as np
 from ensembler.client import EdgeClient, checked_timeout, open_transports
 from ensembler.crypto import bundle as bundles
 from ensembler.crypto.client import CryptoAnswer, CryptoSession
-from ensembler.crypto.server import require_protection
 from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import softmax
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
@@ -82,7 +81,7 @@ class CryptoEdgeClient(EdgeClient):
             raise ConfigError(f"fallback is {type(fallback).__name__}; give a function of an image and an error")
         folder = expanded("bundle", bundle)
         self._crypto, steps = bundles.load_client(folder)
-        require_protection(self._crypto, folder, insecure_engine)
+        bundles.require_protection(self._crypto, folder, insecure_engine)
         self._process = OwnProcess()
         self._timeout_ms = checked_timeout(TIMEOUT_MS if timeout_ms is None else timeout_ms)
         self._top_k = min(whole("top_k", top_k, 1), len(self._crypto.labels))

@@ -12,6 +12,8 @@ import os
 import shutil
 import signal
 import socket
+import subprocess
+import sys
 import threading
 import time
 import zipfile
@@ -637,6 +639,26 @@ def test_a_server_that_is_killed_takes_its_engine_with_it(out, serve, tiny_image
         process.kill()
         psutil.wait_procs(parties, timeout=30)
         assert not any(party.is_running() for party in parties)
+
+
+WITHOUT_TORCH = """
+import sys
+class Blocker:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("torch", "onnx", "jax", "safetensors"):
+            raise ImportError(name + " is not on a device")
+sys.meta_path.insert(0, Blocker())
+import numpy as np
+from ensembler import EdgeClient
+with EdgeClient(sys.argv[1], sys.argv[2], plaintext=True, insecure_engine=True) as client:
+    print(client.predict(np.zeros((16, 16, 3), np.uint8)).crypto.engine)
+"""
+
+
+def test_a_device_needs_neither_torch_nor_onnx(out, in_process):
+    command = [sys.executable, "-c", WITHOUT_TORCH, str(out / "client"), in_process()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "insecure-plain\n", done.stderr
 
 
 # --- SPU ---
