@@ -87,7 +87,7 @@ class WorkerEngine:
             EngineLostError: the worker ended or did not answer; another one takes its place.
             BundleError: the worker's engine failed on this batch.
         """
-        worker = self._take()
+        worker = self._take(features.shape)
         try:
             answers = worker.compute(features, self._answer_s)
         except (EOFError, OSError) as error:
@@ -125,8 +125,8 @@ class WorkerEngine:
         for worker in workers:
             worker.end()
 
-    def _take(self) -> _Worker:
-        """Returns a worker that is alive: one that ended while it had nothing to do is no batch's fault."""
+    def _take(self, shape: tuple[int, ...]) -> _Worker:
+        """Returns a worker that knows of the batch: one that ended while it had nothing to do is no batch's fault."""
         until = time.monotonic() + self._answer_s
         while True:
             try:
@@ -135,7 +135,7 @@ class WorkerEngine:
                 raise EngineLostError("no worker is alive") from None
             with self._lock:
                 self._busy.add(worker)
-            if worker.is_alive():
+            if worker.is_alive() and worker.announce(shape):
                 return worker
             self._bury(worker)
 
@@ -198,8 +198,16 @@ class _Worker:
         if said != READY:
             raise BundleError(said.decode("utf-8", "replace"))
 
+    def announce(self, shape: tuple[int, ...]) -> bool:
+        """Tells the shape of the batch to come, or returns False: the process has ended, known as such or not yet."""
+        try:
+            self._pipe.send_bytes(np.asarray(shape, np.int64).tobytes())
+        except OSError:
+            return False
+        return True
+
     def compute(self, features: Codes, timeout_s: float) -> Codes:
-        self._pipe.send_bytes(np.asarray(features.shape, np.int64).tobytes())
+        """Sends the batch that was announced and returns its answers."""
         self._pipe.send_bytes(np.ascontiguousarray(features).reshape(-1).data)
         shape = tuple(np.frombuffer(self._receive(timeout_s), np.int64))
         data = self._receive(timeout_s)

@@ -374,11 +374,20 @@ def test_workers_that_die_with_nothing_to_do_are_replaced_and_cost_no_request(wo
     killed = set(workers.pids)
     for pid in killed:
         os.kill(pid, signal.SIGKILL)
-    while any(psutil.Process(pid).status() != psutil.STATUS_ZOMBIE for pid in killed):
-        pass
+    for pid in killed:  # until all its threads have ended; a process is shown as a zombie when the first has
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
     np.testing.assert_array_equal(workers.run(codes), answers)  # by a new one: nothing was lost
     while not workers.alive() or len(workers.pids) < 2 or killed & set(workers.pids):
         pass
+
+
+def test_a_worker_that_dies_between_the_look_at_it_and_its_batch_costs_no_request(workers, codes, answers, monkeypatch):
+    killed = set(workers.pids)
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
+    monkeypatch.setattr("ensembler.cloud_runtime.worker_engine._Worker.is_alive", lambda _: True)
+    np.testing.assert_array_equal(workers.run(codes), answers)
 
 
 def test_workers_do_not_outlive_their_server(tiny, serve):
