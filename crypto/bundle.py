@@ -1,4 +1,4 @@
-"""The two bundles of crypto-clear inference: a client's without any weight, and a server's with all of them.
+"""The two bundles of crypto-clear inference: a server's, and a client's without any weight of the first layers.
 
 The folders are like those of split inference (``protocol.manifest``), with another format in the manifest. Whether a
 client fits a server is told by ``net_id``, 32 random bytes of one export: a digest of the weights would let a client
@@ -34,7 +34,16 @@ ENGINES = (SPU, INSECURE)
 FIELDS = ("FM64",)
 STEPS_FILE = "steps.bin"
 SUFFIX_FILE = "suffix.onnx"
+TAIL_FILE = "tail.onnx"
 MAX_NOISE = 1000.0
+
+# What happens after the layers under two parties. C2PI: the server gets the boundary and answers with logits.
+CLEAR = "clear"
+# The server gets the boundary and answers with what its N bodies say of it; selector and tail are the client's.
+ENSEMBLE = "ensemble"
+# Nothing: all layers are computed by the two, and the logits revealed to the client alone.
+FULL = "full"
+MODES = (CLEAR, ENSEMBLE, FULL)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,6 +69,7 @@ class CryptoManifest:
 
     Attributes:
         kind: ``client`` or ``server``.
+        mode: one of ``MODES``.
         net_id: 64 hexadecimal digits.
         settings: see there.
         image: what the net takes.
@@ -68,12 +78,14 @@ class CryptoManifest:
         labels: the class names, index = class.
         boundary: the name of the cut, for people.
         boundary_shape: of what is revealed, without the batch.
+        answer_shape: of what the client gets, ``(K,)`` logits or the ``(N, F)`` answers of N bodies.
         noise_magnitude: the client's noise on its share is uniform in plus or minus this.
         server_public_key: pinned in a client's; None for plaintext, and in a server's.
         files: with their digests.
     """
 
     kind: str
+    mode: str
     net_id: str
     settings: Settings
     image: ImageSpec
@@ -82,14 +94,28 @@ class CryptoManifest:
     labels: tuple[str, ...]
     boundary: str
     boundary_shape: tuple[int, ...]
+    answer_shape: tuple[int, ...]
     noise_magnitude: float
     server_public_key: str | None
     files: Mapping[str, FileEntry]
 
     @property
+    def num_nets(self) -> int:
+        """N, of the bodies after the boundary; 1 where there is one net."""
+        return self.answer_shape[0] if self.mode == ENSEMBLE else 1
+
+    @property
     def image_shape(self) -> tuple[int, int, int, int]:
         """Of the engine's input."""
         return (1, 3, self.image.height, self.image.width)
+
+
+def files_of(kind: str, mode: str, engine: str) -> list[str]:
+    """Returns the names of a bundle's files beside its manifest."""
+    if kind == "client":
+        return [STEPS_FILE, TAIL_FILE] if mode == ENSEMBLE else [STEPS_FILE]
+    own = [STEPS_FILE, weights_file(engine)]
+    return own if mode == FULL else [*own, SUFFIX_FILE]
 
 
 def weights_file(engine: str) -> str:
@@ -150,18 +176,23 @@ def _parse(data: bytes, source: str, kind: str) -> CryptoManifest:
     files = reader.files()
     settings = reader.child("settings")
     engine = settings.choice("engine", ENGINES)
-    needed = [STEPS_FILE] if kind == "client" else [STEPS_FILE, SUFFIX_FILE, weights_file(engine)]
+    mode = reader.choice("mode", MODES)
+    needed = files_of(kind, mode, engine)
     if files.keys() != set(needed):
         raise reader.error("files", f"are not {', '.join(needed)}")
     image = reader.child("image")
-    shape = reader.get(
-        "boundary_shape",
-        lambda v: isinstance(v, list) and 1 <= len(v) <= 4 and all(type(n) is int and 0 < n <= 1 << 20 for n in v),
-    )
-    if math.prod(shape) > layers.MAX_VALUES:
-        raise reader.error("boundary_shape", f"has more than {layers.MAX_VALUES} values")
+    labels = tuple(reader.strings("labels", MAX_LABELS))
+    boundary_shape, answer_shape = _shape(reader, "boundary_shape"), _shape(reader, "answer_shape")
+    if mode == ENSEMBLE:
+        if len(answer_shape) != 2:
+            raise reader.error("answer_shape", "is not of several bodies")
+    elif answer_shape != (len(labels),):
+        raise reader.error("answer_shape", f"is not of {len(labels)} classes")
+    if mode == FULL and boundary_shape != answer_shape:
+        raise reader.error("boundary_shape", "is not the answer's")
     return CryptoManifest(
         kind=kind,
+        mode=mode,
         net_id=reader.hexadecimal("net_id"),
         settings=Settings(
             engine=engine,
@@ -172,15 +203,26 @@ def _parse(data: bytes, source: str, kind: str) -> CryptoManifest:
         image=ImageSpec(height=image.integer("height", 1, 1 << 12), width=image.integer("width", 1, 1 << 12)),
         pixel_scale=_number(reader, "pixel_scale", 1e3),
         pixel_zero_point=reader.integer("pixel_zero_point", 0, 255),
-        labels=tuple(reader.strings("labels", MAX_LABELS)),
+        labels=labels,
         boundary=_text(reader),
-        boundary_shape=tuple(shape),
+        boundary_shape=boundary_shape,
+        answer_shape=answer_shape,
         noise_magnitude=_number(reader, "noise_magnitude", MAX_NOISE),
         server_public_key=reader.get(
             "server_public_key", lambda v: v is None or (isinstance(v, str) and is_curve_key(v))
         ),
         files=files,
     )
+
+
+def _shape(reader: Reader, name: str) -> tuple[int, ...]:
+    shape = reader.get(
+        name,
+        lambda v: isinstance(v, list) and 1 <= len(v) <= 4 and all(type(n) is int and 0 < n <= 1 << 20 for n in v),
+    )
+    if math.prod(shape) > layers.MAX_VALUES:
+        raise reader.error(name, f"has more than {layers.MAX_VALUES} values")
+    return tuple(shape)
 
 
 def _flag(reader: Reader, name: str) -> bool:

@@ -6,6 +6,7 @@ No torch and no weight is here: the client has the layers' names and shapes, and
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Callable
@@ -65,7 +66,8 @@ class CryptoAnswer:
         request_id: of the request.
         setup_ms: opening the session; 0 where it was open.
         crypto_ms: the layers under two-party computation.
-        clear_ms: reveal and the layers in the clear, with the network between.
+        clear_ms: reveal and the server's layers in the clear, with the network between.
+        tail_ms: what the device computes after that: selector and tail, or the sum of two shares of the logits.
         server_clear_ms: of that, the server's own time.
         setup_bytes: that travelled to open the session, both ways.
         crypto_bytes_up: that the engines sent to the server for this image.
@@ -81,6 +83,7 @@ class CryptoAnswer:
     setup_ms: float
     crypto_ms: float
     clear_ms: float
+    tail_ms: float
     server_clear_ms: float
     setup_bytes: int
     crypto_bytes_up: int
@@ -159,18 +162,25 @@ class CryptoSession:
         process.order("run", image=np.ascontiguousarray(image.transpose(2, 0, 1)[None]).tobytes())
         done = self._answered(until, progress)
         computed = time.monotonic()
-        share = np.frombuffer(done["share"], np.uint8).reshape(1, -1)
-        self._shared = True
+        share = np.frombuffer(done["share"], np.uint8).reshape(1, -1) if "share" in done else None
+        self._shared = share is not None
         self._send(Message(operation=SHARE, request_id=request_id, tensor=share))
         reply = self._replied(request_id, until)
-        if reply.tensor is None or reply.tensor.size != 4 * len(manifest.labels):
-            raise ProtocolError(f"the server answered without logits of {len(manifest.labels)} classes")
+        size = 4 * math.prod(manifest.answer_shape)
+        if reply.tensor is None or reply.tensor.size != size:
+            raise ProtocolError(f"the server answered without the {size} bytes of {manifest.answer_shape} numbers")
+        result = reply.tensor.tobytes()
+        answered = time.monotonic()
+        if manifest.mode != bundles.CLEAR:
+            process.order("finish", content=result)
+            result = self._answered(until, None)["result"]
         return CryptoAnswer(
-            logits=np.frombuffer(reply.tensor.tobytes(), "<f4").astype(np.float32),
+            logits=np.frombuffer(result, "<f4").astype(np.float32),
             request_id=request_id.hex(),
             setup_ms=1000 * (opened - begun),
             crypto_ms=1000 * (computed - opened),
-            clear_ms=1000 * (time.monotonic() - computed),
+            clear_ms=1000 * (answered - computed),
+            tail_ms=1000 * (time.monotonic() - answered),
             server_clear_ms=_number(reply.info.get("clear_ms")),
             setup_bytes=setup_bytes,
             crypto_bytes_up=relay.sent_bytes - up,

@@ -1,4 +1,4 @@
-"""A plain net and a boundary become the two bundles of crypto-clear inference. Start reading at ``export``."""
+"""A divided net becomes the two bundles of crypto-clear inference. Start reading at ``export``."""
 
 from __future__ import annotations
 
@@ -16,21 +16,23 @@ from torch import Tensor, nn
 from ensembler.crypto import layers
 from ensembler.crypto import steps as step_files
 from ensembler.crypto.bundle import (
+    FULL,
     INSECURE,
     STEPS_FILE,
     SUFFIX_FILE,
+    TAIL_FILE,
     CryptoManifest,
     Settings,
     to_json,
     weights_file,
 )
+from ensembler.crypto.dividing import Divided
 from ensembler.crypto.steps import IMAGE, Step
 from ensembler.export import graphs
 from ensembler.export.pipeline import PARTIAL_PREFIX
 from ensembler.protocol.errors import ConfigError, ExportError, GateFailedError
 from ensembler.protocol.manifest import MANIFEST_NAME, ImageSpec, describe_file
 from ensembler.training.models import PIXEL_SCALE, PIXEL_ZERO_POINT, normalise
-from ensembler.training.splits import Cut, TracedNet
 
 BATCH = 100
 
@@ -58,9 +60,10 @@ class CryptoReport:
 
     Attributes:
         accuracy: of the net, in percent.
-        noised_accuracy: with the boundary as the server gets it.
+        noised_accuracy: with the boundary as it is revealed.
         images: how many.
         largest: of the boundary's numbers, in magnitude.
+        shape: of the boundary, without the batch.
         steps: how many layers the parties compute.
         step_bytes: of the compiled layers, which both bundles hold.
     """
@@ -69,14 +72,13 @@ class CryptoReport:
     noised_accuracy: float
     images: int
     largest: float
-    steps: int
-    step_bytes: int
+    shape: tuple[int, ...] = ()
+    steps: int = 0
+    step_bytes: int = 0
 
 
 def export(
-    net: TracedNet,
-    cut: Cut,
-    labels: tuple[str, ...],
+    divided: Divided,
     images: Tensor,
     targets: Tensor,
     out: Path,
@@ -86,9 +88,7 @@ def export(
     """Writes ``out/client`` and ``out/server``, both or none.
 
     Args:
-        net: whole, with its weights.
-        cut: what comes before it is computed by the two parties.
-        labels: the class names.
+        divided: the net, and who computes what of it.
         images: held out, ``(M, 3, H, W)`` uint8.
         targets: their classes, ``(M,)``.
         out: gets the bundles.
@@ -96,7 +96,7 @@ def export(
         progress: told what is being made.
 
     Raises:
-        ConfigError: ``out`` holds a bundle already.
+        ConfigError: ``out`` holds a bundle already, or noise is asked for where nothing is revealed to the server.
         GateFailedError: noise costs more accuracy than the gate allows, or the boundary's numbers are too large.
         ExportError: a layer cannot be computed by two parties.
         MissingExtraError: the engine is not installed.
@@ -104,55 +104,54 @@ def export(
     for name in ("client", "server"):
         if (out / name).exists():
             raise ConfigError(f"{out / name} exists; choose another --out or remove it")
-    prefix, suffix = net.chain([cut.names[0]])
-    progress("accuracy: the boundary as it is, and as the server gets it")
-    accuracy, noised, largest = _measured(prefix.eval(), suffix.eval(), images, targets, options)
+    if divided.mode == FULL and options.noise_magnitude:
+        raise ConfigError("--noise is for what the server sees of a boundary, and with --boundary all it sees nothing")
+    progress("accuracy: the boundary as it is, and as it is revealed")
+    report = _measured(divided, images, targets, options)
+    _require(divided, options, report)
+    height, width = divided.image_size
+    progress("compiling the layers of the two parties")
+    image = torch.zeros(2, 3, height, width)
+    with torch.inference_mode():
+        boundary = divided.prefix(image)
+        answers = boundary if divided.suffix is None else divided.suffix(boundary)
+    graph = graphs.optimised(graphs.from_torch(divided.prefix, [image]))
+    boundary_shape, answer_shape = tuple(boundary.shape[1:]), tuple(answers.shape[1:])
     settings = options.settings
-    room = 2.0 ** (30 - settings.fraction_bits)
-    if largest + options.noise_magnitude >= room:
-        raise GateFailedError(
-            f"the boundary {cut.names[0]} has numbers up to {largest:.4g}; with {settings.fraction_bits} fraction bits "
-            f"they must stay below {room:g}: choose another --boundary"
-        )
-    drop = accuracy - noised
-    if drop > options.max_accuracy_drop_points:
-        raise GateFailedError(
-            f"noise of {options.noise_magnitude:g} at {cut.names[0]} costs {drop:.2f} points of accuracy "
-            f"({accuracy:.2f}% to {noised:.2f}%), more than {options.max_accuracy_drop_points:g}: lower --noise, "
-            "choose a later --boundary, or raise --max-accuracy-drop"
-        )
-    height, width = net.image_size
-    progress("compiling the layers before the boundary")
-    example = torch.zeros(2, 3, height, width)
-    graph = graphs.optimised(graphs.from_torch(prefix, [example]))
-    after = graphs.optimised(graphs.from_torch(suffix, [torch.zeros(2, *cut.shape)]))
     steps: list[Step]
     if settings.engine == INSECURE:
-        steps = [Step(name="1:net", operator="net", inputs=(IMAGE,), weights=(), output="v1", shape=(1, *cut.shape))]
+        shape = (1, *boundary_shape)
+        steps = [Step(name="1:net", operator="net", inputs=(IMAGE,), weights=(), output="v1", shape=shape)]
         weights = graphs.scrubbed(graph)
     else:
         steps, tensors = layers.to_steps(graph, (1, 3, height, width))
         weights = _npz(tensors)
     packed = step_files.to_bytes(steps)
-    partial = out / f"{PARTIAL_PREFIX}crypto-{os.getpid()}"
+    client, server = {STEPS_FILE: packed}, {STEPS_FILE: packed, weights_file(settings.engine): weights}
+    if divided.suffix is not None:
+        server[SUFFIX_FILE] = _clear(divided.suffix, boundary)
+    if divided.tail is not None:
+        client[TAIL_FILE] = _clear(divided.tail, answers)
     manifest = CryptoManifest(
         kind="server",
+        mode=divided.mode,
         net_id=os.urandom(32).hex(),
         settings=settings,
         image=ImageSpec(height=height, width=width),
         pixel_scale=PIXEL_SCALE,
         pixel_zero_point=PIXEL_ZERO_POINT,
-        labels=labels,
-        boundary=cut.names[0],
-        boundary_shape=cut.shape,
+        labels=divided.labels,
+        boundary=divided.boundary,
+        boundary_shape=boundary_shape,
+        answer_shape=answer_shape,
         noise_magnitude=options.noise_magnitude,
         server_public_key=None,
         files={},
     )
+    partial = out / f"{PARTIAL_PREFIX}crypto-{os.getpid()}"
     try:
         partial.mkdir(parents=True, mode=0o700)
-        _write(partial / "client", manifest, {STEPS_FILE: packed}, "client", options.server_public_key)
-        server = {STEPS_FILE: packed, SUFFIX_FILE: graphs.scrubbed(after), weights_file(settings.engine): weights}
+        _write(partial / "client", manifest, client, "client", options.server_public_key)
         _write(partial / "server", manifest, server, "server", None)
         for name in ("server", "client"):  # a client alone would be of no use
             (partial / name).rename(out / name)
@@ -160,34 +159,53 @@ def export(
         raise ExportError(f"--out {out}: cannot be written: {error.strerror}; nothing was exported") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
-    return CryptoReport(
-        accuracy=accuracy,
-        noised_accuracy=noised,
-        images=len(images),
-        largest=largest,
-        steps=len(steps),
-        step_bytes=len(packed),
-    )
+    return replace(report, shape=boundary_shape, steps=len(steps), step_bytes=len(packed))
 
 
 @torch.inference_mode()
-def _measured(
-    prefix: nn.Module, suffix: nn.Module, images: Tensor, targets: Tensor, options: CryptoOptions
-) -> tuple[float, float, float]:
-    """Returns accuracy in percent without and with rounding and noise, and the boundary's largest number."""
+def _measured(divided: Divided, images: Tensor, targets: Tensor, options: CryptoOptions) -> CryptoReport:
+    """Compares the net with and without rounding and noise at the boundary."""
     unit = 2.0**-options.settings.fraction_bits
     generator = torch.Generator().manual_seed(0)
     right = noised_right = 0
     largest = 0.0
     for start in range(0, len(images), BATCH):
         x, wanted = normalise(images[start : start + BATCH]), targets[start : start + BATCH]
-        features = prefix(x)
+        features = divided.prefix(x)
         noise = (2 * torch.rand(features.shape, generator=generator) - 1) * options.noise_magnitude
         largest = max(largest, float(features.abs().max()))
-        right += int((suffix(features).argmax(1) == wanted).sum())
+        right += int((divided.finished(features).argmax(1) == wanted).sum())
         seen = torch.round((features + noise) / unit) * unit
-        noised_right += int((suffix(seen).argmax(1) == wanted).sum())
-    return 100.0 * right / len(images), 100.0 * noised_right / len(images), largest
+        noised_right += int((divided.finished(seen).argmax(1) == wanted).sum())
+    return CryptoReport(
+        accuracy=100.0 * right / len(images),
+        noised_accuracy=100.0 * noised_right / len(images),
+        images=len(images),
+        largest=largest,
+    )
+
+
+def _require(divided: Divided, options: CryptoOptions, report: CryptoReport) -> None:
+    """Refuses a boundary that cannot be revealed exactly, or that costs too much."""
+    room = 2.0 ** (30 - options.settings.fraction_bits)
+    if report.largest + options.noise_magnitude >= room:
+        raise GateFailedError(
+            f"the boundary {divided.boundary} has numbers up to {report.largest:.4g}; with "
+            f"{options.settings.fraction_bits} fraction bits they must stay below {room:g}: choose another --boundary, "
+            "or fewer --fraction-bits"
+        )
+    drop = report.accuracy - report.noised_accuracy
+    if drop > options.max_accuracy_drop_points:
+        raise GateFailedError(
+            f"noise of {options.noise_magnitude:g} at {divided.boundary} costs {drop:.2f} points of accuracy "
+            f"({report.accuracy:.2f}% to {report.noised_accuracy:.2f}%), more than "
+            f"{options.max_accuracy_drop_points:g}: lower --noise, choose a later --boundary, or raise "
+            "--max-accuracy-drop"
+        )
+
+
+def _clear(part: nn.Module, example: Tensor) -> bytes:
+    return graphs.scrubbed(graphs.optimised(graphs.from_torch(part, [torch.zeros(example.shape)])))
 
 
 def _npz(tensors: dict[str, layers.Array]) -> bytes:

@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from ensembler.crypto.bundle import Settings
+from ensembler.crypto.clear import ClearLayers
 from ensembler.crypto.engine import SERVER, Link, Rank
 from ensembler.crypto.shares import Floats, Shares, encode, random_share
 from ensembler.crypto.steps import Step
@@ -32,12 +33,7 @@ class InsecureEngine:
         self._link, self._rank, self._steps, self._shape = link, rank, steps, image_shape
         self._runs = 0
         if weights is not None:
-            import onnxruntime as ort
-
-            ort.disable_telemetry_events()  # see sdk/__init__.py
-            options = ort.SessionOptions()
-            options.intra_op_num_threads = 1
-            self._net = ort.InferenceSession(str(weights), options, providers=["CPUExecutionProvider"])
+            self._net = ClearLayers(weights)
         _log.warning("insecure-plain: the server is given the image itself; nothing is private")
 
     def run(self, image: Floats | None, told: Callable[[int], None]) -> Shares:
@@ -46,7 +42,7 @@ class InsecureEngine:
         shape = self._steps[-1].shape
         if self._rank == SERVER:
             received = np.frombuffer(self._link.receive(f"image {self._runs}"), np.float32).reshape(self._shape)
-            (result,) = self._net.run(None, {self._net.get_inputs()[0].name: received})
+            result = self._net.run(received)
             theirs = random_share(shape)
             self._link.send(f"share {self._runs}", theirs.tobytes())
             own: Shares = encode(result.reshape(shape), self._fraction_bits) - theirs

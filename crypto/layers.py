@@ -30,18 +30,23 @@ class _Unknown(Exception):  # noqa: N818
     """An operator, or a form of one, that has no translation."""
 
 
-def to_steps(graph: onnx.ModelProto, image_shape: tuple[int, ...]) -> tuple[list[Step], dict[str, Array]]:
+def to_steps(
+    graph: onnx.ModelProto, image_shape: tuple[int, ...], *, pooled_first: bool = True
+) -> tuple[list[Step], dict[str, Array]]:
     """Returns the steps of a graph, compiled, and the weights that the server gives them.
 
     Args:
         graph: float, batch norms folded; one input, one output.
         image_shape: ``(1, 3, H, W)``.
+        pooled_first: whether the largest is taken before a ReLU and not after it.
 
     Raises:
         ExportError: an operator that has no translation; the message names it and the last place before it.
         MissingExtraError: SPU is not installed.
     """
-    nodes = _pooled_first(list(graph.graph.node), graph.graph.output[0].name)
+    nodes = list(graph.graph.node)
+    if pooled_first:
+        nodes = _pooled_first(nodes, graph.graph.output[0].name)
     weights = {each.name: numpy_helper.to_array(each) for each in graph.graph.initializer}
     names = {graph.graph.input[0].name: IMAGE}
     shapes: dict[str, tuple[int, ...]] = {IMAGE: image_shape}

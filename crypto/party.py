@@ -24,6 +24,7 @@ import numpy as np
 
 from ensembler.crypto import bundle as bundles
 from ensembler.crypto import shares
+from ensembler.crypto.clear import ClearLayers
 from ensembler.crypto.engine import CLIENT, SERVER, Engine, open_engine
 from ensembler.crypto.link import StreamLink
 from ensembler.protocol.errors import EnsemblerError, InternalError
@@ -40,7 +41,7 @@ class _Party:
         self._engine: Engine
         self._manifest: bundles.CryptoManifest
         self._share: shares.Shares | None = None
-        self._suffix: Any = None
+        self._clear: ClearLayers | None = None
 
     def open(self, folder: str, rank: int, threads: int) -> dict[str, Any]:
         """Loads a bundle and sets the engine up, together with the other party."""
@@ -49,45 +50,42 @@ class _Party:
         self._manifest, steps = load(path)
         settings = self._manifest.settings
         weights = path / bundles.weights_file(settings.engine) if rank == SERVER else None
-        if rank == SERVER:
-            self._suffix = _session(path / bundles.SUFFIX_FILE, threads)
         side = SERVER if rank == SERVER else CLIENT
+        own = bundles.SUFFIX_FILE if side == SERVER else bundles.TAIL_FILE
+        if own in self._manifest.files:
+            self._clear = ClearLayers(path / own, threads)
         self._engine = open_engine(settings, self._link, side, steps, weights, self._manifest.image_shape)
         return {}
 
     def run(self, image: bytes) -> dict[str, Any]:
-        """Runs the steps. The client's answer is its noised share, the server keeps its own."""
+        """Runs the steps. Who reveals answers with its share and the noise on it; the other one keeps its own."""
         manifest = self._manifest
         given = np.frombuffer(image, np.float32).reshape(manifest.image_shape) if image else None
         share = self._engine.run(given, self._tell)
-        if given is None:
+        reveals = SERVER if manifest.mode == bundles.FULL else CLIENT
+        if reveals != (SERVER if given is None else CLIENT):
             self._share = share
             return {}
         return {"share": shares.noised(share, manifest.noise_magnitude, manifest.settings.fraction_bits)}
 
-    def finish(self, share: bytes) -> dict[str, Any]:
-        """Reveals the boundary and runs what follows it; the server's."""
-        if self._share is None or self._suffix is None:
+    def finish(self, content: bytes) -> dict[str, Any]:
+        """Takes what the other party sent, its share or the bodies' answers, and computes what is this party's then."""
+        manifest, share, self._share = self._manifest, self._share, None
+        if share is not None:
+            values = shares.revealed(share, content, manifest.settings.fraction_bits)
+        elif manifest.mode == bundles.ENSEMBLE:
+            values = np.frombuffer(content, "<f4").astype(np.float32).reshape(1, *manifest.answer_shape)
+        else:
             raise InternalError("no result is waiting for a share")
-        features = shares.revealed(self._share, share, self._manifest.settings.fraction_bits)
-        self._share = None
-        (logits,) = self._suffix.run(None, {self._suffix.get_inputs()[0].name: features})
-        return {"logits": np.ascontiguousarray(logits, np.float32).tobytes()}
+        if self._clear is not None:
+            values = self._clear.run(values)
+        return {"result": values.astype("<f4").tobytes()}
 
 
 def _peak_mb() -> float:
     """Returns this program's largest memory; what ``getrusage`` says counts the program before it too."""
     status = Path("/proc/self/status").read_text()
     return next(int(line.split()[1]) for line in status.splitlines() if line.startswith("VmHWM:")) / 1024
-
-
-def _session(model: Path, threads: int) -> Any:
-    import onnxruntime as ort
-
-    ort.disable_telemetry_events()  # see sdk/__init__.py
-    options = ort.SessionOptions()
-    options.intra_op_num_threads, options.log_severity_level = threads, 3
-    return ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
 
 
 def _end_with(control: int) -> None:

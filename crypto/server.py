@@ -70,7 +70,8 @@ class _Session:
         self.order: str | None = "open"
         self.request_id = session  # of what the client waits for
         self.until = until
-        self.share: bytes | None = None  # came before this side had computed its own
+        self.share: bytes | None = None  # the client's, which may come before this side has computed its own
+        self.own: bytes | None = None  # this side's, where it is the one that reveals
         self.used = time.monotonic()
         self.times: dict[str, float] = {}
         self.process.order("open", folder=str(folder), rank=SERVER, threads=threads)
@@ -109,6 +110,8 @@ class CryptoServer:
         bundles.require_protection(self.manifest, folder, allow_insecure)
         self._net_id = bytes.fromhex(self.manifest.net_id)
         self._steps = self.manifest.files[bundles.STEPS_FILE].sha256
+        # Where all layers are under two parties, the server reveals its share and the client none.
+        self._reveals = self.manifest.mode == bundles.FULL
         self._share_bytes = REVEALED.itemsize * math.prod(self.manifest.boundary_shape)
         self._socket, self._folder, self._threads, self._idle_s = socket, folder, threads, idle_s
         self._session: _Session | None = None
@@ -191,6 +194,8 @@ class CryptoServer:
             session.give("run", image=b"")
         elif session.order not in ("run", "shared") or session.share is not None:
             raise BadRequestError("no share is awaited")
+        elif self._reveals:
+            session.share = b""
         elif message.tensor is None or message.tensor.size != self._share_bytes:
             raise BadRequestError(f"a share of this net has {self._share_bytes} bytes")
         else:
@@ -231,7 +236,11 @@ class CryptoServer:
                     self._advance(session, answer)
             if session.share is not None and session.order == "shared":
                 share, session.share = session.share, None
-                session.give("finish", share=share)
+                if session.own is None:
+                    session.give("finish", content=share)
+                else:
+                    session.order = None
+                    self._finished(session, session.own, 0.0)
             if session.order is not None and time.monotonic() > session.until:
                 raise ExpiredError("the deadline passed while the two parties computed")
             if session.order is None and time.monotonic() - session.used > LONGEST_IDLE_S:
@@ -247,23 +256,22 @@ class CryptoServer:
         if order == "open":
             self._answer(session.peer, session.request_id, {})
         elif order == "run":
-            session.order = "shared"  # what the client sends is awaited
+            session.order, session.own = "shared", answer.get("share")  # what the client sends is awaited
         else:
-            logits = np.frombuffer(answer["logits"], np.uint8).reshape(1, -1)
-            info = {
-                "crypto_ms": session.times["run_ms"],
-                "clear_ms": session.times["finish_ms"],
-                "peak_mb": float(answer["peak_mb"]),
-            }
-            self._answer(session.peer, session.request_id, info, logits)
+            self._finished(session, answer["result"], session.times["finish_ms"])
         session.used = time.monotonic()
+
+    def _finished(self, session: _Session, result: bytes, clear_ms: float) -> None:
+        """Sends the client what an image's computation gave."""
+        info = {"crypto_ms": session.times["run_ms"], "clear_ms": clear_ms}
+        self._answer(session.peer, session.request_id, info, np.frombuffer(result, np.uint8).reshape(1, -1))
 
     def describe(self) -> dict[str, Any]:
         """Returns what ``status`` answers."""
         session = self._session
         return {
             "bodies_id": self.manifest.net_id,
-            "num_nets": 1,
+            "num_nets": self.manifest.num_nets,
             "precision": "float32",
             "state": "draining" if self._stopping else "ready",
             "queued_rows": int(session is not None and session.order is not None),

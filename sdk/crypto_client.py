@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 import threading
 import time
@@ -198,13 +199,13 @@ class CryptoEdgeClient(EdgeClient):
         return ClientInfo(
             bundle=str(self._folder),
             bodies_id=crypto.net_id,
-            num_nets=1,
+            num_nets=crypto.num_nets,
             image_size=(crypto.image.height, crypto.image.width),
             num_labels=len(crypto.labels),
             feature_shape=crypto.boundary_shape,
-            codec="share of 32 bits",
-            payload_bytes_up=4 * packed_row_bytes(crypto.boundary_shape, 8),
-            payload_bytes_down=4 * len(crypto.labels),
+            codec="engine" if crypto.mode == bundles.FULL else "share of 32 bits",
+            payload_bytes_up=0 if crypto.mode == bundles.FULL else 4 * packed_row_bytes(crypto.boundary_shape, 8),
+            payload_bytes_down=4 * math.prod(crypto.answer_shape),
             precision="float32",
             noise_mode="fresh" if crypto.noise_magnitude else "none",
             dropout=0.0,

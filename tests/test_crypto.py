@@ -61,7 +61,8 @@ from ensembler.protocol.manifest import load_client
 from ensembler.protocol.messages import Message
 from ensembler.training.models import normalise
 from ensembler.training.runs import RunFolder
-from ensembler.training.stages import train
+from ensembler.training.stages import load_bodies, train
+from ensembler.training.stages import load_client as trained_client
 from ensembler.transport.zmq_server import ServerSocket
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -320,11 +321,21 @@ def test_an_export_says_what_it_needs(plain_run, tiny, tmp_path, capsys):
     assert main([*plain, "--boundary", "3", "--format", "onnx"]) == 2
     assert "takes no --format" in capsys.readouterr().err
     assert main(["export", str(tiny.run), *plain[2:], "--boundary", "3"]) == 2
-    assert "--defense none" in capsys.readouterr().err
-    assert main([*plain, "--boundary", "3", "--noise", "2000"]) == 1
+    assert "begin at its cut, so leave it out" in capsys.readouterr().err
+    assert main(["export", str(tiny.run), *plain[2:]]) == 2
+    assert "train with --noise uniform --noise-mode fresh, or with --noise-std 0" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "all", "--noise", "0.1"]) == 2
+    assert "--noise is for what the server sees of a boundary" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--noise", "-1"]) == 2
+    assert "--noise -1: from 0 to 1000" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--fraction-bits", "40"]) == 2
+    assert "--fraction-bits 40: from 8 to 24" in capsys.readouterr().err
+    assert main(["export", str(plain_run), "--out", str(tmp_path / "out"), "--noise", "0.1"]) == 2
+    assert "--noise: with --protocol c2pi alone" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--noise", "900"]) == 1
     assert "lower --noise" in capsys.readouterr().err
-    assert main([*plain, "--boundary", "3", "--noise", "4100"]) == 1
-    assert "must stay below 4096" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--noise", "900", "--fraction-bits", "22"]) == 1
+    assert "must stay below 256" in capsys.readouterr().err
     assert not (tmp_path / "out" / "client").exists()
     assert not (tmp_path / "out" / "keys").exists()
 
@@ -659,6 +670,83 @@ def test_a_device_needs_neither_torch_nor_onnx(out, in_process):
     command = [sys.executable, "-c", WITHOUT_TORCH, str(out / "client"), in_process()]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.stdout == "insecure-plain\n", done.stderr
+
+
+# --- SPU ---
+
+
+# --- without an answer at the server ---
+
+
+def unnoised(run, out, *options):
+    given = ["--noise", "0", "--max-accuracy-drop", "100", "--plaintext", *options]
+    assert main(["export", str(run), "--out", str(out), "--protocol", "c2pi", "--json", *given]) == 0
+    return out
+
+
+@pytest.fixture(scope="session")
+def ensemble_run(tiny_data, configs, tmp_path_factory):
+    out = tmp_path_factory.mktemp("ensemble") / "run"
+    config = configs(data=tiny_data, num_nets=3, num_selected=2, epochs_stage1=1, epochs_stage3=1)
+    train(config(noise_std=0.0), out)
+    return out
+
+
+@pytest.fixture(scope="session")
+def ensemble_logits(ensemble_run, tiny_images):
+    run = RunFolder.open(ensemble_run)
+    trained, bodies = trained_client(run), load_bodies(run)
+    with torch.inference_mode():
+        features = trained.head(normalise(torch.from_numpy(tiny_images.transpose(0, 3, 1, 2))))
+        return trained.finish(features, [bodies[i] for i in trained.selector], through_wire=False).numpy()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_an_ensemble_behind_the_boundary_answers_as_the_run_does(
+    ensemble_run, ensemble_logits, serve, tiny_images, tmp_path, engine
+):
+    insecure = ["--insecure-engine"] if engine == bundles.INSECURE else []
+    out = unnoised(ensemble_run, tmp_path / "out", *insecure)
+    with (
+        serve(out / "server", "--plaintext", *insecure) as (endpoint, _),
+        client(out, endpoint, plaintext=True) as edge,
+    ):
+        answers = edge.predict_batch(list(tiny_images[:3]))
+        told, status = edge.info(), edge.status()
+    found = np.stack([answer.logits for answer in answers])
+    np.testing.assert_allclose(found, ensemble_logits[:3], atol=5e-3)
+    assert (told.num_nets, status["num_nets"]) == (3, 3)
+    assert answers[0].timings.tail > 0
+
+
+def test_the_server_of_an_ensemble_has_neither_tail_nor_selector(ensemble_run, tmp_path):
+    out = unnoised(ensemble_run, tmp_path / "out", "--insecure-engine")
+    server = b"".join(path.read_bytes() for path in sorted((out / "server").iterdir()))
+    own = trained_client(RunFolder.open(ensemble_run))
+    stored = [value for value in own.tail.state_dict().values() if value.numel() >= 8]
+    assert stored
+    assert not any(value.numpy().tobytes()[:32] in server for value in stored)
+    manifest, _ = bundles.load_server(out / "server")
+    assert manifest.answer_shape == (3, stored[0].shape[1] // 2)
+    assert "selector" not in (out / "server" / "manifest.json").read_text()
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_all_layers_under_two_parties_tell_the_server_nothing_and_the_client_the_logits(
+    plain_run, serve, tiny_images, tmp_path, plain_logits, engine
+):
+    insecure = ["--insecure-engine"] if engine == bundles.INSECURE else []
+    given = ["--boundary", "all", "--plaintext", "--json", "--max-accuracy-drop", "100", *insecure]
+    assert main(["export", str(plain_run), "--out", str(tmp_path / "out"), "--protocol", "c2pi", *given]) == 0
+    assert not (tmp_path / "out" / "server" / "suffix.onnx").exists()
+    with (
+        serve(tmp_path / "out" / "server", "--plaintext", *insecure) as (endpoint, _),
+        client(tmp_path / "out", endpoint, plaintext=True) as edge,
+    ):
+        answers = edge.predict_batch(list(tiny_images[:2]))
+        assert edge.info().payload_bytes_up == 0
+    found = np.stack([answer.logits for answer in answers])
+    np.testing.assert_allclose(found, plain_logits[:2], atol=5e-3)
 
 
 # --- SPU ---

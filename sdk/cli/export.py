@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from ensembler.cli.card import add_signing, signer_of
 from ensembler.cli.console import Console, ProgressReporter, need, need_export
-from ensembler.cli.export_crypto import export_crypto
+from ensembler.cli.export_crypto import add_crypto, export_crypto, refuse_crypto
 from ensembler.cli.package import add_packaging, is_bundle, package, refuse_others, target_of
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.sealing import BundleSecret
@@ -82,21 +82,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--protocol",
         choices=["split", "c2pi"],
         default="split",
-        help="split: head and tail on the device (default); c2pi: the layers up to --boundary by two-party "
-        "computation, of a run that was trained with --defense none",
+        help="split: head and tail on the device (default); c2pi: the first layers by two-party computation",
     )
-    parser.add_argument(
-        "--boundary", type=float, help="c2pi: the last private layer, as ensembler boundary numbers them"
-    )
-    parser.add_argument(
-        "--noise",
-        type=float,
-        default=0.1,
-        help="c2pi: on what is revealed, uniform in plus or minus this (default: 0.1)",
-    )
-    parser.add_argument(
-        "--insecure-engine", action="store_true", help="c2pi: an engine that protects nothing, for tests"
-    )
+    add_crypto(parser)
     parser.add_argument("--data", default=None, help="where the run's data is now, if it moved")
     parser.add_argument(
         "--parity-images", type=int, default=10_000, help="held-out images in the report (default: 10000)"
@@ -125,8 +113,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         document, lines = export_crypto(options, console, _keys_to_pin)
         console.result(document, "\n".join(lines))
         return 0
-    if options.boundary is not None or options.insecure_engine:
-        raise ConfigError("--boundary and --insecure-engine go with --protocol c2pi")
+    refuse_crypto(options)
     target = target_of(options)
     if is_bundle(options.run):
         if target is None:

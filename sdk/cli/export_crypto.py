@@ -1,18 +1,70 @@
-"""``ensembler-export --protocol c2pi``: a plain net and a boundary to the two bundles of crypto-clear inference."""
+"""``ensembler-export --protocol c2pi``: a trained run to the two bundles of crypto-clear inference."""
 
 from __future__ import annotations
 
 import argparse
 from collections.abc import Callable
 from contextlib import AbstractContextManager
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from ensembler.cli.console import Console, need_export
 from ensembler.protocol.errors import ConfigError, DataError
 
+if TYPE_CHECKING:
+    from ensembler.crypto.dividing import Divided
+    from ensembler.crypto.exporting import CryptoReport
+    from ensembler.training.runs import RunFolder
+
 MAX_IMAGES = 1000
+NOISE = 0.1  # C2PI, IV-C
+FRACTION_BITS = (8, 24)
+ALL = "all"  # of the layers
 
 Keys = Callable[[argparse.Namespace], AbstractContextManager["tuple[str, ...] | None"]]
+
+
+def add_crypto(parser: argparse.ArgumentParser) -> None:
+    """Declares the options of ``--protocol c2pi``."""
+    group = parser.add_argument_group("crypto-clear inference (--protocol c2pi)")
+    group.add_argument(
+        "--boundary",
+        type=_boundary,
+        metavar="LAYER",
+        help="of a run with --defense none: the last private layer, as ensembler boundary numbers them, or all; an "
+        "Ensembler's boundary is its cut",
+    )
+    group.add_argument(
+        "--noise", type=float, help="on what is revealed, uniform in plus or minus this (default: 0.1; with all: none)"
+    )
+    group.add_argument("--fraction-bits", type=int, help="of the fixed-point numbers, 8 to 24 (default: 18)")
+    group.add_argument(
+        "--unpacked", action="store_true", help="less computation for about ten times the bytes, for a fast network"
+    )
+    group.add_argument("--insecure-engine", action="store_true", help="an engine that protects nothing, for tests")
+
+
+def _boundary(text: str) -> float | str:
+    try:
+        return ALL if text == ALL else float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither the number of a layer nor {ALL}") from None
+
+
+def refuse_crypto(options: argparse.Namespace) -> None:
+    """Refuses these options with another protocol.
+
+    Raises:
+        ConfigError: one was given.
+    """
+    given = {
+        "--boundary": options.boundary is not None,
+        "--noise": options.noise is not None,
+        "--fraction-bits": options.fraction_bits is not None,
+        "--unpacked": options.unpacked,
+        "--insecure-engine": options.insecure_engine,
+    }
+    if used := [name for name, value in given.items() if value]:
+        raise ConfigError(f"{' and '.join(used)}: with --protocol c2pi alone")
 
 
 def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Keys) -> tuple[dict[str, Any], list[str]]:
@@ -30,9 +82,8 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
     need_export()
     import torch
 
-    from ensembler.crypto.bundle import INSECURE, SPU, Settings
+    from ensembler.crypto.bundle import FULL, INSECURE, MAX_NOISE, SPU, Settings
     from ensembler.crypto.exporting import CryptoOptions, export
-    from ensembler.privacy.boundary_study import chosen_layers, layers_of, plain_net
     from ensembler.training import data as data_sets
     from ensembler.training.runs import RunFolder
 
@@ -45,30 +96,35 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
         "--target": options.target,
     }
     if unused := [name for name, value in given.items() if value]:
-        raise ConfigError(f"--protocol c2pi takes no {' and no '.join(unused)}: nothing of the net is on the device")
-    if options.boundary is None:
-        raise ConfigError(
-            "--protocol c2pi needs --boundary: the last layer that stays private (ensembler boundary RUN)"
-        )
+        raise ConfigError(f"--protocol c2pi takes no {' and no '.join(unused)}")
+    bits = Settings.fraction_bits if options.fraction_bits is None else options.fraction_bits
+    if not FRACTION_BITS[0] <= bits <= FRACTION_BITS[1]:
+        raise ConfigError(f"--fraction-bits {bits}: from {FRACTION_BITS[0]} to {FRACTION_BITS[1]}")
     run = RunFolder.open(options.run)
-    net = plain_net(run)
-    arch = run.config.arch
-    (layer,) = chosen_layers(layers_of(net, arch), [options.boundary], arch)
+    divided = _divided(options, run)
     data = data_sets.load(options.data or run.config.data)
     if data.image_size != run.arch.image_size or data.labels != run.labels:
         raise DataError(f"{options.run} was trained on other images or classes than --data has; give the same data")
     count = min(MAX_IMAGES, options.parity_images, len(data.test_x))
+    if options.noise is not None:
+        noise = options.noise
+        if not 0 <= noise < MAX_NOISE:
+            raise ConfigError(f"--noise {noise:g}: from 0 to {MAX_NOISE:g}")
+    else:
+        noise = 0.0 if divided.mode == FULL else NOISE
     with keys_to_pin(options) as public:
         report = export(
-            net,
-            layer.cut,
-            run.labels,
+            divided,
             torch.from_numpy(data.test_x[:count]),
             torch.from_numpy(data.test_y[:count]),
             options.out,
             CryptoOptions(
-                settings=Settings(engine=INSECURE if options.insecure_engine else SPU),
-                noise_magnitude=options.noise,
+                settings=Settings(
+                    engine=INSECURE if options.insecure_engine else SPU,
+                    fraction_bits=bits,
+                    packed=not options.unpacked,
+                ),
+                noise_magnitude=noise,
                 max_accuracy_drop_points=options.max_accuracy_drop,
                 server_public_key=None if public is None else public[0],
             ),
@@ -78,7 +134,8 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
     document = {
         "client": str(client),
         "server": str(server),
-        "boundary": layer.cut.names[0],
+        "mode": divided.mode,
+        "boundary": divided.boundary,
         "accuracy": report.accuracy,
         "noised_accuracy": report.noised_accuracy,
         "images": report.images,
@@ -86,14 +143,39 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
         "largest": report.largest,
     }
     lines = [
-        f"{report.steps} layers up to {layer.cut.names[0]} are computed by two parties; what the server sees then is "
-        f"{'x'.join(map(str, layer.cut.shape))} with noise of {options.noise:g}",
-        f"accuracy: {report.accuracy:.2f}% without noise, {report.noised_accuracy:.2f}% as the server gets it "
+        f"{report.steps} layers up to {divided.boundary} are computed by two parties; {_seen(divided, report, noise)}",
+        f"accuracy: {report.accuracy:.2f}% of the net, {report.noised_accuracy:.2f}% through these bundles "
         f"({report.images} held-out images)",
-        f"{client}: the client bundle; no weight is in it",
+        f"{client}: the client bundle; no weight of those layers is in it",
         f"{server}: the server bundle, for its operator",
     ]
     if options.insecure_engine:
         lines.append("the engine protects nothing: for tests alone")
     lines.append(f"next: ensembler serve {server} --bind tcp://0.0.0.0:5555")
     return document, lines
+
+
+def _divided(options: argparse.Namespace, run: RunFolder) -> Divided:
+    from ensembler.crypto.dividing import at_cut, of_ensemble
+    from ensembler.privacy.boundary_study import chosen_layers, layers_of, plain_net
+
+    if run.config.defense == "ensembler":
+        if options.boundary is not None:
+            raise ConfigError("--boundary is of a plain net; an Ensembler's bodies begin at its cut, so leave it out")
+        return of_ensemble(run)
+    if options.boundary is None:
+        raise ConfigError(
+            "--protocol c2pi needs --boundary: the last layer that stays private (ensembler boundary RUN), or all"
+        )
+    net = plain_net(run)
+    if options.boundary == ALL:
+        return at_cut(net, None, run.labels)
+    (layer,) = chosen_layers(layers_of(net, run.config.arch), [options.boundary], run.config.arch)
+    return at_cut(net, layer.cut, run.labels)
+
+
+def _seen(divided: Divided, report: CryptoReport, noise: float) -> str:
+    if divided.suffix is None:
+        return "the server sees nothing, not even the answer"
+    answer = "the answer" if divided.tail is None else "what its nets say, but no answer: selector and tail are yours"
+    return f"the server sees {'x'.join(map(str, report.shape))} with noise of {noise:g}, and {answer}"

@@ -1,0 +1,39 @@
+"""Layers in the clear: an ONNX graph of a bundle on the processor."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ensembler.crypto.shares import Floats
+from ensembler.protocol.errors import BundleError
+
+
+class ClearLayers:
+    """A graph with one input and one output.
+
+    Args:
+        model: the file.
+        threads: of the processor.
+
+    Raises:
+        BundleError: not a graph that onnxruntime loads.
+    """
+
+    def __init__(self, model: Path, threads: int = 1) -> None:
+        import onnxruntime as ort
+
+        ort.disable_telemetry_events()  # see sdk/__init__.py
+        options = ort.SessionOptions()
+        options.intra_op_num_threads, options.log_severity_level = threads, 3
+        try:
+            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+        except Exception as error:  # onnxruntime's own classes
+            raise BundleError(f"{model} cannot be loaded by onnxruntime; export the bundle again") from error
+        self._input = self._session.get_inputs()[0].name
+
+    def run(self, values: Floats) -> Floats:
+        """Returns the output, float32."""
+        (result,) = self._session.run(None, {self._input: values})
+        return np.ascontiguousarray(result, np.float32)
