@@ -74,6 +74,7 @@ class CryptoAnswer:
         crypto_bytes_down: from it.
         bytes_up: all that was sent for this image, without the session's opening.
         bytes_down: all that came.
+        layers: seconds, bytes sent and bytes received of each of the parties' layers.
         cpu_s: of this device's engine.
         peak_mb: memory of this device's engine at most, so far.
     """
@@ -90,6 +91,7 @@ class CryptoAnswer:
     crypto_bytes_down: int
     bytes_up: int
     bytes_down: int
+    layers: tuple[tuple[float, int, int], ...]
     cpu_s: float
     peak_mb: float
 
@@ -112,6 +114,7 @@ class CryptoSession:
         self._replies: list[Message] = []
         self._up = self._down = 0
         self._shared = False  # whether the share of the image under way was sent
+        self._told: list[tuple[float, int, int]] = []  # of its layers: seconds and bytes since the order
 
     def infer(self, pixels: Codes, until: float, progress: Progress | None = None) -> CryptoAnswer:
         """Answers one image.
@@ -144,7 +147,7 @@ class CryptoSession:
 
     def _infer(self, pixels: Codes, until: float, progress: Progress | None) -> CryptoAnswer:
         begun = time.monotonic()
-        self._shared = False
+        self._shared, self._told = False, []
         setup_bytes = 0
         if self._process is None or self._connection is None or not self._connection.usable():
             self.close()
@@ -187,6 +190,7 @@ class CryptoSession:
             crypto_bytes_down=relay.received_bytes - down,
             bytes_up=self._up,
             bytes_down=self._down,
+            layers=_each(self._told),
             cpu_s=float(done["cpu_s"]),
             peak_mb=float(done["peak_mb"]),
         )
@@ -227,14 +231,14 @@ class CryptoSession:
     def _answered(self, until: float, progress: Progress | None) -> Any:
         """Relays until this device's engine has done its order."""
         assert self._process is not None
-        layers = 0
         while True:
             while (answer := self._process.answer()) is not None:
                 if "told" not in answer:
                     return answer
-                layers = max(layers, int(answer["told"]))
+                done, seconds, sent, received = answer["told"]
+                self._told.append((float(seconds), int(sent), int(received)))
                 if progress is not None:
-                    progress(layers, self._layers)
+                    progress(int(done), self._layers)
             self._step(until)
 
     def _replied(self, request_id: bytes, until: float) -> Message:
@@ -289,6 +293,12 @@ class CryptoSession:
             return ProtocolError("the server answered with an error that says nothing")
         error = from_wire(code, text, _number(message.info.get("retry_after_ms")))
         return DeadlineExceededError(f"{error}; raise timeout_ms") if isinstance(error, ExpiredError) else error
+
+
+def _each(so_far: list[tuple[float, int, int]]) -> tuple[tuple[float, int, int], ...]:
+    """Returns what each layer took, from what all took up to it."""
+    before = [(0.0, 0, 0), *so_far[:-1]]
+    return tuple((s - t, up - u, down - d) for (s, up, down), (t, u, d) in zip(so_far, before, strict=True))
 
 
 def _number(value: Any) -> float:

@@ -20,6 +20,10 @@ class StreamLink:
 
     Args:
         stream: a connected socket, whose other end is another ``StreamLink``, with anything in between.
+
+    Attributes:
+        sent_bytes: so far, of the stream.
+        received_bytes: so far, of messages that were asked for.
     """
 
     def __init__(self, stream: socket.socket) -> None:
@@ -28,6 +32,7 @@ class StreamLink:
         self._changed = threading.Condition()
         self._waiting: dict[str, bytes] = {}
         self._waiting_bytes = 0
+        self.sent_bytes = self.received_bytes = 0
         self._ended: Exception | None = None
         self._reader = threading.Thread(target=self._read, name="ensembler-link", daemon=True)
         self._reader.start()
@@ -39,6 +44,7 @@ class StreamLink:
             with self._sending:
                 self._stream.sendall(_HEAD.pack(len(name), len(data)) + name)
                 self._stream.sendall(data)
+                self.sent_bytes += _HEAD.size + len(name) + len(data)
         except OSError as error:
             raise _gone() from error
 
@@ -51,6 +57,7 @@ class StreamLink:
                 raise self._ended
             data = self._waiting.pop(key)
             self._waiting_bytes -= len(data)
+            self.received_bytes += _HEAD.size + len(key.encode()) + len(data)
             return data
 
     def close(self) -> None:

@@ -2,8 +2,8 @@
 
 The engine has a process of its own, so that what hangs in it can be ended at a deadline, and what it takes in memory
 ends with it. ``LINK`` is the stream to the other party's engine; over ``CONTROL`` come one order after the other, and
-each has one answer, and ``told`` messages before it. Orders: ``open``, ``run``, ``finish`` (see ``_Party``). Start
-reading at ``main``.
+each has one answer, and before it messages of what is ``told``: steps that are done, seconds and bytes since the
+order. Orders: ``open``, ``run``, ``finish`` (see ``_Party``). Start reading at ``main``.
 """
 
 from __future__ import annotations
@@ -101,10 +101,13 @@ def main(link: int, control: int) -> None:
     orders = Connection(control)
     threading.Thread(target=_end_with, args=(control,), name="ensembler-watch", daemon=True).start()
 
-    def tell(done: int) -> None:
-        orders.send_bytes(msgpack.packb({"told": done}))
+    stream = StreamLink(socket.socket(fileno=link))
 
-    party = _Party(StreamLink(socket.socket(fileno=link)), tell)
+    def tell(done: int) -> None:
+        sent, received = stream.sent_bytes - sent_before, stream.received_bytes - received_before
+        orders.send_bytes(msgpack.packb({"told": [done, time.monotonic() - begun, sent, received]}))
+
+    party = _Party(stream, tell)
     calls: dict[str, Callable[..., dict[str, Any]]] = {"open": party.open, "run": party.run, "finish": party.finish}
     while True:
         try:
@@ -112,6 +115,7 @@ def main(link: int, control: int) -> None:
         except (EOFError, OSError):
             return
         begun, before = time.monotonic(), time.process_time()
+        sent_before, received_before = stream.sent_bytes, stream.received_bytes
         try:
             answer = calls[order.pop("do")](**order)
         except EnsemblerError as error:

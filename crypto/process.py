@@ -71,7 +71,7 @@ class PartyProcess:
             raise self._ended() from None
 
     def answer(self, timeout_s: float | None = 0.0) -> Mapping[str, Any] | None:
-        """Returns the next message of the process, ``{"told": steps}`` or an order's answer; None: there is none yet.
+        """Returns the next message of the process, ``{"told": ...}`` or an order's answer; None: there is none yet.
 
         Raises:
             EnsemblerError: what the order failed with, of this package's own class where it is one.

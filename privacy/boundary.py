@@ -78,6 +78,8 @@ class Boundary:
         potential: the number of the layer from which on the attack fails; None: it fails at none.
         words: the same in a sentence.
         accuracy: of the net without noise, in percent.
+        noises: magnitudes of noise at the boundary and the accuracy with each, in percent; empty without a boundary.
+        largest_noise: the largest of those up to which all keep the accuracy; None: none does, or no boundary.
         floor: SSIM of the attacker's mean image, which needs no features at all.
         depths: the layers from the image on.
         not_run: attacks that are impossible on this net, and why.
@@ -90,6 +92,8 @@ class Boundary:
     potential: float | None
     words: str
     accuracy: float
+    noises: tuple[tuple[float, float], ...]
+    largest_noise: float | None
     floor: float
     depths: tuple[Depth, ...]
     not_run: dict[str, str]
@@ -100,6 +104,17 @@ class Boundary:
     def to_dict(self) -> dict[str, Any]:
         """Returns what the JSON file holds."""
         return {"version": VERSION, **asdict(self)}
+
+    def _noise_words(self) -> list[str]:
+        if self.largest_noise is None:
+            return []
+        words = (
+            f"Noise of up to {self.largest_noise:g} there keeps the accuracy within "
+            f"{self.options.max_accuracy_drop_points:g} points ({dict(self.noises)[self.largest_noise]:.2f}%)"
+        )
+        if self.largest_noise > self.options.noise_magnitude:
+            words += f"; what attacks read then, --noise {self.largest_noise:g} measures"
+        return [f"{words}."]
 
     def text(self) -> str:
         """Returns a table and the sentence, for people."""
@@ -141,6 +156,7 @@ class Boundary:
                 f"{self.floor:.3f}",
                 *notes,
                 self.words,
+                *self._noise_words(),
             ]
         )
 
@@ -193,6 +209,8 @@ def find_boundary(
         potential=None if found.potential is None else layers[found.potential].number,
         words=_words(study, found),
         accuracy=study.plain_accuracy,
+        noises=() if found.boundary is None else tuple(study.noise_curve(found.boundary)),
+        largest_noise=None if found.boundary is None else study.largest_noise(found.boundary),
         floor=study.floor,
         depths=tuple(study.depth(place) for place in range(len(layers))),
         not_run=study.not_run,

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 import re
 import statistics
 import time
@@ -39,6 +40,7 @@ STRONGEST = "strongest"
 ATTACKS = (*KINDS, "mla")  # a layer's seed counts by the place here
 NUMBERED = ("alexnet", "vgg16", "vgg19")  # whose parts conv L and relu L are C2PI's layers L and L.5
 TIMED, WARM = 30, 5
+MANTISSAS = (1.0, 1.5, 2.0, 3.0, 4.0, 5.0, 6.0, 8.0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -276,6 +278,41 @@ class Study:
             )
         return self._accuracies[place]
 
+    @torch.inference_mode()
+    def noise_curve(self, place: int) -> list[tuple[float, float]]:
+        """Returns magnitudes of noise on a layer's output, and the accuracy in percent over all held-out images.
+
+        The magnitudes are of ``MANTISSAS``, from a tenth to ten times the standard deviation of the layer's output. All
+        are tried on the same features and the same draw of the generator, so that they differ in magnitude alone.
+        """
+        layer = self.layers[place]
+        name = f"{layer.cut.names[0]}-noises"
+        stored = self._parts.read(name)
+        if stored is None:
+            front, rest = self._net.chain([layer.cut.names[0]])
+            generator = torch.Generator(self._device).manual_seed(self._seed(layer, len(ATTACKS)))
+            hits: dict[float, int] = {}
+            for images, labels in zip(torch.split(self._tested, CHUNK), torch.split(self._labels, CHUNK), strict=True):
+                features = front(normalise(images).to(memory_format=torch.channels_last))
+                if not hits:
+                    hits = dict.fromkeys(_magnitudes(max(float(features.std()), 1e-6)), 0)
+                unit = noised(torch.zeros_like(features), 1.0, generator)
+                for magnitude in hits:
+                    hits[magnitude] += int((rest(features + magnitude * unit).argmax(1) == labels).sum())
+            curve = [[magnitude, round(100 * right / len(self._tested), 4)] for magnitude, right in hits.items()]
+            stored = {"curve": curve}, {}
+            self._parts.write(name, *stored)
+        return [(float(magnitude), float(right)) for magnitude, right in stored[0]["curve"]]
+
+    def largest_noise(self, place: int) -> float | None:
+        """Returns the largest magnitude of the curve up to which all keep the accuracy (C2PI, III-A), if one does."""
+        accepted = None
+        for magnitude, right in self.noise_curve(place):
+            if self.plain_accuracy - right > self.options.max_accuracy_drop_points:
+                break
+            accepted = magnitude
+        return accepted
+
     def _accuracy(self, name: str, predict: Callable[[Tensor], Tensor]) -> float:
         """Returns a stored accuracy, or measures and stores it."""
         stored = self._parts.read(name)
@@ -380,6 +417,13 @@ class Study:
             steps={kind: steps for kind, (_, steps) in attacked.items()},
             accuracy=self._accuracies.get(place),
         )
+
+
+def _magnitudes(spread: float) -> list[float]:
+    """Returns round numbers from a tenth of ``spread`` to ten times it, the smallest first."""
+    decades = range(math.floor(math.log10(spread)) - 2, math.ceil(math.log10(spread)) + 2)
+    found = [float(f"{mantissa:g}e{decade}") for decade in decades for mantissa in MANTISSAS]
+    return [magnitude for magnitude in found if spread / 10 <= magnitude <= 10 * spread]
 
 
 @torch.inference_mode()

@@ -21,7 +21,7 @@ from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import softmax
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
 from ensembler.info import ClientInfo
-from ensembler.prediction import CryptoCost, Prediction, Timings
+from ensembler.prediction import CryptoCost, LayerCost, Prediction, Timings
 from ensembler.process import OwnProcess
 from ensembler.protocol.codec import packed_row_bytes
 from ensembler.protocol.errors import ConfigError, DeadlineExceededError, EnsemblerError
@@ -87,7 +87,7 @@ class CryptoEdgeClient(EdgeClient):
         self._timeout_ms = checked_timeout(TIMEOUT_MS if timeout_ms is None else timeout_ms)
         self._top_k = min(whole("top_k", top_k, 1), len(self._crypto.labels))
         self._fallback, self._progress = fallback, progress
-        self._steps = len(steps)
+        self._steps = steps
         self._folder, self._encrypted = folder, not plaintext
         servers = server_addresses(server, 1, folder)
         if len(servers[0]) > 1:
@@ -173,6 +173,10 @@ class CryptoEdgeClient(EdgeClient):
                 setup_bytes=answer.setup_bytes,
                 crypto_bytes_up=answer.crypto_bytes_up,
                 crypto_bytes_down=answer.crypto_bytes_down,
+                layers=tuple(
+                    LayerCost(name=step.name, ms=1000 * seconds, bytes_up=up, bytes_down=down)
+                    for step, (seconds, up, down) in zip(self._steps, answer.layers, strict=True)
+                ),
                 cpu_s=answer.cpu_s,
                 peak_mb=answer.peak_mb,
             ),

@@ -35,6 +35,23 @@ class Timings:
 
 
 @dataclass(frozen=True, kw_only=True)
+class LayerCost:
+    """What one layer under two-party computation took at the device, for one image.
+
+    Attributes:
+        name: its place and its operator, as ONNX calls it.
+        ms: until the device's engine was done with it.
+        bytes_up: that the engine sent.
+        bytes_down: that it was sent.
+    """
+
+    name: str
+    ms: float
+    bytes_up: int
+    bytes_down: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class CryptoCost:
     """What one answer of crypto-clear inference cost, beside its ``Timings``.
 
@@ -46,6 +63,7 @@ class CryptoCost:
         setup_bytes: that travelled between the engines for the session's opening, both ways.
         crypto_bytes_up: that the engines sent for this image.
         crypto_bytes_down: that came.
+        layers: of those.
         cpu_s: of this device.
         peak_mb: memory of this device's engine at most, so far, in MiB.
     """
@@ -57,6 +75,7 @@ class CryptoCost:
     setup_bytes: int
     crypto_bytes_up: int
     crypto_bytes_down: int
+    layers: tuple[LayerCost, ...]
     cpu_s: float
     peak_mb: float
 

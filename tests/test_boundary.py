@@ -401,6 +401,31 @@ def test_noise_that_costs_too_much_everywhere_leaves_no_boundary(plain, options,
     assert "costs more than 2.5 points of accuracy. All layers belong on the private side" in found.words
 
 
+def test_the_largest_noise_is_the_last_before_one_that_costs_too_much(plain, options, made_up, tmp_path, monkeypatch):
+    made_up({})
+    monkeypatch.setattr(boundary_study.Study, "accuracy_drop", lambda self, place: 0.0)
+    plain_accuracy = find_boundary(plain, tmp_path / "b.json", options()).accuracy
+    curve = [(0.1, plain_accuracy), (0.2, plain_accuracy - 2.5), (0.3, plain_accuracy - 2.6), (0.5, plain_accuracy)]
+    monkeypatch.setattr(boundary_study.Study, "noise_curve", lambda self, place: curve)
+    found = find_boundary(plain, tmp_path / "b.json", options())
+    assert found.largest_noise == 0.2
+    assert "Noise of up to 0.2 there keeps the accuracy within 2.5 points" in found.text()
+    monkeypatch.setattr(boundary_study.Study, "noise_curve", lambda self, place: curve[2:])
+    assert find_boundary(plain, tmp_path / "b.json", options()).largest_noise is None
+
+
+def test_noise_is_tried_from_a_tenth_of_the_features_spread_to_ten_times_it(plain, options, made_up, tmp_path):
+    made_up({})
+    found = find_boundary(plain, tmp_path / "b.json", options(max_accuracy_drop_points=100.0))
+    magnitudes = [magnitude for magnitude, _ in found.noises]
+    assert magnitudes == sorted(magnitudes)
+    assert magnitudes[-1] > 50 * magnitudes[0]
+    assert found.noises[0][1] == pytest.approx(found.accuracy, abs=5)
+    assert found.largest_noise == magnitudes[-1]
+    again = find_boundary(plain, tmp_path / "b.json", options(max_accuracy_drop_points=100.0))
+    assert again.noises == found.noises
+
+
 def test_the_strongest_attack_counts_and_an_impossible_one_is_named(plain, options, made_up, tmp_path):
     made_up({"dina": AttackImpossibleError("no ReLU"), "ina": 0.2, "eina": 0.6, "mla": 0.3})
     found = find_boundary(plain, tmp_path / "b.json", options(idpa="strongest", ssim_threshold=0.5))

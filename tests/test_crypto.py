@@ -471,6 +471,9 @@ def test_a_client_answers_as_the_net_does(out, running, tiny_images, plain_logit
     assert status["engine"] == "insecure-plain"
     assert counted.answers == 9  # with the status
     assert layers_done[0] == (1, 1)
+    (layer,) = first.crypto.layers
+    assert layer.name == "1:net"
+    assert 4 * tiny_images[0].size <= layer.bytes_up <= first.crypto.crypto_bytes_up
     assert first.crypto.setup_ms > 0
     assert rest[0].crypto.setup_ms < first.crypto.setup_ms
     assert first.crypto.engine == "insecure-plain"
