@@ -63,6 +63,8 @@ class CryptoReport:
         noised_accuracy: with the boundary as it is revealed.
         images: how many.
         largest: of the boundary's numbers, in magnitude.
+        largest_inside: of all layers' numbers.
+        error: of the boundary's numbers at most, from fixed point alone.
         shape: of the boundary, without the batch.
         steps: how many layers the parties compute.
         step_bytes: of the compiled layers, which both bundles hold.
@@ -72,6 +74,8 @@ class CryptoReport:
     noised_accuracy: float
     images: int
     largest: float
+    largest_inside: float
+    error: float
     shape: tuple[int, ...] = ()
     steps: int = 0
     step_bytes: int = 0
@@ -106,9 +110,6 @@ def export(
             raise ConfigError(f"{out / name} exists; choose another --out or remove it")
     if divided.mode == FULL and options.noise_magnitude:
         raise ConfigError("--noise is for what the server sees of a boundary, and with --boundary all it sees nothing")
-    progress("accuracy: the boundary as it is, and as it is revealed")
-    report = _measured(divided, images, targets, options)
-    _require(divided, options, report)
     height, width = divided.image_size
     progress("compiling the layers of the two parties")
     image = torch.zeros(2, 3, height, width)
@@ -118,14 +119,17 @@ def export(
     graph = graphs.optimised(graphs.from_torch(divided.prefix, [image]))
     boundary_shape, answer_shape = tuple(boundary.shape[1:]), tuple(answers.shape[1:])
     settings = options.settings
-    steps: list[Step]
+    made: layers.Layers | None = None
     if settings.engine == INSECURE:
         shape = (1, *boundary_shape)
         steps = [Step(name="1:net", operator="net", inputs=(IMAGE,), weights=(), output="v1", shape=shape)]
         weights = graphs.scrubbed(graph)
     else:
-        steps, tensors = layers.to_steps(graph, (1, 3, height, width))
-        weights = _npz(tensors)
+        made = layers.to_layers(graph, (1, 3, height, width))
+        steps, weights = made.steps, _npz(made.weights)
+    progress("accuracy: the net as it is, and through these bundles")
+    report = _measured(divided, made, images, targets, options)
+    _require(divided, options, report)
     packed = step_files.to_bytes(steps)
     client, server = {STEPS_FILE: packed}, {STEPS_FILE: packed, weights_file(settings.engine): weights}
     if divided.suffix is not None:
@@ -163,25 +167,34 @@ def export(
 
 
 @torch.inference_mode()
-def _measured(divided: Divided, images: Tensor, targets: Tensor, options: CryptoOptions) -> CryptoReport:
-    """Compares the net with and without rounding and noise at the boundary."""
-    unit = 2.0**-options.settings.fraction_bits
+def _measured(
+    divided: Divided, made: layers.Layers | None, images: Tensor, targets: Tensor, options: CryptoOptions
+) -> CryptoReport:
+    """Compares the net with what the bundles compute: fixed point in every layer, and noise at the boundary."""
+    bits = options.settings.fraction_bits
     generator = torch.Generator().manual_seed(0)
     right = noised_right = 0
-    largest = 0.0
+    largest = largest_inside = error = 0.0
     for start in range(0, len(images), BATCH):
         x, wanted = normalise(images[start : start + BATCH]), targets[start : start + BATCH]
-        features = divided.prefix(x)
+        exact = divided.prefix(x)
+        right += int((divided.finished(exact).argmax(1) == wanted).sum())
+        if made is None:
+            features = torch.round(exact * 2.0**bits) / 2.0**bits
+        else:
+            computed, inside = made.in_fixed_point(x.numpy(), bits)
+            features, largest_inside = torch.from_numpy(computed), max(largest_inside, inside)
+        error = max(error, float((features - exact).abs().max()))
+        largest = max(largest, float(exact.abs().max()))
         noise = (2 * torch.rand(features.shape, generator=generator) - 1) * options.noise_magnitude
-        largest = max(largest, float(features.abs().max()))
-        right += int((divided.finished(features).argmax(1) == wanted).sum())
-        seen = torch.round((features + noise) / unit) * unit
-        noised_right += int((divided.finished(seen).argmax(1) == wanted).sum())
+        noised_right += int((divided.finished(features + noise).argmax(1) == wanted).sum())
     return CryptoReport(
         accuracy=100.0 * right / len(images),
         noised_accuracy=100.0 * noised_right / len(images),
         images=len(images),
         largest=largest,
+        largest_inside=largest_inside,
+        error=error,
     )
 
 
@@ -194,10 +207,19 @@ def _require(divided: Divided, options: CryptoOptions, report: CryptoReport) -> 
             f"{options.settings.fraction_bits} fraction bits they must stay below {room:g}: choose another --boundary, "
             "or fewer --fraction-bits"
         )
+    # A product has twice the fraction bits before it is cut; a bit stays free for images that were not tried.
+    inside = 2.0 ** (options.settings.ring_bits - 2 - 2 * options.settings.fraction_bits)
+    if report.largest_inside >= inside:
+        raise GateFailedError(
+            f"a layer has numbers up to {report.largest_inside:.4g}; with --ring {options.settings.ring_bits} and "
+            f"{options.settings.fraction_bits} fraction bits they must stay below {inside:g}: take --ring 64, or fewer "
+            "--fraction-bits"
+        )
     drop = report.accuracy - report.noised_accuracy
     if drop > options.max_accuracy_drop_points:
         raise GateFailedError(
-            f"noise of {options.noise_magnitude:g} at {divided.boundary} costs {drop:.2f} points of accuracy "
+            f"noise of {options.noise_magnitude:g} at {divided.boundary} and {options.settings.fraction_bits} fraction "
+            f"bits (an error of up to {report.error:.2g}) cost {drop:.2f} points of accuracy "
             f"({report.accuracy:.2f}% to {report.noised_accuracy:.2f}%), more than "
             f"{options.max_accuracy_drop_points:g}: lower --noise, choose a later --boundary, or raise "
             "--max-accuracy-drop"

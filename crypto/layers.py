@@ -1,14 +1,14 @@
 """A net's first layers for two parties: an ONNX graph becomes steps, each a program that SPU compiled from JAX.
 
 Weights are inputs of the programs, never constants of them: a constant would be in the client's bundle. Start reading
-at ``to_steps``.
+at ``to_layers``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -30,10 +30,51 @@ class _Unknown(Exception):  # noqa: N818
     """An operator, or a form of one, that has no translation."""
 
 
-def to_steps(
-    graph: onnx.ModelProto, image_shape: tuple[int, ...], *, pooled_first: bool = True
-) -> tuple[list[Step], dict[str, Array]]:
-    """Returns the steps of a graph, compiled, and the weights that the server gives them.
+@dataclass(frozen=True, kw_only=True)
+class Layers:
+    """What the two parties compute.
+
+    Attributes:
+        steps: compiled, in order.
+        weights: that the server gives them, float32.
+        computes: of each step, in JAX, of one image.
+    """
+
+    steps: list[Step]
+    weights: dict[str, Array]
+    computes: list[Compute]
+
+    def in_fixed_point(self, images: Array, fraction_bits: int) -> tuple[Array, float]:
+        """Computes the steps as the engine does, but for its ring: numbers are cut to ``fraction_bits`` after each.
+
+        The engine's truncation is off by one now and then, in an unknown direction; here a random half is.
+
+        Args:
+            images: normalised, ``(B, 3, H, W)``.
+            fraction_bits: f.
+
+        Returns:
+            The last step's output ``(B, ...)``, and the largest magnitude of all steps' outputs.
+        """
+        import jax
+
+        unit, generator = 2.0**fraction_bits, np.random.default_rng(0)
+        weights = {name: (np.rint(value * unit) / unit).astype(np.float32) for name, value in self.weights.items()}
+        values, largest = {IMAGE: np.rint(images * unit) / unit}, 0.0
+        for step, compute in zip(self.steps, self.computes, strict=True):
+            own = [weights[name] for name, _ in step.weights]
+
+            def one(*shared: Any, compute: Compute = compute, own: list[Array] = own) -> Any:
+                return compute(*(value[None] for value in shared), *own)[0]
+
+            result = np.asarray(jax.jit(jax.vmap(one))(*(values[name].astype(np.float32) for name in step.inputs)))
+            largest = max(largest, float(np.abs(result).max()))
+            values[step.output] = np.floor(result * unit + generator.random(result.shape)) / unit
+        return values[self.steps[-1].output].astype(np.float32), largest
+
+
+def to_layers(graph: onnx.ModelProto, image_shape: tuple[int, ...], *, pooled_first: bool = True) -> Layers:
+    """Returns a graph's layers for two parties.
 
     Args:
         graph: float, batch norms folded; one input, one output.
@@ -52,6 +93,7 @@ def to_steps(
     shapes: dict[str, tuple[int, ...]] = {IMAGE: image_shape}
     steps: list[Step] = []
     used: dict[str, Array] = {}
+    computes: list[Compute] = []
     for node in nodes:
         if node.op_type in _NOTHING:
             names[node.output[0]] = names[node.input[0]]
@@ -78,9 +120,10 @@ def to_steps(
         used |= named
         names[node.output[0]] = output
         steps.append(step)
+        computes.append(compute)
     if not steps:
         raise ExportError("there is no layer before the boundary; choose a later one")
-    return steps, used
+    return Layers(steps=steps, weights=used, computes=computes)
 
 
 # --- operators ---

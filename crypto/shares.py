@@ -1,8 +1,8 @@
 """Fixed-point numbers in two additive shares, and C2PI's reveal.
 
-A number x is the integer ``round(x * 2^f)`` modulo 2^64; the client has one share and the server the other, and they
-add up to it. Each share alone is uniform. To reveal the boundary (Zhang et al., "C2PI", III-A) the client adds noise to
-its own share and sends that; only the low 32 bits travel, which is exact while ``|y| < 2^(31 - f)``.
+A number x is the integer ``round(x * 2^f)`` modulo 2^64, or 2^32; client and server have a share each,
+and they add up to it. Each share alone is uniform. To reveal the boundary (Zhang et al., "C2PI", III-A) the client adds
+noise to its own share and sends that; only the low 32 bits travel, which is exact while ``|y| < 2^(31 - f)``.
 """
 
 from __future__ import annotations

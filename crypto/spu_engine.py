@@ -35,7 +35,7 @@ class SpuEngine:
         image_shape: tuple[int, ...],
     ) -> None:
         self._spu = spu = _libspu()
-        self._rank, self._steps, self._shape = rank, steps, image_shape
+        self._rank, self._steps, self._shape, self._settings = rank, steps, image_shape, settings
         self._programs = [_executable(spu, step) for step in steps]
         config = runtime_config(spu, settings)
         description = spu.link.Desc()
@@ -60,7 +60,7 @@ class SpuEngine:
             self._runtime.Run(program)
             told(done)
         last = self._steps[-1]
-        share = _own_share(self._runtime.GetVar(last.output), last)
+        share = _own_share(self._runtime.GetVar(last.output), last, self._settings)
         for step in self._steps:
             self._runtime.DelVar(step.output)
         return share
@@ -100,7 +100,6 @@ def runtime_config(spu: Any, settings: Settings) -> Any:
     field = getattr(spu.FieldType, settings.field)
     config = spu.RuntimeConfig(spu.ProtocolKind.CHEETAH, field, settings.fraction_bits)
     config.experimental_enable_colocated_optimization = True
-    config.cheetah_2pc_config.disable_matmul_pack = not settings.packed
     return config
 
 
@@ -125,13 +124,13 @@ def _executable(spu: Any, step: Step) -> Any:
     return program
 
 
-def _own_share(variable: Any, step: Step) -> Shares:
-    """Reads this party's additive share, little-endian integers modulo 2^64."""
+def _own_share(variable: Any, step: Step, settings: Settings) -> Shares:
+    """Reads this party's additive share, little-endian integers of the ring."""
     kind = variable.meta.decode("latin-1") if isinstance(variable.meta, bytes) else str(variable.meta)
-    if "AShr<FM64>" not in kind:
+    if f"AShr<{settings.field}>" not in kind:
         raise InternalError(f"SPU left the result of {step.name} in another form than an additive share")
     content = b"".join(_content(chunk) for chunk in variable.share_chunks)
-    return np.frombuffer(content, "<u8").astype(np.uint64).reshape(step.shape)
+    return np.frombuffer(content, f"<u{settings.ring_bits // 8}").astype(np.uint64).reshape(step.shape)
 
 
 def _content(chunk: Any) -> bytes:

@@ -329,7 +329,9 @@ def test_an_export_says_what_it_needs(plain_run, tiny, tmp_path, capsys):
     assert main([*plain, "--boundary", "3", "--noise", "-1"]) == 2
     assert "--noise -1: from 0 to 1000" in capsys.readouterr().err
     assert main([*plain, "--boundary", "3", "--fraction-bits", "40"]) == 2
-    assert "--fraction-bits 40: from 8 to 24" in capsys.readouterr().err
+    assert "--fraction-bits 40: from 8 to 24 with --ring 64" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--ring", "32", "--fraction-bits", "14"]) == 2
+    assert "--fraction-bits 14: from 8 to 13 with --ring 32" in capsys.readouterr().err
     assert main(["export", str(plain_run), "--out", str(tmp_path / "out"), "--noise", "0.1"]) == 2
     assert "--noise: with --protocol c2pi alone" in capsys.readouterr().err
     assert main([*plain, "--boundary", "3", "--noise", "900"]) == 1
@@ -768,6 +770,7 @@ def test_two_processes_answer_as_the_net_does_under_cheetah(out_of, serve, tiny_
 
 
 @needs_spu
+@pytest.mark.parametrize(("ring_bits", "bits", "error"), [(64, 18, 2e-3), (32, 12, 2e-2)])
 @pytest.mark.parametrize(
     "net",
     [
@@ -777,37 +780,69 @@ def test_two_processes_answer_as_the_net_does_under_cheetah(out_of, serve, tiny_
     ],
     ids=["relu6 and average", "groups and padded pooling", "mean and linear"],
 )
-def test_layers_of_many_kinds_are_computed_as_torch_does(net, links, tmp_path):
-    from ensembler.crypto.layers import to_steps
+def test_layers_of_many_kinds_are_computed_as_torch_does(net, links, tmp_path, ring_bits, bits, error):
+    from ensembler.crypto.layers import to_layers
     from ensembler.export import graphs
 
     torch.manual_seed(0)
     image = torch.randn(1, 3, 12, 12)
     graph = graphs.optimised(graphs.from_torch(net.eval(), [torch.randn(2, 3, 12, 12)]))
-    steps, weights = to_steps(graph, (1, 3, 12, 12))
-    np.savez(tmp_path / "weights.npz", **weights)
+    made = to_layers(graph, (1, 3, 12, 12))
+    np.savez(tmp_path / "weights.npz", **made.weights)
+
+    settings = bundles.Settings(ring_bits=ring_bits, fraction_bits=bits)
 
     def party(rank, link):
         own = tmp_path / "weights.npz" if rank == SERVER else None
-        made = open_engine(bundles.Settings(), link, rank, steps, own, (1, 3, 12, 12))
-        return made.run(image.numpy() if rank == CLIENT else None, lambda _: None)
+        engine = open_engine(settings, link, rank, made.steps, own, (1, 3, 12, 12))
+        return engine.run(image.numpy() if rank == CLIENT else None, lambda _: None)
 
     with ThreadPoolExecutor(2) as pool:
         own, theirs = pool.map(party, (SERVER, CLIENT), links, timeout=200)
     with torch.inference_mode():
-        np.testing.assert_allclose((own + theirs).view(np.int64) / 2.0**BITS, net(image).numpy(), atol=2e-3)
+        expected = net(image).numpy()
+    found = shares.revealed(own, shares.noised(theirs, 0.0, bits), bits)
+    np.testing.assert_allclose(found, expected, atol=error)
+    simulated, largest = made.in_fixed_point(image.numpy(), bits)
+    np.testing.assert_allclose(simulated, expected, atol=error)
+    assert np.abs(simulated - expected).max() > 0
+    assert largest >= np.abs(expected).max() - error
 
 
 @needs_spu
 def test_an_operator_without_translation_is_named_with_the_last_layer_that_works():
-    from ensembler.crypto.layers import to_steps
+    from ensembler.crypto.layers import to_layers
     from ensembler.export import graphs
     from ensembler.protocol.errors import ExportError
 
     net = nn.Sequential(nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Softplus())
     graph = graphs.optimised(graphs.from_torch(net.eval(), [torch.randn(2, 3, 8, 8)]))
     with pytest.raises(ExportError, match=r"Softplus cannot be computed by two parties; the last .* is 2:Relu"):
-        to_steps(graph, (1, 3, 8, 8))
+        to_layers(graph, (1, 3, 8, 8))
+
+
+@needs_spu
+def test_a_ring_that_is_too_small_for_a_nets_numbers_is_refused(tmp_path):
+    from ensembler.crypto.dividing import Divided
+    from ensembler.crypto.exporting import CryptoOptions, export
+    from ensembler.protocol.errors import GateFailedError
+
+    torch.manual_seed(0)
+    front = nn.Conv2d(3, 4, 3, bias=False)
+    with torch.no_grad():
+        front.weight.mul_(40)
+    parts = {"suffix": nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 2)), "tail": None}
+    divided = Divided(mode=bundles.CLEAR, prefix=front, boundary="conv", labels=("a", "b"), image_size=(8, 8), **parts)
+    options = CryptoOptions(
+        settings=bundles.Settings(ring_bits=32, fraction_bits=12),
+        noise_magnitude=0.0,
+        max_accuracy_drop_points=100.0,
+        server_public_key=None,
+    )
+    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    with pytest.raises(GateFailedError, match="with --ring 32 and 12 fraction bits they must stay below 64: take"):
+        export(divided, images, torch.zeros(8, dtype=torch.int64), tmp_path / "out", options)
+    assert not (tmp_path / "out").exists()
 
 
 @needs_spu
