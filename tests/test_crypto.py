@@ -9,6 +9,7 @@ import importlib.util
 import io
 import json
 import os
+import resource
 import shutil
 import signal
 import socket
@@ -27,6 +28,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 from torch import nn
 
 from ensembler import EdgeClient
@@ -592,6 +594,33 @@ def test_a_clients_engine_that_dies_is_an_error_and_the_next_call_works(out, run
         with pytest.raises(InternalError, match="SIGKILL"):
             edge.predict(tiny_images[1])
         np.testing.assert_allclose(edge.predict(tiny_images[2]).logits, plain_logits[2], atol=1e-3)
+
+
+@needs_spu
+def test_an_engine_without_memory_is_an_error_and_the_next_call_works(out_of, serve, tiny_images, plain_logits):
+    out = out_of(bundles.SPU)
+    with serve(out / "server") as (endpoint, process), EdgeClient(out / "client", endpoint) as edge:
+        edge.predict(tiny_images[0])
+        (party,) = parties_of(process.pid)
+        party.rlimit(psutil.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
+        with pytest.raises(InternalError, match="ran out of memory"):
+            edge.predict_batch(list(tiny_images[:20]), timeout_ms=LONG_MS)  # what it has freed may do for some
+        np.testing.assert_allclose(edge.predict(tiny_images[2]).logits, plain_logits[2], atol=2e-3)
+
+
+def test_a_person_at_a_terminal_sees_how_far_the_two_parties_are(out, running, tiny_images, tmp_path):
+    Image.fromarray(tiny_images[0]).save(tmp_path / "image.png")
+    ours, theirs = os.openpty()
+    command = [sys.executable, "-m", "ensembler.cli", "predict", str(out / "client"), str(tmp_path / "image.png")]
+    done = subprocess.run(
+        [*command, "--server", running[0], "--insecure-engine"], stdout=subprocess.PIPE, stderr=theirs, check=True
+    )
+    os.close(theirs)
+    drawn = os.read(ours, 1 << 16).decode()
+    os.close(ours)
+    assert "1 of 1 layers" in drawn
+    assert drawn.endswith("\r\x1b[K")
+    assert b"image.png: " in done.stdout
 
 
 def test_an_engine_that_hangs_ends_at_the_deadline(out, running, tiny_images, plain_logits):

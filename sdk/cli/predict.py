@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,10 +15,13 @@ from ensembler.client import BUNDLE_KEY_VARIABLE, EdgeClient
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.backends import BACKENDS
 from ensembler.protocol.errors import ConfigError
-from ensembler.protocol.manifest import is_curve_key
+from ensembler.protocol.manifest import is_curve_key, of_crypto
 
 NAME = "predict"
 HELP = "classify images with a client bundle and a server"
+
+BAR = 30  # characters
+ERASE = "\033[K"  # the terminal's line from here on
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +125,10 @@ def _split(pair: str) -> tuple[str, str]:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Predicts one image after the other."""
     documents, lines = [], []
-    with client_of(options, backend=options.backend, top_k=options.top_k) as client:
+    with (
+        _bar(options.bundle) as more,
+        client_of(options, backend=options.backend, top_k=options.top_k, **more) as client,
+    ):
         for image in options.images:
             result = client.predict(image)
             best = ", ".join(f"{name} {100 * score:.1f}%" for name, score in result.top_k)
@@ -142,3 +151,21 @@ def run(options: argparse.Namespace, console: Console) -> int:
             )
     console.result({"predictions": documents}, "\n".join(lines))
     return 0
+
+
+@contextmanager
+def _bar(bundle: Path) -> Iterator[dict[str, Any]]:
+    """Gives the argument of ``EdgeClient`` that draws how far two parties are, where there are two, and a terminal."""
+    if not (sys.stderr.isatty() and of_crypto(bundle)):
+        yield {}
+        return
+
+    def shown(done: int, layers: int) -> None:
+        bar = "#" * (BAR * done // layers)
+        text = f"two-party computation: {bar:.<{BAR}} {done} of {layers} layers"
+        print(f"\r{text}{ERASE}", end="", file=sys.stderr, flush=True)
+
+    try:
+        yield {"progress": shown}
+    finally:
+        print(f"\r{ERASE}", end="", file=sys.stderr, flush=True)
