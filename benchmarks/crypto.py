@@ -82,11 +82,11 @@ def main() -> None:
     values = {
         "c2pi_argmax_agreement": (at["agreement"], "of 1", ">= 0.99", f"no noise; {named}"),
         "c2pi_max_logit_error": (round(at["error"], 6), "", "", f"no noise; {named}"),
-        "c2pi_seconds_loopback": (round(at["seconds"], 3), "s", "", later),
-        "c2pi_megabytes": (round(at["megabytes"], 3), "MB", "", f"both ways; {later}"),
-        "c2pi_setup_megabytes": (round(at["first_megabytes"] - at["megabytes"], 3), "MB", "", f"once; {named}"),
-        "client_cpu_s_per_image": (round(at["cpu_s"], 3), "s", "", f"the device; {later}"),
-        "client_peak_mb": (round(at["peak_mb"], 1), "MiB", "", f"the device; {named}"),
+        "small_net_seconds_loopback": (round(at["seconds"], 3), "s", "", later),
+        "small_net_megabytes": (round(at["megabytes"], 3), "MB", "", f"both ways; {later}"),
+        "small_net_setup_megabytes": (round(at["first_megabytes"] - at["megabytes"], 3), "MB", "", f"once; {named}"),
+        "small_net_client_cpu_s": (round(at["cpu_s"], 3), "s", "", f"the device; {later}"),
+        "small_net_client_peak_mb": (round(at["peak_mb"], 1), "MiB", "", f"the device; {named}"),
     }
     results.record(
         "crypto",
