@@ -73,21 +73,18 @@ class Layers:
         return values[self.steps[-1].output].astype(np.float32), largest
 
 
-def to_layers(graph: onnx.ModelProto, image_shape: tuple[int, ...], *, pooled_first: bool = True) -> Layers:
+def to_layers(graph: onnx.ModelProto, image_shape: tuple[int, ...]) -> Layers:
     """Returns a graph's layers for two parties.
 
     Args:
         graph: float, batch norms folded; one input, one output.
         image_shape: ``(1, 3, H, W)``.
-        pooled_first: whether the largest is taken before a ReLU and not after it.
 
     Raises:
         ExportError: an operator that has no translation; the message names it and the last place before it.
         MissingExtraError: SPU is not installed.
     """
-    nodes = list(graph.graph.node)
-    if pooled_first:
-        nodes = _pooled_first(nodes, graph.graph.output[0].name)
+    nodes = _pooled_first(list(graph.graph.node), graph.graph.output[0].name)
     weights = {each.name: numpy_helper.to_array(each) for each in graph.graph.initializer}
     names = {graph.graph.input[0].name: IMAGE}
     shapes: dict[str, tuple[int, ...]] = {IMAGE: image_shape}
