@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -34,7 +35,7 @@ from ensembler.protocol.errors import ConfigError, ExportError, GateFailedError
 from ensembler.protocol.manifest import MANIFEST_NAME, ImageSpec, describe_file
 from ensembler.training.models import PIXEL_SCALE, PIXEL_ZERO_POINT, normalise
 
-BATCH = 100
+BATCH_PIXELS = 100 * 32 * 32
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -175,15 +176,17 @@ def _measured(
     generator = torch.Generator().manual_seed(0)
     right = noised_right = 0
     largest = largest_inside = error = 0.0
-    for start in range(0, len(images), BATCH):
-        x, wanted = normalise(images[start : start + BATCH]), targets[start : start + BATCH]
+    computed = None if made is None else made.in_fixed_point(bits)
+    batch = max(1, BATCH_PIXELS // math.prod(divided.image_size))
+    for start in range(0, len(images), batch):
+        x, wanted = normalise(images[start : start + batch]), targets[start : start + batch]
         exact = divided.prefix(x)
         right += int((divided.finished(exact).argmax(1) == wanted).sum())
-        if made is None:
+        if computed is None:
             features = torch.round(exact * 2.0**bits) / 2.0**bits
         else:
-            computed, inside = made.in_fixed_point(x.numpy(), bits)
-            features, largest_inside = torch.from_numpy(computed), max(largest_inside, inside)
+            boundary, inside = computed(x.numpy())
+            features, largest_inside = torch.from_numpy(boundary), max(largest_inside, inside)
         error = max(error, float((features - exact).abs().max()))
         largest = max(largest, float(exact.abs().max()))
         noise = (2 * torch.rand(features.shape, generator=generator) - 1) * options.noise_magnitude

@@ -44,33 +44,46 @@ class Layers:
     weights: dict[str, Array]
     computes: list[Compute]
 
-    def in_fixed_point(self, images: Array, fraction_bits: int) -> tuple[Array, float]:
-        """Computes the steps as the engine does, but for its ring: numbers are cut to ``fraction_bits`` after each.
+    def in_fixed_point(self, fraction_bits: int) -> Callable[[Array], tuple[Array, float]]:
+        """Returns what computes the steps as the engine does, but for its ring: numbers are cut after each step.
 
         The engine's truncation is off by one now and then, in an unknown direction; here a random half is.
 
         Args:
-            images: normalised, ``(B, 3, H, W)``.
             fraction_bits: f.
 
         Returns:
-            The last step's output ``(B, ...)``, and the largest magnitude of all steps' outputs.
+            A function of normalised images ``(B, 3, H, W)``, to the last step's output ``(B, ...)`` and the largest
+            magnitude of all steps' outputs.
         """
         import jax
 
         unit, generator = 2.0**fraction_bits, np.random.default_rng(0)
-        weights = {name: (np.rint(value * unit) / unit).astype(np.float32) for name, value in self.weights.items()}
-        values, largest = {IMAGE: np.rint(images * unit) / unit}, 0.0
-        for step, compute in zip(self.steps, self.computes, strict=True):
-            own = [weights[name] for name, _ in step.weights]
+        last_use = {name: place for place, step in enumerate(self.steps) for name in step.inputs}
 
-            def one(*shared: Any, compute: Compute = compute, own: list[Array] = own) -> Any:
-                return compute(*(value[None] for value in shared), *own)[0]
+        def rounded(value: Array) -> Array:
+            return (np.rint(value * unit) / unit).astype(np.float32)
 
-            result = np.asarray(jax.jit(jax.vmap(one))(*(values[name].astype(np.float32) for name in step.inputs)))
-            largest = max(largest, float(np.abs(result).max()))
-            values[step.output] = np.floor(result * unit + generator.random(result.shape)) / unit
-        return values[self.steps[-1].output].astype(np.float32), largest
+        def of_several(step: Step, compute: Compute) -> Compute:
+            own = [rounded(self.weights[name]) for name, _ in step.weights]
+            several: Compute = jax.vmap(lambda *shared: compute(*(value[None] for value in shared), *own)[0])
+            compiled: Compute = jax.jit(several)
+            return compiled
+
+        programs = [of_several(step, compute) for step, compute in zip(self.steps, self.computes, strict=True)]
+
+        def computed(images: Array) -> tuple[Array, float]:
+            values, largest = {IMAGE: rounded(images)}, 0.0
+            for place, (step, program) in enumerate(zip(self.steps, programs, strict=True)):
+                result = np.asarray(program(*(values[name] for name in step.inputs)), np.float64)
+                largest = max(largest, float(np.abs(result).max()))
+                values = {name: value for name, value in values.items() if last_use.get(name, 0) > place}
+                values[step.output] = (np.floor(result * unit + generator.random(result.shape)) / unit).astype(
+                    np.float32
+                )
+            return values[self.steps[-1].output], largest
+
+        return computed
 
 
 def to_layers(graph: onnx.ModelProto, image_shape: tuple[int, ...]) -> Layers:

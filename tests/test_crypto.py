@@ -832,7 +832,7 @@ def test_layers_of_many_kinds_are_computed_as_torch_does(net, links, tmp_path, r
         expected = net(image).numpy()
     found = shares.revealed(own, shares.noised(theirs, 0.0, bits), bits)
     np.testing.assert_allclose(found, expected, atol=error)
-    simulated, largest = made.in_fixed_point(image.numpy(), bits)
+    simulated, largest = made.in_fixed_point(bits)(image.numpy())
     np.testing.assert_allclose(simulated, expected, atol=error)
     assert np.abs(simulated - expected).max() > 0
     assert largest >= np.abs(expected).max() - error
