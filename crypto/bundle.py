@@ -172,6 +172,8 @@ def load_server(folder: Path) -> tuple[CryptoManifest, tuple[Step, ...]]:
 
 def _steps(folder: Path, manifest: CryptoManifest) -> tuple[Step, ...]:
     steps = layers.parse((folder / STEPS_FILE).read_bytes(), str(folder / STEPS_FILE))
+    if manifest.settings.engine == INSECURE and len(steps) != 1:
+        raise BundleError(f"{folder / STEPS_FILE}: {INSECURE} has one step; export the bundle again")
     if steps[-1].shape != (1, *manifest.boundary_shape):
         raise BundleError(f"{folder / STEPS_FILE} ends with another shape than the boundary's; export the bundle again")
     return steps

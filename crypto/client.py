@@ -26,6 +26,7 @@ from ensembler.crypto.relay import Relay
 from ensembler.protocol.errors import (
     BadRequestError,
     BusyError,
+    ConfigError,
     DeadlineExceededError,
     EnsemblerError,
     ExpiredError,
@@ -55,6 +56,8 @@ Progress = Callable[[int, int], None]
 
 # Of one wait; a deadline may lie beyond what a poll takes.
 TICK_S = 60.0
+# Messages that are read before anything else is done.
+RECEIVE_BURST = 64
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -111,7 +114,9 @@ class CryptoSession:
         self._connection: ZmqConnection | None = None
         self._process: PartyProcess | None = None
         self._relay: Relay
-        self._replies: list[Message] = []
+        self._awaited = b""  # the request whose result is
+        self._reply: Message | None = None
+        self._abandoned = False
         self._up = self._down = 0
         self._shared = False  # whether the share of the image under way was sent
         self._told: list[tuple[float, int, int]] = []  # of its layers: seconds and bytes since the order
@@ -158,7 +163,7 @@ class CryptoSession:
         assert process is not None
         self._up = self._down = 0
         up, down = relay.sent_bytes, relay.received_bytes
-        request_id = os.urandom(REQUEST_ID_BYTES)
+        self._awaited = request_id = os.urandom(REQUEST_ID_BYTES)
         manifest = self._manifest
         image = (pixels.astype(np.float32) - manifest.pixel_zero_point) * np.float32(manifest.pixel_scale)
         self._send(Message(operation=RUN, request_id=request_id, budget_ms=1000 * max(0.0, until - opened)))
@@ -168,7 +173,7 @@ class CryptoSession:
         share = np.frombuffer(done["share"], np.uint8).reshape(1, -1) if "share" in done else None
         self._shared = share is not None
         self._send(Message(operation=SHARE, request_id=request_id, tensor=share))
-        reply = self._replied(request_id, until)
+        reply = self._replied(until)
         size = 4 * math.prod(manifest.answer_shape)
         if reply.tensor is None or reply.tensor.size != size:
             raise ProtocolError(f"the server answered without the {size} bytes of {manifest.answer_shape} numbers")
@@ -177,8 +182,11 @@ class CryptoSession:
         if manifest.mode != bundles.CLEAR:
             process.order("finish", content=result)
             result = self._answered(until, None)["result"]
+        logits = np.frombuffer(result, "<f4").astype(np.float32)
+        if logits.size != len(manifest.labels) or not np.isfinite(logits).all():
+            raise ProtocolError(f"the server's answer does not give {len(manifest.labels)} finite logits")
         return CryptoAnswer(
-            logits=np.frombuffer(result, "<f4").astype(np.float32),
+            logits=logits,
             request_id=request_id.hex(),
             setup_ms=1000 * (opened - begun),
             crypto_ms=1000 * (computed - opened),
@@ -195,11 +203,15 @@ class CryptoSession:
             peak_mb=float(done["peak_mb"]),
         )
 
+    def abandon(self) -> None:
+        """Has the call that is under way in this very thread end with an error, as soon as it can."""
+        self._abandoned = True
+
     def close(self) -> None:
         """Ends the session, whatever it does."""
         process, connection = self._process, self._connection
         self._process = self._connection = None
-        self._replies.clear()
+        self._reply = None
         if process is not None:
             process.close()
         if connection is not None:
@@ -209,7 +221,7 @@ class CryptoSession:
 
     def _open(self, until: float) -> None:
         self._connection = self._transport.connect()
-        session = os.urandom(REQUEST_ID_BYTES)
+        self._awaited = session = os.urandom(REQUEST_ID_BYTES)
         self._process = process = PartyProcess()
         assert process.link is not None
         self._relay = Relay(process.link, session)
@@ -224,7 +236,7 @@ class CryptoSession:
         )
         process.order("open", folder=str(self._folder), rank=CLIENT, threads=1)
         self._answered(until, None)
-        self._replied(session, until)
+        self._replied(until)
 
     # --- the loop ---
 
@@ -241,29 +253,32 @@ class CryptoSession:
                     progress(int(done), self._layers)
             self._step(until)
 
-    def _replied(self, request_id: bytes, until: float) -> Message:
-        """Relays until the server has answered."""
-        while True:
-            for reply in self._replies:
-                if reply.request_id == request_id:
-                    self._replies.clear()
-                    return reply
+    def _replied(self, until: float) -> Message:
+        """Relays until the server has answered what is awaited."""
+        while self._reply is None:
             self._step(until)
+        reply, self._reply = self._reply, None
+        return reply
 
     def _step(self, until: float) -> None:
         """Waits for anything, and relays what there is."""
+        if self._abandoned:
+            raise ConfigError("this EdgeClient was closed while it computed; make a new one")
         connection, process = self._connection, self._process
         assert connection is not None
         assert process is not None
         waited = [(process.fileno(), zmq.POLLIN), *self._relay.interest()]
         connection.wait(min(until, time.monotonic() + TICK_S), waited)
-        while (message := connection.receive(self._decoded, 0.0)) is not None:
+        for _ in range(RECEIVE_BURST):  # a server that floods does not keep this from its deadline
+            message = connection.receive(self._decoded, 0.0)
+            if message is None:
+                break
             if message.operation == LINK:
                 self._relay.take(message)
             elif message.operation == ERROR:
                 raise self._error(message)
-            elif message.operation == RESULT:
-                self._replies.append(message)
+            elif message.operation == RESULT and message.request_id == self._awaited:
+                self._reply = message
         # Last: that pieces were taken has to be told before the next wait, or the other side may wait for it.
         while (piece := self._relay.outgoing()) is not None:
             self._send(piece)

@@ -8,6 +8,7 @@ clear, for tests alone, and is never taken without being asked for.
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Literal, Protocol
@@ -15,7 +16,7 @@ from typing import Literal, Protocol
 from ensembler.crypto.bundle import INSECURE, SPU, Settings
 from ensembler.crypto.shares import Floats, Shares
 from ensembler.crypto.steps import Step
-from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.errors import ConfigError, MissingExtraError
 
 Rank = Literal[0, 1]
 SERVER: Rank = 0
@@ -49,6 +50,16 @@ class Engine(Protocol):
         Returns:
             This party's share of the last step's output.
         """
+
+
+def require_installed(settings: Settings) -> None:
+    """Refuses settings whose engine is not here, before anything waits for it.
+
+    Raises:
+        MissingExtraError: it is not.
+    """
+    if settings.engine == SPU and importlib.util.find_spec("spu") is None:
+        raise MissingExtraError("spu", "crypto", "crypto-clear inference")
 
 
 def open_engine(

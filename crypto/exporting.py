@@ -219,7 +219,7 @@ def _require(divided: Divided, options: CryptoOptions, report: CryptoReport) -> 
             "--fraction-bits"
         )
     drop = report.accuracy - report.noised_accuracy
-    if drop > options.max_accuracy_drop_points:
+    if not drop <= options.max_accuracy_drop_points:  # nor where the gate is not a number
         raise GateFailedError(
             f"noise of {options.noise_magnitude:g} at {divided.boundary} and {options.settings.fraction_bits} fraction "
             f"bits (an error of up to {report.error:.2g}) cost {drop:.2f} points of accuracy "

@@ -208,6 +208,8 @@ def _relu(options: dict[str, Any], constants: list[Array], count: int) -> Made: 
 def _clip(options: dict[str, Any], constants: list[Array], count: int) -> Made:  # noqa: ARG001
     import jax.numpy as jnp
 
+    if len(constants) != 2:
+        raise _Unknown("a clip with one bound")
     low, high = (float(value) for value in constants)
     return lambda x: jnp.minimum(jnp.maximum(x, low), high), []
 

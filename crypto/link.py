@@ -11,8 +11,10 @@ from ensembler.protocol.errors import ProtocolError, ServerUnreachableError
 
 _HEAD = struct.Struct("<HQ")
 MAX_MESSAGE_BYTES = 1 << 28
+MAX_NAME_BYTES = 512
 # Of what has come and nobody has asked for. The parties go in step, so an honest one stays far below it.
 MAX_WAITING_BYTES = 1 << 30
+KEPT_BYTES = 256  # beside name and data of each
 
 
 class StreamLink:
@@ -56,8 +58,9 @@ class StreamLink:
                 assert self._ended is not None
                 raise self._ended
             data = self._waiting.pop(key)
-            self._waiting_bytes -= len(data)
-            self.received_bytes += _HEAD.size + len(key.encode()) + len(data)
+            size = len(key.encode()) + len(data)
+            self._waiting_bytes -= size + KEPT_BYTES
+            self.received_bytes += _HEAD.size + size
             return data
 
     def close(self) -> None:
@@ -72,7 +75,12 @@ class StreamLink:
             with self._stream.makefile("rb") as source:
                 while head := source.read(_HEAD.size):
                     name_bytes, data_bytes = _HEAD.unpack(head)
-                    if data_bytes > MAX_MESSAGE_BYTES or self._waiting_bytes + data_bytes > MAX_WAITING_BYTES:
+                    size = name_bytes + data_bytes + KEPT_BYTES
+                    if (
+                        name_bytes > MAX_NAME_BYTES
+                        or data_bytes > MAX_MESSAGE_BYTES
+                        or self._waiting_bytes + size > MAX_WAITING_BYTES
+                    ):
                         raise ProtocolError("the other party sends more than any net needs")
                     name, data = source.read(name_bytes).decode(), source.read(data_bytes)
                     if len(data) != data_bytes:
@@ -81,14 +89,16 @@ class StreamLink:
                         if name in self._waiting:
                             raise ProtocolError("the other party sent a message twice")
                         self._waiting[name] = data
-                        self._waiting_bytes += data_bytes
+                        self._waiting_bytes += size
                         self._changed.notify_all()
             ended: Exception = _gone()
         except ProtocolError as error:
             ended = error
-        except (OSError, ValueError, struct.error) as error:
+        except Exception as error:  # whatever it is, nobody may wait for a thread that has ended
             ended = _gone()
             ended.__cause__ = error
+        with suppress(OSError):  # who sends to this end is not left waiting
+            self._stream.shutdown(socket.SHUT_RDWR)
         with self._changed:
             self._ended = ended
             self._changed.notify_all()

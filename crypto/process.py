@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import socket
 import subprocess
 import sys
+import threading
 from collections.abc import Mapping
 from multiprocessing.connection import Connection
 from typing import Any
@@ -15,6 +17,9 @@ import msgpack
 from ensembler.crypto.party import MAX_ORDER_BYTES, OUT_OF_MEMORY
 from ensembler.protocol import errors
 from ensembler.protocol.errors import EnsemblerError, InternalError
+
+# Of an order, that a socket takes though nobody reads.
+AT_ONCE_BYTES = 64 * 1024
 
 
 class PartyProcess:
@@ -30,30 +35,36 @@ class PartyProcess:
         Args:
             link: the stream to the other party's engine, which goes to the process; None makes a pair, of which the
                 caller relays the other end.
+
+        Raises:
+            InternalError: the system has no room for a process or its files.
         """
-        ours: socket.socket | None = None
-        theirs = link
-        if theirs is None:
-            ours, theirs = socket.socketpair()
-        self.link = ours
-        own, control = socket.socketpair()
-        self._orders = Connection(own.detach())
-        command = [sys.executable, "-m", "ensembler.crypto.party", str(theirs.fileno()), str(control.fileno())]
+        opened = [] if link is None else [link]
         try:
+            ours: socket.socket | None = None
+            if link is None:
+                ours, link = socket.socketpair()
+                opened += [ours, link]
+            own, control = socket.socketpair()
+            opened += [own, control]
+            # -P: not from the folder where the application was called.
+            module = ["-P", "-m", "ensembler.crypto.party", str(link.fileno()), str(control.fileno())]
             self._process = subprocess.Popen(  # noqa: S603
-                command,
+                [sys.executable, *module],
                 stdin=subprocess.DEVNULL,
-                pass_fds=[theirs.fileno(), control.fileno()],
+                pass_fds=[link.fileno(), control.fileno()],
+                env={**os.environ, "PYTHONPATH": os.pathsep.join(path for path in sys.path if path)},
                 start_new_session=True,  # Ctrl-C is for the parent, which decides
             )
-        except BaseException:
-            self._orders.close()
-            if ours is not None:
-                ours.close()
-            raise
-        finally:
-            theirs.close()
-            control.close()
+        except OSError as error:
+            for each in opened:
+                each.close()
+            raise InternalError(f"the engine's process could not be started: {error.strerror or error}") from error
+        link.close()
+        control.close()
+        self.link = ours
+        self._orders = Connection(own.detach())
+        self._writer: threading.Thread | None = None
 
     def fileno(self) -> int:
         """Returns what becomes readable when there is an answer, or the process has ended."""
@@ -65,10 +76,19 @@ class PartyProcess:
         Raises:
             InternalError: the process has ended.
         """
+        content = msgpack.packb({"do": do, **arguments})
+        if len(content) > AT_ONCE_BYTES:  # a process that hangs does not read, and who gives the order has a deadline
+            self._writer = threading.Thread(target=self._written, args=(content,), daemon=True)
+            self._writer.start()
+        elif not self._written(content):
+            raise self._ended()
+
+    def _written(self, content: bytes) -> bool:
         try:
-            self._orders.send_bytes(msgpack.packb({"do": do, **arguments}))
+            self._orders.send_bytes(content)
         except OSError:
-            raise self._ended() from None
+            return False  # where nobody waits for this, the answer is an error
+        return True
 
     def answer(self, timeout_s: float | None = 0.0) -> Mapping[str, Any] | None:
         """Returns the next message of the process, ``{"told": ...}`` or an order's answer; None: there is none yet.
@@ -100,6 +120,8 @@ class PartyProcess:
         """Ends the process, whatever it does."""
         self._process.kill()
         self._process.wait()
+        if self._writer is not None:
+            self._writer.join()  # nobody is at the other end any more
         self._orders.close()
         if self.link is not None:
             self.link.close()

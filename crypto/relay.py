@@ -69,16 +69,19 @@ class Relay:
         )
         if not data and not (told and not self._waiting):
             return None
-        info: dict[str, Any] = {"at": self.sent_bytes}
         if not self._waiting:
             self._told_pieces, self._told_bytes = self._got_pieces, passed
-        info |= {"pieces": self._told_pieces, "taken": self._told_bytes}
-        message = Message(operation=LINK, request_id=self._session, info=info)
+        message = self.empty()
         if data:
             message.tensor = np.frombuffer(data, np.uint8).reshape(1, -1)
             self._pieces += 1
             self.sent_bytes += len(data)
         return message
+
+    def empty(self) -> Message:
+        """Returns a message without a piece: it may be sent at any time."""
+        info: dict[str, Any] = {"at": self.sent_bytes, "pieces": self._told_pieces, "taken": self._told_bytes}
+        return Message(operation=LINK, request_id=self._session, info=info)
 
     def take(self, message: Message) -> None:
         """Takes what the other side sent.

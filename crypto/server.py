@@ -9,14 +9,15 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import zmq
 
 from ensembler.crypto import bundle as bundles
-from ensembler.crypto.engine import SERVER
+from ensembler.crypto.engine import SERVER, require_installed
 from ensembler.crypto.process import PartyProcess
 from ensembler.crypto.relay import Relay
 from ensembler.crypto.shares import REVEALED
@@ -56,7 +57,13 @@ LONGEST_IDLE_S = 600.0
 LONGEST_ORDER_S = 3600.0
 RETRY_AFTER_MS = 1000.0
 TICK_MS = 1000
+# Messages that are read before anything else is done.
+RECEIVE_BURST = 64
+# A client that said nothing for so long is sent an empty piece: whether it has gone is seen in sending alone.
+SILENT_S = 5.0
 NO_ID = bytes(16)
+
+T = TypeVar("T")
 
 
 class _Session:
@@ -74,7 +81,12 @@ class _Session:
         self.own: bytes | None = None  # this side's, where it is the one that reveals
         self.used = time.monotonic()
         self.times: dict[str, float] = {}
-        self.process.order("open", folder=str(folder), rank=SERVER, threads=threads)
+        self.heard = time.monotonic()  # of its client
+        try:
+            self.process.order("open", folder=str(folder), rank=SERVER, threads=threads)
+        except BaseException:
+            self.process.close()
+            raise
 
     def give(self, order: str, **arguments: Any) -> None:
         """Gives the process an order."""
@@ -95,6 +107,7 @@ class CryptoServer:
     Raises:
         BundleError: see ``bundle.load_server``.
         ConfigError: an engine without protection that nobody asked for.
+        MissingExtraError: the bundle's engine is not installed.
     """
 
     def __init__(
@@ -108,6 +121,7 @@ class CryptoServer:
     ) -> None:
         self.manifest, _ = bundles.load_server(folder)
         bundles.require_protection(self.manifest, folder, allow_insecure)
+        require_installed(self.manifest.settings)
         self._net_id = bytes.fromhex(self.manifest.net_id)
         self._steps = self.manifest.files[bundles.STEPS_FILE].sha256
         # Where all layers are under two parties, the server reveals its share and the client none.
@@ -137,7 +151,9 @@ class CryptoServer:
                     if self._session is None or self._session.order is None or now - stopped_at > grace_ms / 1000:
                         return
                 self._socket.wait(TICK_MS, self._interest())
-                while (incoming := self._socket.receive()) is not None:
+                for _ in range(RECEIVE_BURST):  # a flood keeps the loop from nothing
+                    if (incoming := self._socket.receive()) is None:
+                        break
                     self._handle(incoming)
                 self._serve_session()
         finally:
@@ -182,7 +198,7 @@ class CryptoServer:
             if message.operation in (LINK, END):
                 return None  # of a session that has ended; its client was told
             raise BadRequestError("there is no session on this connection; it ended, open one again")
-        session.used = time.monotonic()
+        session.heard = time.monotonic()
         if message.operation == LINK:
             session.relay.take(message)
         elif message.operation == END:
@@ -190,8 +206,13 @@ class CryptoServer:
         elif message.operation == RUN:
             if session.order is not None:
                 raise BadRequestError("the session is computing; one image after the other")
+            session.used = session.heard
             session.request_id, session.until, session.times = message.request_id, _until(message), {}
-            session.give("run", image=b"")
+            try:
+                _of_engine(lambda: session.give("run", image=b""))
+            except _EngineFailed as failed:
+                _log.error("the engine failed: %s", failed)
+                raise InternalError("the server's engine failed; its log has the reason") from None
         elif session.order not in ("run", "shared") or session.share is not None:
             raise BadRequestError("no share is awaited")
         elif self._reveals:
@@ -231,13 +252,18 @@ class CryptoServer:
             while (piece := session.relay.outgoing()) is not None:
                 if not self._socket.send(session.peer, encode(piece)):
                     return self._end_session("its client has gone", None)
-            while (answer := session.process.answer()) is not None:
+            now = time.monotonic()
+            if session.order is not None and now - session.heard > SILENT_S:
+                session.heard = now
+                if not self._socket.send(session.peer, encode(session.relay.empty())):
+                    return self._end_session("its client has gone", None)
+            while (answer := _of_engine(session.process.answer)) is not None:
                 if "told" not in answer:
                     self._advance(session, answer)
             if session.share is not None and session.order == "shared":
                 share, session.share = session.share, None
                 if session.own is None:
-                    session.give("finish", content=share)
+                    _of_engine(lambda: session.give("finish", content=share))
                 else:
                     session.order = None
                     self._finished(session, session.own, 0.0)
@@ -247,8 +273,10 @@ class CryptoServer:
                 raise BusyError("the session was idle and ended; ask again")
         except WireError as error:
             self._end_session(str(error), error)
-        except EnsemblerError as error:
-            self._end_session(str(error), InternalError("the server's engine failed; its log has the reason"))
+        except _EngineFailed as failed:
+            # What it says is of the operator's machine; the log has it.
+            _log.error("the engine failed: %s", failed)
+            self._end_session("the engine failed", InternalError("the server's engine failed; its log has the reason"))
 
     def _advance(self, session: _Session, answer: Any) -> None:
         order, session.order = session.order, None
@@ -298,6 +326,17 @@ class CryptoServer:
         _log.info("a session ended: %s", why)
         if error is not None:
             self._refuse(session.peer, session.request_id, error)
+
+
+class _EngineFailed(Exception):  # noqa: N818
+    """What this side's engine failed with."""
+
+
+def _of_engine(do: Callable[[], T]) -> T:
+    try:
+        return do()
+    except EnsemblerError as error:
+        raise _EngineFailed(str(error)) from error
 
 
 def _until(message: Message) -> float:

@@ -6,6 +6,7 @@ for it. Start reading at ``SpuEngine.run``.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -111,7 +112,10 @@ def _libspu() -> Any:
     options = libspu.logging.LogOptions()
     options.log_level = libspu.logging.LogLevel.ERROR
     options.enable_console_logger = False
-    libspu.logging.setup_logging(options)
+    # It always writes a file, into the current folder where nothing is said; this one is gone once it is open.
+    with tempfile.TemporaryDirectory() as folder:
+        options.system_log_path = str(Path(folder) / "spu.log")
+        libspu.logging.setup_logging(options)
     return libspu
 
 

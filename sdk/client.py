@@ -137,8 +137,6 @@ class EdgeClient:
         if fallback is not None and not callable(fallback):
             raise ConfigError(f"fallback is {type(fallback).__name__}; give a function of an image and an error")
         top_k = whole("top_k", top_k, 1)
-        if not isinstance(plaintext, bool):  # "false" is true
-            raise ConfigError(f"plaintext = {plaintext!r}: give True or False")
         self._process = OwnProcess()
         self._timeout_ms = checked_timeout(TIMEOUT_MS if timeout_ms is None else timeout_ms)
         folder = expanded("bundle", bundle)
@@ -493,6 +491,8 @@ def open_transports(
     plaintext: bool,
 ) -> list[ZmqTransport]:
     """Opens a transport for each address, in order; ``pinned`` are the bundle's keys of the operators' servers."""
+    if not isinstance(plaintext, bool):  # "false" is true
+        raise ConfigError(f"plaintext = {plaintext!r}: give True or False")
     if plaintext:
         if server_key is not None:
             raise ConfigError("server_key and plaintext were both given; a key is for an encrypted connection")

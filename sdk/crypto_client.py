@@ -17,6 +17,7 @@ import numpy as np
 from ensembler.client import EdgeClient, checked_timeout, open_transports
 from ensembler.crypto import bundle as bundles
 from ensembler.crypto.client import CryptoAnswer, CryptoSession
+from ensembler.crypto.engine import require_installed
 from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import softmax
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
@@ -80,9 +81,12 @@ class CryptoEdgeClient(EdgeClient):
             raise ConfigError(f"a bundle of crypto-clear inference has no use for {', '.join(unused)}; leave it out")
         if fallback is not None and not callable(fallback):
             raise ConfigError(f"fallback is {type(fallback).__name__}; give a function of an image and an error")
+        if progress is not None and not callable(progress):
+            raise ConfigError(f"progress is {type(progress).__name__}; give a function of two numbers of layers")
         folder = expanded("bundle", bundle)
         self._crypto, steps = bundles.load_client(folder)
         bundles.require_protection(self._crypto, folder, insecure_engine)
+        require_installed(self._crypto.settings)
         self._process = OwnProcess()
         self._timeout_ms = checked_timeout(TIMEOUT_MS if timeout_ms is None else timeout_ms)
         self._top_k = min(whole("top_k", top_k, 1), len(self._crypto.labels))
@@ -98,6 +102,7 @@ class CryptoEdgeClient(EdgeClient):
         self._replica = Replica(self._address, transport)
         self._session = CryptoSession(folder, self._crypto, len(steps), transport)
         self._one = threading.Lock()
+        self._computing: int | None = None  # the thread that has it
         self._closed = threading.Event()
 
     def predict_batch(self, images: Sequence[ImageLike], *, timeout_ms: float | None = None) -> list[Prediction]:
@@ -126,6 +131,7 @@ class CryptoEdgeClient(EdgeClient):
                 "raise timeout_ms"
             )
         try:
+            self._computing = threading.get_ident()
             if self._closed.is_set():
                 raise ConfigError("this EdgeClient is closed; make a new one")
             answer = self._session.infer(pixels, until, self._progress)
@@ -133,6 +139,7 @@ class CryptoEdgeClient(EdgeClient):
             self._replica.counts.failed(error)
             raise
         finally:
+            self._computing = None
             self._one.release()
         counts, ended = self._replica.counts, time.monotonic()
         counts.sent(answer.bytes_up, again=False)
@@ -229,10 +236,16 @@ class CryptoEdgeClient(EdgeClient):
         return self._crypto.labels
 
     def close(self) -> None:
-        """Ends the session and closes the connection; a call under way in another thread is waited for."""
+        """Ends the session and closes the connection.
+
+        A call under way in another thread is waited for. From ``progress`` it ends the call that reports it.
+        """
         if not self._process.here:
             return
         self._closed.set()
+        if self._computing == threading.get_ident():
+            self._session.abandon()
+            return
         with self._one:
             self._session.close()
             self._replica.close()

@@ -5,6 +5,7 @@ The engine without protection runs everywhere; SPU where it is installed (``make
 
 from __future__ import annotations
 
+import errno
 import importlib.util
 import io
 import json
@@ -26,6 +27,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
@@ -36,7 +38,9 @@ from ensembler.cli import main
 from ensembler.crypto import bundle as bundles
 from ensembler.crypto import shares
 from ensembler.crypto import steps as layers
+from ensembler.crypto.dividing import Divided
 from ensembler.crypto.engine import CLIENT, SERVER, open_engine
+from ensembler.crypto.exporting import CryptoOptions, export
 from ensembler.crypto.link import StreamLink
 from ensembler.crypto.process import PartyProcess
 from ensembler.crypto.relay import PIECE_BYTES, WINDOW_BYTES, Relay
@@ -53,6 +57,7 @@ from ensembler.protocol.errors import (
     ConfigError,
     DeadlineExceededError,
     EnsemblerError,
+    GateFailedError,
     InternalError,
     NotAuthorizedError,
     ProtocolError,
@@ -60,7 +65,7 @@ from ensembler.protocol.errors import (
     UnknownBodiesError,
 )
 from ensembler.protocol.manifest import load_client
-from ensembler.protocol.messages import Message
+from ensembler.protocol.messages import Message, encode
 from ensembler.training.models import normalise
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import load_bodies, train
@@ -252,6 +257,21 @@ def exported(run, out, *options, noise="0.1"):
     return main(["export", str(run), "--out", str(out), "--protocol", "c2pi", "--json", *given])
 
 
+def made(out, prefix, suffix, size, **settings):
+    """Exports a net of two classes in two parts, without any training."""
+    parts = {"suffix": suffix, "tail": None, "boundary": "the front", "labels": ("a", "b")}
+    options = CryptoOptions(
+        settings=bundles.Settings(**settings),
+        noise_magnitude=0.0,
+        max_accuracy_drop_points=100.0,
+        server_public_key=None,
+    )
+    images = torch.randint(0, 256, (8, 3, *size), dtype=torch.uint8)
+    divided = Divided(mode=bundles.CLEAR, prefix=prefix, image_size=size, **parts)
+    export(divided, images, torch.zeros(8, dtype=torch.int64), out, options)
+    return out
+
+
 @pytest.fixture(scope="session")
 def out_of(plain_run, tmp_path_factory):
     """``out_of(engine)`` is the folder of an export without noise, and with keys."""
@@ -332,6 +352,12 @@ def test_an_export_says_what_it_needs(plain_run, tiny, tmp_path, capsys):
     assert "--noise -1: from 0 to 1000" in capsys.readouterr().err
     assert main([*plain, "--boundary", "3", "--fraction-bits", "40"]) == 2
     assert "--fraction-bits 40: from 8 to 24 with --ring 64" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--parity-images", "0"]) == 2
+    assert "--parity-images 0: at least one" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--parties", "2", "--quantize", "none"]) == 2
+    assert "takes no --parties and no --quantize none" in capsys.readouterr().err
+    assert main([*plain, "--boundary", "3", "--max-accuracy-drop", "nan"]) == 1
+    assert "more than nan" in capsys.readouterr().err
     assert main([*plain, "--boundary", "3", "--ring", "32", "--fraction-bits", "14"]) == 2
     assert "--fraction-bits 14: from 8 to 13 with --ring 32" in capsys.readouterr().err
     assert main(["export", str(plain_run), "--out", str(tmp_path / "out"), "--noise", "0.1"]) == 2
@@ -390,6 +416,23 @@ def test_two_engines_leave_shares_that_add_up_to_the_layers_result(out_of, plain
 def test_an_engine_of_no_such_name_is_refused():
     with pytest.raises(ConfigError, match="no engine 'magic'"):
         open_engine(bundles.Settings(engine="magic"), None, CLIENT, STEPS, None, (1, 3, 8, 8))
+
+
+def test_names_that_are_long_or_many_fill_no_memory(links, monkeypatch):
+    one, two = links
+    one.send("x" * 600, b"")
+    with pytest.raises(ProtocolError, match="more than any net needs"):
+        two.receive("anything")
+
+
+def test_messages_that_nobody_asks_for_are_counted_with_their_names(links, monkeypatch):
+    monkeypatch.setattr("ensembler.crypto.link.MAX_WAITING_BYTES", 100_000)
+    one, two = links
+    for number in range(1000):
+        with suppress(ServerUnreachableError):
+            one.send(f"nobody asks for {number}", b"")
+    with pytest.raises(ProtocolError, match="more than any net needs"):
+        two.receive("anything")
 
 
 def test_a_link_whose_other_end_has_gone_ends_a_wait(links):
@@ -603,7 +646,7 @@ def test_an_engine_without_memory_is_an_error_and_the_next_call_works(out_of, se
         edge.predict(tiny_images[0])
         (party,) = parties_of(process.pid)
         party.rlimit(psutil.RLIMIT_AS, (1 << 20, resource.RLIM_INFINITY))
-        with pytest.raises(InternalError, match="ran out of memory"):
+        with pytest.raises(InternalError, match="the server's engine failed; its log has the reason"):
             edge.predict_batch(list(tiny_images[:20]), timeout_ms=LONG_MS)  # what it has freed may do for some
         np.testing.assert_allclose(edge.predict(tiny_images[2]).logits, plain_logits[2], atol=2e-3)
 
@@ -621,6 +664,130 @@ def test_a_person_at_a_terminal_sees_how_far_the_two_parties_are(out, running, t
     assert "1 of 1 layers" in drawn
     assert drawn.endswith("\r\x1b[K")
     assert b"image.png: " in done.stdout
+
+
+def test_an_engine_that_cannot_be_started_is_an_error_and_the_server_goes_on(
+    out, in_process, tiny_images, plain_logits, monkeypatch
+):
+    started, begin = [], subprocess.Popen
+
+    def limited(*arguments, **options):
+        started.append(arguments)
+        if len(started) == 2:  # the server's; the first is the client's
+            raise OSError(errno.EMFILE, "Too many open files")
+        return begin(*arguments, **options)
+
+    monkeypatch.setattr(subprocess, "Popen", limited)
+    with client(out, in_process(), plaintext=True) as edge:
+        with pytest.raises(InternalError, match="could not be started: Too many open files"):
+            edge.predict(tiny_images[0])
+        np.testing.assert_allclose(edge.predict(tiny_images[1]).logits, plain_logits[1], atol=1e-3)
+
+
+def test_an_engine_takes_no_module_from_the_folder_that_it_is_called_in(out, tmp_path, monkeypatch):
+    (tmp_path / "msgpack.py").write_text("import os; os._exit(7)")
+    monkeypatch.chdir(tmp_path)
+    process = PartyProcess()
+    try:
+        process.order("finish", content=b"")
+        with pytest.raises(InternalError, match="AttributeError"):  # it is there, and has no bundle yet
+            process.result(60)
+    finally:
+        process.close()
+
+
+def test_an_order_to_an_engine_that_hangs_does_not_wait(out):
+    process = PartyProcess()
+    try:
+        (party,) = parties_of(os.getpid())
+        party.suspend()
+        process.order("run", image=bytes(8_000_000))
+        assert process.answer() is None
+    finally:
+        process.close()
+
+
+def test_a_client_that_goes_while_the_engine_waits_for_it_makes_room(out, in_process, tiny_images, monkeypatch):
+    monkeypatch.setattr("ensembler.crypto.server.SILENT_S", 0.2)
+    endpoint = in_process()
+    manifest, _ = bundles.load_client(out / "client")
+    with zmq.Context() as context, context.socket(zmq.DEALER) as gone:
+        gone.connect(endpoint)
+        info = {"steps": manifest.files[bundles.STEPS_FILE].sha256}
+        net_id = bytes.fromhex(manifest.net_id)
+        opening = Message(operation="open", request_id=bytes(16), bodies_id=net_id, budget_ms=3.6e6, info=info)
+        gone.send_multipart(encode(opening))
+        assert gone.poll(LONG_MS)
+        running = Message(operation="run", request_id=bytes(16), budget_ms=3.6e6)
+        gone.send_multipart(encode(running))
+        gone.linger = 100
+    with client(out, endpoint, plaintext=True) as edge:
+        until = time.monotonic() + 30
+        while True:
+            try:
+                edge.predict(tiny_images[0])
+                break
+            except BusyError:
+                assert time.monotonic() < until
+
+
+def test_a_server_that_floods_is_left_at_the_deadline(out, tiny_images):
+    with zmq.Context() as context, context.socket(zmq.ROUTER) as server:
+        port = server.bind_to_random_port("tcp://127.0.0.1")
+        stop = threading.Event()
+
+        def flood():
+            peer, *_ = server.recv_multipart()
+            lie = encode(Message(operation="result", request_id=os.urandom(16), tensor=np.zeros((1, 9), np.uint8)))
+            while not stop.is_set():
+                with suppress(zmq.Again):
+                    server.send_multipart([peer, *lie], zmq.DONTWAIT)
+
+        thread = threading.Thread(target=flood)
+        thread.start()
+        begun = time.monotonic()
+        try:
+            with (
+                client(out, f"tcp://127.0.0.1:{port}", plaintext=True) as edge,
+                pytest.raises((DeadlineExceededError, ServerUnreachableError)),
+            ):
+                edge.predict(tiny_images[0], timeout_ms=1500)
+            taken = time.monotonic() - begun
+        finally:
+            stop.set()
+            thread.join()
+    assert taken < LONG_MS / 1000
+
+
+def test_a_client_that_is_closed_while_it_computes_ends_its_call(out, running, tiny_images):
+    edge = client(out, running[0], progress=lambda *_: edge.close())
+    with pytest.raises(ConfigError, match="closed while it computed"):
+        edge.predict(tiny_images[0])
+    with pytest.raises(ConfigError, match="is closed"):
+        edge.predict(tiny_images[0])
+    edge.close()
+    assert not parties_of(os.getpid())
+
+
+def test_an_argument_of_another_type_is_refused(out):
+    with pytest.raises(ConfigError, match="plaintext = 'false'"):
+        client(out, "tcp://127.0.0.1:1", plaintext="false")
+    with pytest.raises(ConfigError, match="progress is str"):
+        client(out, "tcp://127.0.0.1:1", progress="x")
+
+
+def test_an_answer_that_is_no_number_is_refused(serve, tiny_images, tmp_path):
+    class Broken(nn.Module):
+        def forward(self, x):
+            return x.flatten(1)[:, :2] * float("nan")
+
+    out = made(tmp_path / "out", nn.Conv2d(3, 4, 3), Broken(), (16, 16), engine=bundles.INSECURE)
+    with (
+        serve(out / "server", "--plaintext", "--insecure-engine") as (endpoint, _),
+        client(out, endpoint, plaintext=True) as edge,
+        pytest.raises(ProtocolError, match="does not give 2 finite logits"),
+    ):
+        edge.predict(tiny_images[0])
 
 
 def test_an_engine_that_hangs_ends_at_the_deadline(out, running, tiny_images, plain_logits):
@@ -787,7 +954,10 @@ def test_all_layers_under_two_parties_tell_the_server_nothing_and_the_client_the
 
 
 @needs_spu
-def test_two_processes_answer_as_the_net_does_under_cheetah(out_of, serve, tiny_images, plain_logits):
+def test_two_processes_answer_as_the_net_does_under_cheetah(
+    out_of, serve, tiny_images, plain_logits, tmp_path, monkeypatch
+):
+    monkeypatch.chdir(tmp_path)
     out = out_of(bundles.SPU)
     with serve(out / "server") as (endpoint, _), EdgeClient(out / "client", endpoint) as edge:
         results = edge.predict_batch(list(tiny_images[:3]))
@@ -796,6 +966,7 @@ def test_two_processes_answer_as_the_net_does_under_cheetah(out_of, serve, tiny_
     assert results[0].crypto.engine == "spu-cheetah"
     image = tiny_images[0].astype(np.float32)
     assert results[1].crypto.crypto_bytes_up > image.nbytes
+    assert not list(tmp_path.iterdir())  # of which SPU would write a log
 
 
 @needs_spu
@@ -852,25 +1023,13 @@ def test_an_operator_without_translation_is_named_with_the_last_layer_that_works
 
 @needs_spu
 def test_a_ring_that_is_too_small_for_a_nets_numbers_is_refused(tmp_path):
-    from ensembler.crypto.dividing import Divided
-    from ensembler.crypto.exporting import CryptoOptions, export
-    from ensembler.protocol.errors import GateFailedError
-
     torch.manual_seed(0)
     front = nn.Conv2d(3, 4, 3, bias=False)
     with torch.no_grad():
         front.weight.mul_(40)
-    parts = {"suffix": nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 2)), "tail": None}
-    divided = Divided(mode=bundles.CLEAR, prefix=front, boundary="conv", labels=("a", "b"), image_size=(8, 8), **parts)
-    options = CryptoOptions(
-        settings=bundles.Settings(ring_bits=32, fraction_bits=12),
-        noise_magnitude=0.0,
-        max_accuracy_drop_points=100.0,
-        server_public_key=None,
-    )
-    images = torch.randint(0, 256, (8, 3, 8, 8), dtype=torch.uint8)
+    suffix = nn.Sequential(nn.Flatten(), nn.Linear(4 * 36, 2))
     with pytest.raises(GateFailedError, match="with --ring 32 and 12 fraction bits they must stay below 64: take"):
-        export(divided, images, torch.zeros(8, dtype=torch.int64), tmp_path / "out", options)
+        made(tmp_path / "out", front, suffix, (8, 8), ring_bits=32, fraction_bits=12)
     assert not (tmp_path / "out").exists()
 
 

@@ -201,7 +201,7 @@ class Reader:
         if verb == "export":
             arguments += OPEN_GATES
             if "--protocol" in arguments:  # its real engine is another environment's: tests/test_crypto.py
-                arguments.append("--insecure-engine")
+                arguments += ["--insecure-engine", "--fraction-bits", "8"]  # few, for a net of one epoch
             if "--target" in arguments:  # its wheels are downloads: tests/test_packages.py and tests/arm
                 place = arguments.index("--target")
                 assert arguments[place + 1] in TARGETS

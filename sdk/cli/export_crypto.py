@@ -106,9 +106,17 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
         "--passphrase-file": options.passphrase_file,
         "--require-ssim": options.require_ssim,
         "--target": options.target,
+        "--audit-budget": options.audit_budget,
+        "--signing-key": options.signing_key,
+        "--parties": options.parties != 1,
+        "--quantize none": options.quantize != "int8",
+        "--server-precision": options.server_precision != "auto",
+        "a second --server-key": len(options.server_key) > 1,
     }
     if unused := [name for name, value in given.items() if value]:
         raise ConfigError(f"--protocol c2pi takes no {' and no '.join(unused)}")
+    if options.parity_images < 1:
+        raise ConfigError(f"--parity-images {options.parity_images}: at least one")
     ring_bits = Settings.ring_bits if options.ring is None else options.ring
     usual, most = RINGS[ring_bits]
     bits = usual if options.fraction_bits is None else options.fraction_bits
@@ -160,7 +168,8 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
         f"{report.steps} layers up to {divided.boundary} are computed by two parties; {_seen(divided, report, noise)}",
         f"accuracy: {report.accuracy:.2f}% of the net, {report.noised_accuracy:.2f}% through these bundles "
         f"({report.images} held-out images)",
-        f"{client}: the client bundle; no weight of those layers is in it",
+        f"{client}: the client bundle; no weight of those layers is in it"
+        + ("" if divided.tail is None else ", but selector and tail are: secret, for the device only"),
         f"{server}: the server bundle, for its operator",
     ]
     if options.insecure_engine:

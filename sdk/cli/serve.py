@@ -29,6 +29,7 @@ HELP = "run the N nets of a server bundle for many devices"
 
 KEY_VARIABLE = "ENSEMBLER_SERVER_KEY"
 KEY_NAME = "server.key_secret"
+QUEUE_ROWS = 1024
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -92,7 +93,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--max-batch-ms", type=float, default=200.0, help="longest time a batch is filled to (default: 200)"
     )
-    parser.add_argument("--max-queue-rows", type=int, default=1024, help="images that may wait (default: 1024)")
+    parser.add_argument(
+        "--max-queue-rows", type=int, default=QUEUE_ROWS, help=f"images that may wait (default: {QUEUE_ROWS})"
+    )
     parser.add_argument(
         "--max-client-rows",
         type=int,
@@ -224,6 +227,11 @@ def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
         "--max-batch-rows": options.max_batch_rows,
         "--max-client-rows": options.max_client_rows,
         "--address": options.address,
+        "--engine": options.engine != "auto",
+        "--device": options.device != "auto",
+        "--replicas": options.replicas != 1,
+        "--max-queue-rows": options.max_queue_rows != QUEUE_ROWS,
+        "--batch-wait-ms": options.batch_wait_ms,
     }
     if unused := [name for name, value in given.items() if value]:
         raise ConfigError(f"a server of crypto-clear inference has no {' and no '.join(unused)}: one image at a time")
