@@ -418,9 +418,10 @@ def test_an_engine_of_no_such_name_is_refused():
         open_engine(bundles.Settings(engine="magic"), None, CLIENT, STEPS, None, (1, 3, 8, 8))
 
 
-def test_names_that_are_long_or_many_fill_no_memory(links, monkeypatch):
+def test_a_name_that_is_too_long_is_refused(links):
     one, two = links
-    one.send("x" * 600, b"")
+    with suppress(ServerUnreachableError):  # it may end while this is written
+        one.send("x" * 600, b"")
     with pytest.raises(ProtocolError, match="more than any net needs"):
         two.receive("anything")
 

@@ -603,9 +603,14 @@ def test_an_audit_leaves_a_page_and_its_json_and_nothing_else(run_audit, tmp_pat
 
 
 def test_nothing_in_the_report_tells_the_selector_or_the_noise(run_audit, tmp_path, scene):
-    text = json.dumps(run_audit(tmp_path / "report.html"))
+    def kept(pairs):
+        """How an attack's starts were turned and mirrored, [0, 1] say, looks like a selector and is none."""
+        return {key: value for key, value in pairs if key != "turns"}
+
+    document = json.dumps(run_audit(tmp_path / "report.html"))
+    text = json.dumps(json.loads(document, object_pairs_hook=kept))
     assert str(list(scene.selector)) not in text
-    assert not any(key in text for key in ("positions", "noise_values", "client_seed"))
+    assert not any(key in document for key in ("positions", "noise_values", "client_seed"))
 
 
 def test_an_audit_that_was_interrupted_goes_on_with_what_is_done(run_audit, tmp_path, monkeypatch):
