@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.edge_runtime.sealing import BundleSecret
+from ensembler.privacy.film import frames_of, sent
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError
 from ensembler.protocol.manifest import Kdf, WireSpec
 from ensembler.training import data as data_sets
@@ -123,6 +124,7 @@ class Scene:
         arrived: their features as the server gets them, ``(E, C, h, w)``.
         selector: the secret positions.
         auxiliary_source: ``disjoint`` from all that trained the victim, or ``train``: the very images that did.
+        seed: of the division, and of the judged images' films.
     """
 
     everything: View
@@ -130,6 +132,7 @@ class Scene:
     arrived: Tensor
     selector: tuple[int, ...]
     auxiliary_source: str
+    seed: int = 0
     _notes: dict[Access, dict[Hashable, object]] = field(default_factory=dict, repr=False, compare=False)
 
     def view(self, access: Access) -> View:
@@ -146,6 +149,18 @@ class Scene:
             hidden |= {"client": None}
         known = {name: getattr(all_of_it, name) for name in all_of_it.__dataclass_fields__}
         return View(**(known | hidden | {"access": access, "notes": self._notes.setdefault(access, {})}))
+
+    def film(self, frames: int) -> Tensor:
+        """Returns what arrives of ``frames`` frames of every judged image, ``(E, frames, *feature_shape)``.
+
+        Of one it is ``arrived``, without the second axis.
+        """
+        if frames == 1:
+            return self.arrived
+        send = self.everything.send
+        assert send is not None
+        taken = frames_of(self.evaluated, frames, torch.Generator().manual_seed(derived_seed(self.seed, 6)))
+        return sent(taken, send)
 
 
 def make_scene(
@@ -253,6 +268,7 @@ def make_scene(
         arrived=arrived,
         selector=client.selector,
         auxiliary_source=auxiliary,
+        seed=seed,
     )
 
 

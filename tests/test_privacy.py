@@ -29,6 +29,7 @@ from ensembler.privacy.attacks.shadow import ShadowHead
 from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
 from ensembler.privacy.card import require_ssim
 from ensembler.privacy.decoder import Decoder, Effort, as_map, painted, pixels, train_decoder
+from ensembler.privacy.film import BRIGHTNESS, SHIFT_PIXELS, frames_of
 from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import entropy_bits, mse, psnr_db, ssim
 from ensembler.privacy.scene import Access, make_scene
@@ -292,7 +293,7 @@ def test_an_attack_works_with_what_its_threat_model_grants_and_gives_images(scen
     finding = attack.run(scene.view(attack.ACCESS), plan)
     assert len(ticks) <= attack.ticks(plan)
     for reconstruct in finding.variants.values():
-        images = reconstruct(scene.arrived[:3])
+        images = reconstruct(scene.film(finding.frames)[:3])
         assert images.shape == (3, 3, 16, 16)
         assert torch.isfinite(images).all()
         assert 0 <= float(images.min()) <= float(images.max()) <= 1
@@ -387,6 +388,48 @@ def test_an_image_is_found_again_among_the_judged_ones_and_noise_is_not(scene):
     assert noise.float().mean() < 0.2
     fewer, _ = identifier.judge(truth[:5])
     assert fewer.shape == (5,)
+
+
+def test_a_film_of_a_scene_begins_with_it_and_moves_as_a_hand_does(random):
+    # A ramp to the right and one downwards: what a pixel shows says where it came from.
+    side = torch.arange(24)
+    ramps = torch.stack([(10 * side).expand(24, 24), (10 * side)[:, None].expand(24, 24), torch.zeros(24, 24)])
+    images = ramps.expand(3, -1, -1, -1).to(torch.uint8)
+    film = frames_of(images, 40, random)
+    assert film.shape == (3, 40, 3, 24, 24)
+    assert film.dtype == torch.uint8
+    assert torch.equal(film[:, 0], images)
+    middle = film[:, 1:, :2, 12, 12].float() / 10 - 12
+    assert float(middle.abs().max()) <= SHIFT_PIXELS * (1 + BRIGHTNESS) + 12 * BRIGHTNESS + 1
+    for axis in (0, 1):  # to both sides
+        assert middle[..., axis].min() < -1
+        assert middle[..., axis].max() > 1
+    assert torch.equal(film, frames_of(images, 40, torch.Generator().manual_seed(0)))
+
+
+def test_a_film_of_a_scene_says_more_than_one_image_where_noise_is_fresh(scene):
+    drawn = torch.Generator().manual_seed(0)
+
+    def send(images):
+        """Images of half the size, under noise that hides them."""
+        small = nn.functional.avg_pool2d(pixels(images), 2)
+        return small + torch.randn(small.shape, generator=drawn)
+
+    wire = replace(scene.everything.wire, feature_shape=(3, 8, 8))
+    noisy = replace(scene, everything=replace(scene.everything, send=send, wire=wire), arrived=send(scene.evaluated))
+    plan = replace(TINY, effort=Effort(steps=DECODER_STEPS, check_every=20, width=16))
+    errors = {}
+    for name in (ORACLE, "frames-8"):
+        finding = ATTACKS[name].run(noisy.view(Access.DEVICE), plan)
+        images = finding.variants["squared error"](noisy.film(finding.frames))
+        errors[name] = float(mse(images, pixels(scene.evaluated)).mean())
+    assert errors["frames-8"] < 0.85 * errors[ORACLE]
+
+
+def test_a_film_that_says_more_does_not_put_the_oracle_in_doubt():
+    rows = [row(FLOOR, 0.1, 0), row(ORACLE, 0.3, Access.DEVICE), row("frames-8", 0.6, Access.DEVICE, frames=8)]
+    assert all(gate["passed"] for gate in audits._gates(rows, []))
+    assert audits._verdict(rows, [])["attack"] == "frames-8"
 
 
 @pytest.mark.parametrize("name", ["ina", "eina", "dina"])
@@ -659,8 +702,8 @@ def test_parts_of_another_audit_are_not_taken(run_audit, scene, tmp_path):
     assert len(document["attacks"]) >= 4
 
 
-def row(name, value, access=1):
-    return {"name": name, "access": access, "control": access == 0, "ssim": {"mean": value}}
+def row(name, value, access=1, frames=1):
+    return {"name": name, "access": access, "control": access == 0, "ssim": {"mean": value}, "frames": frames}
 
 
 @pytest.mark.parametrize(

@@ -5,6 +5,7 @@ from __future__ import annotations
 from ensembler.privacy.attacks.base import Attack
 from ensembler.privacy.attacks.controls import MeanImage, Misaligned
 from ensembler.privacy.attacks.critic import MatchingCritic
+from ensembler.privacy.attacks.frames import Frames
 from ensembler.privacy.attacks.informed import Informed
 from ensembler.privacy.attacks.inverse import Distillation, InverseNet
 from ensembler.privacy.attacks.likelihood import Likelihood
@@ -34,6 +35,7 @@ _ALL: tuple[Attack, ...] = (
     InverseNet("ina"),
     InverseNet("eina"),
     Oracle(),
+    Frames(8),
     Likelihood(prior=False),
     Likelihood(prior=True),
     Distillation(),

@@ -62,12 +62,14 @@ class Finding:
         seen: what the attacker itself can see of its success, for instance the losses of its restarts.
         gates: sanity checks by what they say; one that is False makes a low score inconclusive.
         images: judge on so many images only; None takes all.
+        frames: of each scene that the variants take, ``(B, frames, *feature_shape)``; 1 is the image, without the axis.
     """
 
     variants: dict[str, Reconstruct]
     seen: dict[str, Any] = field(default_factory=dict)
     gates: dict[str, bool] = field(default_factory=dict)
     images: int | None = None
+    frames: int = 1
 
 
 class Attack(Protocol):
