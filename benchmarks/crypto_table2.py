@@ -1,9 +1,9 @@
 """C2PI's Table II with this project's engine: all layers under two parties against those up to a boundary.
 
-    python benchmarks/crypto_table2.py vgg16=RUN vgg19=RUN [--found vgg16=9,8] [--images 3]
+    python benchmarks/crypto_table2.py vgg16=RUN vgg19=RUN [--found vgg16=BOUNDARY.json]... [--images 3]
 
 A RUN is a net without a defence. Its boundaries are the paper's, for an SSIM of 0.2 and 0.3, and those of our own
-search (``--found``). Each is exported without noise for both rings (``ensembler-export --ring``), and asked from a real
+search (``--found``, what ``ensembler boundary`` wrote). Each is exported without noise for both rings (``ensembler-export --ring``), and asked from a real
 client of a real server with CURVE between them: over loopback, and over links of the paper's rates (network namespaces,
 token buckets, and a relay for the round trip). Both parties share this machine's cores. What was measured is kept in
 ``out/crypto/measured.json`` and not measured again. Figures go to ``docs/results/crypto.json``, the tables to
@@ -236,11 +236,25 @@ def figures(cells: dict[str, dict[tuple[str, int, str], Row]], chosen: str) -> l
     return [*made, results.figure("c2pi_vgg_argmax_agreement", worst, "of 1", ">= 0.99", note)]
 
 
+def searched(net: str, path: Path) -> tuple[str, Row]:
+    """Returns the boundary that ``ensembler boundary`` found, and its figure."""
+    found = json.loads(path.read_text(encoding="utf-8"))
+    threshold, effort = found["options"]["ssim_threshold"], found["options"]["effort"]["steps"]
+    judged = {f"{one['layer']:g}": one["ssim"]["dina"] for one in found["depths"] if "dina" in one["ssim"]}
+    seen = ", ".join(f"{layer} {value:.3f}" for layer, value in judged.items())
+    note = (
+        f"half width, accuracy {found['accuracy']:.2f}%; DINA with {effort} steps on {found['options']['images']} "
+        f"images, SSIM by layer: {seen}; {found['facts']['command']}"
+    )
+    name = f"own_boundary_{net}_ssim_{threshold:g}"
+    return f"{found['boundary']:g}", results.figure(name, found["boundary"], "layer", "", note)
+
+
 def main() -> None:
     """Measures what is missing, records, and writes the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("nets", nargs="*", metavar="NET=RUN")
-    parser.add_argument("--found", action="append", default=[], metavar="NET=L,L", help="of our own search")
+    parser.add_argument("--found", action="append", default=[], metavar="NET=JSON", help="of our own search")
     parser.add_argument("--images", type=int, default=3)
     parser.add_argument("--device", nargs=3, help=argparse.SUPPRESS)
     options = parser.parse_args()
@@ -252,12 +266,12 @@ def main() -> None:
     FOLDER.mkdir(parents=True, exist_ok=True)
     path = FOLDER / "measured.json"
     kept: dict[str, Row] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
-    found = dict(each.split("=", 1) for each in options.found)
+    found = [(net, *searched(net, Path(file))) for net, file in (each.split("=", 1) for each in options.found)]
     cells: dict[str, dict[tuple[str, int, str], Row]] = {}
     lines = ["# C2PI's Table II with SPU", "", INTRODUCTION, ""]
     for entry in options.nets:
         net, run = entry.split("=", 1)
-        numbers = {*PAPER_BOUNDARIES.get(net, ()), *found.get(net, "").split(",")} - {""}
+        numbers = {*PAPER_BOUNDARIES.get(net, ()), *(layer for of, layer, _ in found if of == net)}
         boundaries = [ALL, *sorted(numbers, key=float, reverse=True)]
         cells[net] = {}
         for where in LINKS:
@@ -278,7 +292,8 @@ def main() -> None:
     given = [*options.nets, *(part for each in options.found for part in ("--found", each))]
     command = shlex.join(["python", "benchmarks/crypto_table2.py", *given, "--images", str(options.images)])
     if "vgg16" in cells:
-        results.record("crypto", figures(cells, PAPER_BOUNDARIES["vgg16"][1]), command=command, seed=0)
+        made = figures(cells, PAPER_BOUNDARIES["vgg16"][1]) + [figure for _, _, figure in found]
+        results.record("crypto", made, command=command, seed=0)
 
 
 if __name__ == "__main__":
