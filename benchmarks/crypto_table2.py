@@ -3,11 +3,12 @@
     python benchmarks/crypto_table2.py vgg16=RUN vgg19=RUN [--found vgg16=BOUNDARY.json]... [--images 3]
 
 A RUN is a net without a defence. Its boundaries are the paper's, for an SSIM of 0.2 and 0.3, and those of our own
-search (``--found``, what ``ensembler boundary`` wrote). Each is exported without noise for both rings (``ensembler-export --ring``), and asked from a real
-client of a real server with CURVE between them: over loopback, and over links of the paper's rates (network namespaces,
-token buckets, and a relay for the round trip). Both parties share this machine's cores. What was measured is kept in
-``out/crypto/measured.json`` and not measured again. Figures go to ``docs/results/crypto.json``, the tables to
-``docs/results/crypto-table2.md``, pictures of each layer's cost to ``docs/results/crypto-layers-NET.svg``.
+search (``--found``, what ``ensembler boundary`` wrote). Each is exported without noise for both rings
+(``ensembler-export --ring``), and asked from a real client of a real server with CURVE between them: over loopback, and
+over links of the paper's rates (network namespaces, token buckets, and a relay for the round trip). Both parties share
+this machine's cores. What was measured is kept in ``out/crypto/measured.json`` and not measured again. Figures go to
+``docs/results/crypto.json``, the tables to ``docs/results/crypto-table2.md``, pictures of each layer's cost to
+``docs/results/crypto-layers-NET.svg``.
 """
 
 from __future__ import annotations

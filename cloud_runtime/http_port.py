@@ -11,10 +11,8 @@ import socket
 import sys
 import threading
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
-from ensembler.cloud_runtime.metrics import PrometheusMeter
-from ensembler.cloud_runtime.server import Server
 from ensembler.protocol.errors import ConfigError
 
 log = logging.getLogger("ensembler.server")
@@ -24,11 +22,25 @@ REQUEST_S = 5.0
 TEXT = "text/plain; charset=utf-8"
 
 
+class Asked(Protocol):
+    """A server that says how it is."""
+
+    def describe(self) -> dict[str, Any]:
+        """Returns what ``/readyz`` shows, with ``ready``; raises ``TimeoutError`` when its loop does not answer."""
+
+
+class Told(Protocol):
+    """What counts for it."""
+
+    def exposition(self) -> tuple[bytes, str]:
+        """Returns what ``/metrics`` shows, and its content type."""
+
+
 class HttpPort:
     """Listens from its making on.
 
     - ``/livez``: 200 while the server's loop answers; 503 means that a restart is due.
-    - ``/readyz``: 200 while every model has been computed once and can be; the body says which are held, in JSON.
+    - ``/readyz``: 200 while the server can answer; the body says what it holds, in JSON.
     - ``/metrics``: Prometheus.
 
     Args:
@@ -40,7 +52,7 @@ class HttpPort:
         ConfigError: the address is malformed or in use.
     """
 
-    def __init__(self, address: str, server: Server, meter: PrometheusMeter) -> None:
+    def __init__(self, address: str, server: Asked, meter: Told) -> None:
         host, _, port = address.rpartition(":")
         if not host or not port.isdecimal() or int(port) > 65535:
             raise ConfigError(f"--http {address!r}: give host:port, the port from 0 to 65535: 127.0.0.1:8080")
@@ -77,8 +89,8 @@ class _Listening6(_Listening):
 
 
 class _Handler(BaseHTTPRequestHandler):
-    asked: ClassVar[Server]
-    told: ClassVar[PrometheusMeter]
+    asked: ClassVar[Asked]
+    told: ClassVar[Told]
     timeout = REQUEST_S
     server_version = "ensembler"
     sys_version = ""
@@ -99,7 +111,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.asked.describe()
             return 200, b"alive\n", TEXT
         if path == "/readyz":
-            found: dict[str, Any] = self.asked.describe()
+            found = self.asked.describe()
             return (200 if found["ready"] else 503), json.dumps(found).encode() + b"\n", "application/json"
         if path == "/metrics":
             body, kind = self.told.exposition()

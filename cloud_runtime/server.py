@@ -16,7 +16,7 @@ from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -48,9 +48,8 @@ from ensembler.protocol.messages import (
     peek_request_id,
 )
 from ensembler.transport.base import Frames
+from ensembler.transport.loop_calls import LoopCalls
 from ensembler.transport.zmq_server import Incoming, Peer, ServerSocket
-
-T = TypeVar("T")
 
 log = logging.getLogger("ensembler.server")
 
@@ -150,9 +149,8 @@ class Server:
         self._behind = False  # more messages may be there than were read
         self._crowded = False  # the last request found no place
         self._unsaid: dict[str, tuple[float, int]] = {}  # by kind: when one was logged, and how many were not since
-        self._calls: deque[Callable[[], None]] = deque()
+        self._calls = LoopCalls(socket.wake)
         self._stopping = threading.Event()
-        self._ended = threading.Event()
         self.served_requests = 0
 
     def add(self, engine: Engine) -> None:
@@ -186,7 +184,7 @@ class Server:
             When it serves: the version that it replaced, whose ``unloaded`` tells when that is closed; None without
             one. The future raises ``BundleMismatchError`` where the clients of the old one would misread the new one.
         """
-        return self.on_loop(lambda: self._deploy(engine))
+        return self._calls.ask(lambda: self._deploy(engine))
 
     def remove(self, bodies_id: str) -> Future[Version]:
         """Serves a model no more: new requests for it are refused, those that wait are finished, then it is closed.
@@ -194,7 +192,7 @@ class Server:
         Args:
             bodies_id: or as much of its beginning as tells it from others. The future raises ``ConfigError`` otherwise.
         """
-        return self.on_loop(lambda: self._remove(bodies_id))
+        return self._calls.ask(lambda: self._remove(bodies_id))
 
     def describe(self) -> dict[str, Any]:
         """Says what the server holds and whether it is ready; asks the loop, so that an answer means it lives.
@@ -202,23 +200,7 @@ class Server:
         Raises:
             TimeoutError: the loop does not answer.
         """
-        return self.on_loop(self._described).result(timeout=LIVE_S)
-
-    def on_loop(self, call: Callable[[], T]) -> Future[T]:
-        """Has the loop's thread call something between two requests."""
-        future: Future[T] = Future()
-
-        def run() -> None:
-            try:
-                future.set_result(call())
-            except BaseException as error:
-                future.set_exception(error)
-
-        self._calls.append(run)
-        if self._ended.is_set():
-            self._do_calls()
-        self._socket.wake()
-        return future
+        return self._calls.ask(self._described).result(timeout=LIVE_S)
 
     # --- the loop ---
 
@@ -232,7 +214,7 @@ class Server:
             if self._stopping.is_set() and give_up_ms == math.inf:
                 log.info("draining: %d requests queued", len(self._batcher))
                 give_up_ms = self._now() + grace_ms
-            self._do_calls()
+            self._calls.make()
             self._receive()
             self._drop_expired()
             self._start_batches(here=True)
@@ -249,8 +231,7 @@ class Server:
         for request in (*unfinished, *self._batcher.drop_all()):
             self._refuse(request.item, ShuttingDownError("the server stopped before the request was computed"))
         self._end_threads()
-        self._ended.set()
-        self._do_calls()
+        self._calls.end()
         log.info("stopped after %d requests", self.served_requests)
 
     def _end_threads(self) -> None:
@@ -264,10 +245,6 @@ class Server:
             model.version.engine.close()
 
     # --- the loop's parts, in the order of a request's life ---
-
-    def _do_calls(self) -> None:
-        while self._calls:
-            self._calls.popleft()()
 
     def _receive(self) -> None:
         refused: list[tuple[Peer, Frames]] = []

@@ -18,6 +18,7 @@ import zmq
 
 from ensembler.crypto import bundle as bundles
 from ensembler.crypto.engine import SERVER, require_installed
+from ensembler.crypto.metrics import Meter, NoMeter
 from ensembler.crypto.process import PartyProcess
 from ensembler.crypto.relay import Relay
 from ensembler.crypto.shares import REVEALED
@@ -47,6 +48,7 @@ from ensembler.protocol.messages import (
     encode,
     peek_request_id,
 )
+from ensembler.transport.loop_calls import LoopCalls
 from ensembler.transport.zmq_server import Incoming, Peer, ServerSocket
 
 _log = logging.getLogger("ensembler.server")
@@ -57,11 +59,14 @@ LONGEST_IDLE_S = 600.0
 LONGEST_ORDER_S = 3600.0
 RETRY_AFTER_MS = 1000.0
 TICK_MS = 1000
+# After it a loop that says nothing counts as hanging.
+LIVE_S = 2.0
 # Messages that are read before anything else is done.
 RECEIVE_BURST = 64
 # A client that said nothing for so long is sent an empty piece: whether it has gone is seen in sending alone.
 SILENT_S = 5.0
 NO_ID = bytes(16)
+STAGES = {"open": "open", "run": "crypto", "finish": "clear"}  # what metrics call the process' orders
 
 T = TypeVar("T")
 
@@ -103,6 +108,7 @@ class CryptoServer:
         allow_insecure: whether a bundle of the engine without protection may be served.
         threads: of the layers after the boundary.
         idle_s: how long a session may do nothing before another client may have its place.
+        meter: told what happens.
 
     Raises:
         BundleError: see ``bundle.load_server``.
@@ -118,6 +124,7 @@ class CryptoServer:
         allow_insecure: bool = False,
         threads: int = 1,
         idle_s: float = IDLE_S,
+        meter: Meter | None = None,
     ) -> None:
         self.manifest, _ = bundles.load_server(folder)
         bundles.require_protection(self.manifest, folder, allow_insecure)
@@ -129,6 +136,9 @@ class CryptoServer:
         self._share_bytes = REVEALED.itemsize * math.prod(self.manifest.boundary_shape)
         self._socket, self._folder, self._threads, self._idle_s = socket, folder, threads, idle_s
         self._session: _Session | None = None
+        self._meter: Meter = meter or NoMeter()
+        self._calls = LoopCalls(socket.wake)
+        self._sent_bytes = self._received_bytes = 0  # of the sessions that have ended
         self._stopping = False
 
     def stop(self) -> None:
@@ -145,6 +155,7 @@ class CryptoServer:
         stopped_at: float | None = None
         try:
             while True:
+                self._calls.make()
                 now = time.monotonic()
                 if self._stopping:
                     stopped_at = now if stopped_at is None else stopped_at
@@ -158,6 +169,26 @@ class CryptoServer:
                 self._serve_session()
         finally:
             self._end_session("the server stopped", ShuttingDownError("the server stopped; ask again later"))
+            self._calls.end()
+
+    def describe(self) -> dict[str, Any]:
+        """Says how the server is; asks the loop, so that an answer means it lives.
+
+        Raises:
+            TimeoutError: the loop does not answer.
+        """
+        return self._calls.ask(self._described).result(timeout=LIVE_S)
+
+    def _described(self) -> dict[str, Any]:
+        session = self._session
+        relay = None if session is None else session.relay
+        return {
+            "ready": not self._stopping,
+            **self._status(),
+            "session": session is not None,
+            "sent_bytes": self._sent_bytes + (relay.sent_bytes if relay else 0),
+            "received_bytes": self._received_bytes + (relay.received_bytes if relay else 0),
+        }
 
     def _interest(self) -> list[tuple[int, int]]:
         session = self._session
@@ -185,7 +216,7 @@ class CryptoServer:
 
     def _take(self, peer: Peer, message: Message) -> None:
         if message.operation == STATUS:
-            return self._answer(peer, message.request_id, self.describe())
+            return self._answer(peer, message.request_id, self._status())
         if message.operation == OPEN:
             return self._open(peer, message)
         session = self._session
@@ -279,8 +310,9 @@ class CryptoServer:
             self._end_session("the engine failed", InternalError("the server's engine failed; its log has the reason"))
 
     def _advance(self, session: _Session, answer: Any) -> None:
-        order, session.order = session.order, None
+        order, session.order = session.order or "", None
         session.times[f"{order}_ms"] = 1000.0 * answer["wall_s"]
+        self._meter.stage(STAGES[order], answer["wall_s"])
         if order == "open":
             self._answer(session.peer, session.request_id, {})
         elif order == "run":
@@ -293,8 +325,9 @@ class CryptoServer:
         """Sends the client what an image's computation gave."""
         info = {"crypto_ms": session.times["run_ms"], "clear_ms": clear_ms}
         self._answer(session.peer, session.request_id, info, np.frombuffer(result, np.uint8).reshape(1, -1))
+        self._meter.answered()
 
-    def describe(self) -> dict[str, Any]:
+    def _status(self) -> dict[str, Any]:
         """Returns what ``status`` answers."""
         session = self._session
         return {
@@ -312,6 +345,7 @@ class CryptoServer:
         self._socket.send(peer, encode(Message(operation=RESULT, request_id=request_id, info=info, tensor=tensor)))
 
     def _refuse(self, peer: Peer, request_id: bytes, error: WireError) -> None:
+        self._meter.refused(error)
         info: dict[str, Any] = {"code": error.code, "message": str(error)[:900]}
         if isinstance(error, BusyError):
             info["retry_after_ms"] = float(error.retry_after_ms)
@@ -323,6 +357,8 @@ class CryptoServer:
         if session is None:
             return
         session.process.close()
+        self._sent_bytes += session.relay.sent_bytes
+        self._received_bytes += session.relay.received_bytes
         _log.info("a session ended: %s", why)
         if error is not None:
             self._refuse(session.peer, session.request_id, error)

@@ -237,7 +237,10 @@ def tiny_images(tiny_data) -> np.ndarray:
 
 @pytest.fixture(scope="session")
 def serve():
-    """``with serve(bundle, *options) as (endpoint, process)``: the server as a process of its own."""
+    """``with serve(bundle, *options) as (endpoint, process)``: the server as a process of its own.
+
+    ``process.ready`` is what it said when it was.
+    """
     return _serving
 
 
@@ -249,7 +252,8 @@ def _serving(bundle: Path, *arguments: str, bind: str = "tcp://127.0.0.1:*") -> 
             line = process.stdout.readline()
             if not line:
                 raise AssertionError(f"the server did not start: {process.communicate()[1]}")
-            yield json.loads(line)["endpoint"], process
+            process.ready = json.loads(line)
+            yield process.ready["endpoint"], process
         finally:
             if process.poll() is None:
                 process.terminate()

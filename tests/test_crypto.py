@@ -31,10 +31,12 @@ import zmq
 from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
+from probes import get, numbers
 from torch import nn
 
 from ensembler import EdgeClient
 from ensembler.cli import main
+from ensembler.cloud_runtime.http_port import HttpPort
 from ensembler.crypto import bundle as bundles
 from ensembler.crypto import shares
 from ensembler.crypto import steps as layers
@@ -42,6 +44,7 @@ from ensembler.crypto.dividing import Divided
 from ensembler.crypto.engine import CLIENT, SERVER, open_engine
 from ensembler.crypto.exporting import CryptoOptions, export
 from ensembler.crypto.link import StreamLink
+from ensembler.crypto.metrics import CryptoMeter
 from ensembler.crypto.process import PartyProcess
 from ensembler.crypto.relay import PIECE_BYTES, WINDOW_BYTES, Relay
 from ensembler.crypto.server import CryptoServer
@@ -480,7 +483,10 @@ never = threading.Event()  # is not set: a pause between two looks
 
 @pytest.fixture
 def in_process(out):
-    """``in_process(**options)`` is the endpoint of a server in a thread of this process, in plaintext."""
+    """``in_process(**options)`` is the endpoint of a server in a thread of this process, in plaintext.
+
+    ``in_process.servers`` are those that run.
+    """
     started = []
 
     def start(**options):
@@ -489,8 +495,10 @@ def in_process(out):
         thread = threading.Thread(target=server.run, args=(1000,))
         thread.start()
         started.append((line, server, thread))
+        start.servers.append(server)
         return line.endpoint
 
+    start.servers = []
     yield start
     for line, server, thread in started:
         server.stop()
@@ -500,6 +508,78 @@ def in_process(out):
 
 def client(out, endpoint, **options):
     return EdgeClient(out / "client", endpoint, **({"insecure_engine": True} | options))
+
+
+@pytest.fixture
+def watched(in_process):
+    """A server with an HTTP port: (endpoint, server, HTTP address)."""
+    meter = CryptoMeter()
+    endpoint = in_process(meter=meter)
+    (server,) = in_process.servers
+    meter.watch(server.describe)
+    http = HttpPort("127.0.0.1:0", server, meter)
+    yield endpoint, server, http.address
+    http.close()
+
+
+def test_an_operator_sees_how_the_server_is_and_what_it_did(out, watched, tiny_images):
+    endpoint, server, http = watched
+    assert get(http, "/livez")[0] == 200
+    status, kind, body = get(http, "/readyz")
+    assert (status, kind) == (200, "application/json")
+    assert json.loads(body) == {
+        "ready": True,
+        "bodies_id": server.manifest.net_id,
+        "num_nets": 1,
+        "precision": "float32",
+        "state": "ready",
+        "queued_rows": 0,
+        "engine": bundles.INSECURE,
+        "session": False,
+        "sent_bytes": 0,
+        "received_bytes": 0,
+    }
+    with client(out, endpoint, plaintext=True) as edge:
+        answers = [edge.predict(tiny_images[0]) for _ in range(2)]
+        with client(out, endpoint, plaintext=True) as second, pytest.raises(BusyError):
+            second.predict(tiny_images[0], timeout_ms=1000)
+        during = numbers(get(http, "/metrics")[2])
+    while json.loads(get(http, "/readyz")[2])["session"]:
+        never.wait(0.05)
+    after = numbers(get(http, "/metrics")[2])
+    assert during["ensembler_crypto_session", ()] == 1
+    assert after["ensembler_crypto_session", ()] == 0
+    assert after["ensembler_crypto_answered_images_total", ()] == len(answers)
+    for stage, count in (("open", 1), ("crypto", len(answers)), ("clear", len(answers))):
+        assert after["ensembler_crypto_stage_seconds_count", (("stage", stage),)] == count
+    assert after["ensembler_refused_requests_total", (("error", "BusyError"),)] >= 1
+    for direction in ("sent", "received"):  # nothing is lost when a session ends
+        name = ("ensembler_crypto_relayed_bytes_total", (("direction", direction),))
+        assert after[name] >= during[name] > 0
+
+
+def test_the_command_opens_the_http_port(out, serve):
+    with serve(out / "server", "--insecure-engine", "--plaintext", "--http", "127.0.0.1:0") as (_, process):
+        assert "ensembler_ready 1.0" in get(process.ready["http"], "/metrics")[2]
+
+
+def test_a_stopping_server_is_alive_and_not_ready(out, watched, tiny_images):
+    endpoint, server, http = watched
+    with client(out, endpoint, plaintext=True) as edge:
+        edge.predict(tiny_images[0])
+        server._stopping = True  # as after SIGTERM, of a loop that still has its order under way
+        assert get(http, "/readyz")[0] == 503
+
+
+def test_a_loop_that_hangs_is_not_alive(watched, monkeypatch):
+    monkeypatch.setattr("ensembler.crypto.server.LIVE_S", 0.2)
+    _, server, http = watched
+    held = threading.Event()
+    server._calls.ask(held.wait)
+    assert get(http, "/livez")[0] == 503
+    held.set()
+    while get(http, "/livez")[0] != 200:
+        pass
 
 
 def test_a_client_answers_as_the_net_does(out, running, tiny_images, plain_logits):

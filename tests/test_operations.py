@@ -18,6 +18,7 @@ import threading
 import numpy as np
 import pytest
 from conftest import SlowEngine
+from probes import WAIT_S, get, numbers
 from test_network import client, good_request, has_ipv6, raw
 
 from ensembler.cloud_runtime.control import ControlSocket, ask
@@ -29,29 +30,6 @@ from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.protocol.errors import ConfigError, ServerUnreachableError
 from ensembler.protocol.manifest import load_server
 from ensembler.protocol.messages import RESULT
-
-WAIT_S = 60
-
-
-def get(address, path):
-    """Status, content type and body of one request."""
-    connection = http.client.HTTPConnection(address, timeout=WAIT_S)
-    connection.request("GET", path)
-    reply = connection.getresponse()
-    found = reply.status, reply.headers["Content-Type"], reply.read().decode()
-    connection.close()
-    return found
-
-
-def numbers(text):
-    """The samples of Prometheus' text format, as its own parser reads them: {(name, labels): value}."""
-    from prometheus_client.parser import text_string_to_metric_families
-
-    return {
-        (sample.name, tuple(sorted(sample.labels.items()))): sample.value
-        for family in text_string_to_metric_families(text)
-        for sample in family.samples
-    }
 
 
 @pytest.fixture
@@ -101,7 +79,7 @@ def test_a_server_whose_loop_is_stuck_is_not_live(watched, monkeypatch):
     server, _, address, _ = watched
     monkeypatch.setattr("ensembler.cloud_runtime.server.LIVE_S", 0.2)
     held = threading.Event()
-    server.on_loop(lambda: held.wait(WAIT_S))
+    server._calls.ask(lambda: held.wait(WAIT_S))
     for path in ("/livez", "/readyz", "/metrics"):
         assert get(address, path)[0] == 503
     held.set()

@@ -214,6 +214,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
     """Serves one bundle of crypto-clear inference."""
     need(["ensembler.crypto.server"], "crypto", "serving crypto-clear inference")
+    from ensembler.cloud_runtime.http_port import HttpPort
+    from ensembler.crypto.metrics import CryptoMeter
     from ensembler.crypto.server import CryptoServer
     from ensembler.transport.allow_list import FolderAllowList
     from ensembler.transport.zmq_server import ServerSocket
@@ -221,7 +223,6 @@ def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
     if len(options.bundles) > 1 or len(options.bind or []) > 1:
         raise ConfigError("a server of crypto-clear inference has one bundle and one --bind")
     given = {
-        "--http": options.http,
         "--control": options.control,
         "--workers": options.workers,
         "--max-batch-rows": options.max_batch_rows,
@@ -236,6 +237,7 @@ def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
     if unused := [name for name, value in given.items() if value]:
         raise ConfigError(f"a server of crypto-clear inference has no {' and no '.join(unused)}: one image at a time")
     require_milliseconds("--grace-ms", options.grace_ms)
+    meter = CryptoMeter() if options.http else None
     with ExitStack() as opened:
         (pair,), folder = _identity(options)
         allowed = frozenset[str]() if folder is None else opened.enter_context(closing(FolderAllowList(folder)))
@@ -246,7 +248,12 @@ def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
             options.bundles[0],
             allow_insecure=options.insecure_engine,
             threads=whole("--threads", 1 if options.threads is None else options.threads, 1),
+            meter=meter,
         )
+        http = None
+        if meter is not None:
+            meter.watch(server.describe)
+            http = opened.enter_context(closing(HttpPort(options.http, server, meter)))
         _stop_at_signals(opened, socket, server.stop)
         manifest = server.manifest
         security = "plaintext: anyone can connect" if folder is None else f"CURVE, {len(allowed)} devices may connect"
@@ -259,6 +266,7 @@ def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
                 "bodies_id": manifest.net_id,
                 "engine": manifest.settings.engine,
                 "boundary": manifest.boundary,
+                "http": None if http is None else http.address,
             },
             f"ready on {socket.endpoint}: crypto-clear inference by {manifest.settings.engine} up to "
             f"{manifest.boundary} ({shape}), {security}",
