@@ -27,7 +27,7 @@ from ensembler.training import stages
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, derived_seed, pick_device
 from ensembler.training.hiding import Adversary, Hiding, distance_correlation, information_bits
-from ensembler.training.losses import classification_loss, max_cosine, stage3_loss
+from ensembler.training.losses import classification_loss, max_cosine, max_linear_overlap, stage3_loss
 from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
 from ensembler.training.perturbation import LEARNED_TENSORS, Perturbation
 from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, module_tensors, restore
@@ -367,7 +367,7 @@ def test_the_clients_noise_is_fixed_by_its_seed_and_has_the_asked_deviation(run)
 
 
 def test_reg_over_all_looks_at_more_heads_than_reg_over_selected(run, settings, tmp_path):
-    cosines = {}
+    overlaps = {}
     for over in ("all", "selected"):
         # The same client seed and steps of no size: the same head meets the same images.
         config = settings(
@@ -375,8 +375,8 @@ def test_reg_over_all_looks_at_more_heads_than_reg_over_selected(run, settings, 
         )
         other = RunFolder(tmp_path / over)
         train(config, other.path, stage1_from=run.path)
-        cosines[over] = next(line["cosine"] for line in metrics(other) if line.get("stage") == 3)
-    assert cosines["all"] >= cosines["selected"] - 1e-6
+        overlaps[over] = next(line["overlap"] for line in metrics(other) if line.get("stage") == 3)
+    assert overlaps["all"] >= overlaps["selected"] - 1e-6
 
 
 def _head_for(over, selector, settings, folder, run, monkeypatch):
@@ -438,6 +438,8 @@ def test_a_loaded_client_is_as_accurate_as_training_said(run, tensors):
     assert summary["num_nets"] == N
     assert summary["test_images"] == 32
     assert -1 <= summary["max_cosine"] <= 1
+    assert 0 <= summary["max_linear"] <= 1
+    assert 0 <= summary["max_linear_between_stage1_heads"] <= 1
 
 
 def answer(client, bodies, x):
@@ -638,6 +640,61 @@ def test_max_cosine_of_dead_features_is_zero_and_has_a_gradient():
     assert float(cosine.detach()) == 0
     cosine.backward()
     assert torch.isfinite(dead.grad).all()
+
+
+SHAPES = [(64, 5, 4, 4), (64, 16, 5), (512, 5)]  # maps, tokens, vectors
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_linear_overlap_is_what_least_squares_explains_of_the_head_it_explains_best(shape):
+    generator = torch.Generator().manual_seed(0)
+    mine = torch.randn(shape, generator=generator)
+    shared = 0.6 * mine + 0.8 * torch.randn(shape, generator=generator)
+    others = [torch.randn(shape, generator=generator), shared]
+    by_place = [each.movedim(1, -1) if each.dim() == 4 else each for each in (mine, *others)]
+    x, *targets = (each.reshape(-1, 5).double().numpy() for each in by_place)
+    x = x - x.mean(0)
+    explained = []
+    for target in targets:
+        y = target - target.mean(0)
+        _, residual, *_ = np.linalg.lstsq(x, y, rcond=None)
+        explained.append(1 - residual.sum() / (y**2).sum())
+    assert float(max_linear_overlap(mine, others)) == pytest.approx(max(explained), abs=2e-3)
+    assert max(explained) == pytest.approx(0.36, abs=0.05)
+
+
+def test_no_order_sign_or_mix_of_channels_lowers_the_linear_overlap_as_it_does_the_cosine():
+    generator = torch.Generator().manual_seed(0)
+    other = torch.randn(32, 6, 4, 4, generator=generator)
+    mix, _ = torch.linalg.qr(torch.randn(6, 6, generator=generator))
+    for mine in (other.flip(1), -other, torch.einsum("oc,bchw->bohw", mix, other)):
+        assert float(max_linear_overlap(mine, [other])) > 0.99
+        assert float(max_cosine(mine, [other])) < 0.7
+    strange = torch.randn(32, 6, 4, 4, generator=generator)
+    assert float(max_linear_overlap(strange, [other])) < 0.1
+
+
+def test_the_linear_overlap_can_be_descended_and_dead_features_share_nothing():
+    generator = torch.Generator().manual_seed(0)
+    other = torch.randn(32, 6, 4, 4, generator=generator)
+    mine = (other + 0.5 * torch.randn(other.shape, generator=generator)).requires_grad_()
+    before = max_linear_overlap(mine, [other])
+    before.backward()
+    after = max_linear_overlap((mine - 1000 * mine.grad).detach(), [other])
+    assert float(after) < 0.9 * float(before.detach())
+    dead = torch.zeros(4, 3, 2, 2, requires_grad=True)
+    nothing = max_linear_overlap(dead, [torch.randn(4, 3, 2, 2, generator=generator)])
+    nothing.backward()
+    assert float(nothing.detach()) == 0
+    assert torch.isfinite(dead.grad).all()
+
+
+def test_a_client_that_is_told_to_differ_by_a_linear_map_does(run, settings, tmp_path):
+    found = {}
+    for weight in (0.0, 10.0):
+        config = settings(reg_kind="linear", reg_weight=weight, client_seed=3, epochs_stage3=3)
+        found[weight] = train(config, tmp_path / str(weight), stage1_from=run.path)["max_linear"]
+    assert found[10.0] < found[0.0]
 
 
 @pytest.mark.parametrize("weight", [0.0, 0.1, 3.0])
@@ -875,7 +932,7 @@ def test_every_epoch_of_every_stage_is_in_the_metrics(run):
     assert [line["net"] for line in lines if line.get("stage") == 1 and "epoch" in line] == list(range(N))
     (last,) = [line for line in lines if line.get("stage") == 3]
     assert math.isfinite(last["loss"])
-    assert -1 <= last["cosine"] <= 1
+    assert -1 <= last["overlap"] <= 1
 
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
@@ -986,6 +1043,7 @@ def test_bodies_id_does_not_change_with_memory_layout_or_mode(bodies):
         ({"wire_bits": 5}, "--wire-bits 5: choose 8, 4, 3, 2, 1 or auto"),
         ({"answer_bits": 2}, "--answer-bits 2: choose 8 or 4"),
         ({"max_wire_drop_points": -1.0}, "max_wire_drop_points"),
+        ({"reg_kind": "angle"}, "--reg-kind angle: choose cosine or linear"),
         ({"reg_over": "al"}, "--reg-over al: choose all or selected"),
         ({"head_for": "none"}, "--head-for none: choose all or selected"),
         ({"head_for": "all", "reg_over": "selected"}, "--head-for all and --reg-over selected"),

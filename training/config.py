@@ -5,19 +5,30 @@ from __future__ import annotations
 import dataclasses
 import math
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ensembler.protocol.codec import CODEC_BITS, known_bits
 from ensembler.protocol.errors import ConfigError
 from ensembler.training.models import ArchSpec, Bottleneck
-from ensembler.training.perturbation import NOISE_KINDS, NoiseKind, Perturbation
+from ensembler.training.perturbation import NoiseKind, Perturbation
 
 Defense = Literal["ensembler", "joint", "single", "none"]
 NoiseMode = Literal["fixed", "fresh"]
 RegOver = Literal["all", "selected"]
+RegKind = Literal["cosine", "linear"]
 HeadFor = Literal["all", "selected"]
 Computing = Literal["auto", "float32", "bfloat16"]
 
+# What each of these options may be.
+CHOICES: dict[str, tuple[str, ...]] = {
+    "defense": get_args(Defense),
+    "noise": get_args(NoiseKind),
+    "noise_mode": get_args(NoiseMode),
+    "reg_kind": get_args(RegKind),
+    "reg_over": get_args(RegOver),
+    "head_for": get_args(HeadFor),
+    "precision": get_args(Computing),
+}
 MAX_NETS = 1024
 
 
@@ -44,6 +55,8 @@ class TrainConfig:
             Ensembler is fixed (Eq. 2), but with a bottleneck like the client's.
         dropout: the share of its features that the client drops, see ``perturbation``. Stage 1 of Ensembler drops none.
         reg_weight: lambda of Eq. 3.
+        reg_kind: what Eq. 3 keeps low: the ``cosine`` of the paper, or what a ``linear`` map of the new head's channels
+            gives of a previous head's, see ``losses``.
         reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
         head_for: whose answers the head learns from: the P ``selected`` nets' (Eq. 3), or those of ``all`` N alike, so
             that it does not depend on the selector; see ``impartial``.
@@ -88,6 +101,7 @@ class TrainConfig:
     noise_mode: NoiseMode = "fixed"
     dropout: float = 0.0
     reg_weight: float = 0.1
+    reg_kind: RegKind = "cosine"
     reg_over: RegOver = "all"
     head_for: HeadFor = "selected"
     information_weight: float = 0.0
@@ -112,16 +126,12 @@ class TrainConfig:
     jobs: int = 1
 
     def __post_init__(self) -> None:
-        if self.defense not in ("ensembler", "joint", "single", "none"):
-            raise ConfigError(f"--defense {self.defense}: choose ensembler, joint, single or none")
-        if self.reg_over not in ("all", "selected"):
-            raise ConfigError(f"--reg-over {self.reg_over}: choose all or selected")
-        if self.head_for not in ("all", "selected"):
-            raise ConfigError(f"--head-for {self.head_for}: choose all or selected")
+        for name, known in CHOICES.items():
+            if (value := getattr(self, name)) not in known:
+                option = name.replace("_", "-")
+                raise ConfigError(f"--{option} {value}: choose {', '.join(known[:-1])} or {known[-1]}")
         if self.head_for == "all":
             self._check_impartial()
-        if self.precision not in ("auto", "float32", "bfloat16"):
-            raise ConfigError(f"--precision {self.precision}: choose auto, float32 or bfloat16")
         if not 0 <= self.teacher_weight <= 1:
             raise ConfigError(f"--teacher-weight {self.teacher_weight}: choose 0 to 1")
         self._check_perturbation()
@@ -161,15 +171,11 @@ class TrainConfig:
             raise ConfigError(f"--head-for all has no place in --defense {self.defense}, which selects no nets")
         # Either would make what is sent depend on the selector after all.
         if self.reg_over == "selected" and self.reg_weight:
-            raise ConfigError("--head-for all and --reg-over selected: the cosine term would tell the selected heads")
+            raise ConfigError("--head-for all and --reg-over selected: the term of Eq. 3 would tell the selected heads")
         if self.noise == "learned":
             raise ConfigError("--head-for all and --noise learned: that noise is learned with the selected nets alone")
 
     def _check_perturbation(self) -> None:
-        if self.noise not in NOISE_KINDS:
-            raise ConfigError(f"--noise {self.noise}: choose gaussian, uniform or learned")
-        if self.noise_mode not in ("fixed", "fresh"):
-            raise ConfigError(f"--noise-mode {self.noise_mode}: choose fixed or fresh")
         if not 0 <= self.dropout < 1:
             raise ConfigError(f"--dropout {self.dropout}: choose 0 or more, and less than 1")
         if self.noise == "learned" and not self.noise_std > 0:

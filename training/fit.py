@@ -127,11 +127,11 @@ def batches(data: Tensors, size: int, generator: torch.Generator) -> Iterator[tu
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step of a stage returns: the loss to descend and the logits ``(B, K)``; ``cosine`` in stage 3."""
+    """What one step of a stage returns: the loss to descend, the logits ``(B, K)``, and the heads' ``overlap``."""
 
     loss: Tensor
     logits: Tensor
-    cosine: Tensor | None = None
+    overlap: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -141,7 +141,7 @@ class EpochMetrics:
     epoch: int
     loss: float
     train_accuracy: float
-    cosine: float | None
+    overlap: float | None
 
 
 def fit(
@@ -188,8 +188,8 @@ def fit(
         label = f"{label}, resumed after epoch {done.epochs} of {epochs}"
     reporter.begin(label, (epochs - done.epochs) * steps)
     for epoch in range(done.epochs, epochs):
-        seen, loss_sum, hits, cosine_sum = 0, 0.0, 0, 0.0
-        has_cosine = False
+        seen, loss_sum, hits, overlap_sum = 0, 0.0, 0, 0.0
+        has_overlap = False
         for images, targets in batches(data, config.batch_size, generator):
             with torch.autocast(device.type, torch.bfloat16, enabled=narrow):
                 result = step(normalise(images).to(memory_format=torch.channels_last), targets)
@@ -201,14 +201,14 @@ def fit(
             seen += count
             loss_sum += float(result.loss.detach()) * count
             hits += int((result.logits.argmax(1) == targets).sum())
-            if result.cosine is not None:
-                has_cosine = True
-                cosine_sum += float(result.cosine.detach()) * count
+            if result.overlap is not None:
+                has_overlap = True
+                overlap_sum += float(result.overlap.detach()) * count
             reporter.step(f"loss {loss_sum / seen:.3f}, accuracy {100 * hits / seen:.1f}%")
         if not np.isfinite(loss_sum):
             raise ConfigError(f"{label}: the loss is no longer finite; lower --learning-rate")
         done = Progress(epoch + 1, 100 * hits / seen)
-        yield EpochMetrics(epoch + 1, loss_sum / seen, 100 * hits / seen, cosine_sum / seen if has_cosine else None)
+        yield EpochMetrics(epoch + 1, loss_sum / seen, 100 * hits / seen, overlap_sum / seen if has_overlap else None)
         if checkpoint is not None:
             checkpoint.save(done, optimizer, schedule, generator)
     reporter.end(f"train accuracy {done.train_accuracy:.1f}%")

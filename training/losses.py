@@ -1,14 +1,15 @@
-"""The losses of the task: cross-entropy, a teacher's answers, and stage 3's cosine term (Ensembler, Eq. 3)."""
+"""The losses: cross-entropy, a teacher's answers, and what stage 3 asks of the new head (Ensembler, Eq. 3)."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
 TEMPERATURE = 2.0
+RIDGE = 1e-4  # of the channels' mean variance: channels that are each other's sums leave no map undefined
 
 
 def max_cosine(features: Tensor, previous: Sequence[Tensor]) -> Tensor:
@@ -29,13 +30,58 @@ def max_cosine(features: Tensor, previous: Sequence[Tensor]) -> Tensor:
     return cosines.max(dim=0).values.mean()
 
 
-def stage3_loss(classification: Tensor, cosine: Tensor, reg_weight: float) -> Tensor:
-    """Returns Eq. 3: the loss of the concatenated tail's answers plus ``reg_weight`` (lambda) times the cosine.
+def max_linear_overlap(features: Tensor, previous: Sequence[Tensor]) -> Tensor:
+    """Returns how much of a previous head a linear map of the new one's channels gives, of the head with the most.
+
+    A cosine is lowered by changing the order of the channels, or their signs, which hides nothing: whoever can read one
+    head reads the other through one matrix. This is what is left of Eq. 3's idea after the best such matrix: the share
+    of a previous head's variance, over all images and places of the batch, that the least-squares map from the new
+    head's channels explains.
+
+    Args:
+        features: of the new head, ``(B, C, h, w)``, tokens ``(B, T, D)`` or ``(B, F)``.
+        previous: of the frozen stage-1 heads, each of the same shape.
+
+    Returns:
+        A scalar from 0, nothing is shared, to 1.
+    """
+    # Covariances are differences of large numbers: not in bfloat16.
+    with torch.autocast(features.device.type, enabled=False):
+        mine = _rows(features)
+        inner = mine.T @ mine
+        inner = inner + (RIDGE * inner.diagonal().mean() + 1e-12) * torch.eye(len(inner), device=inner.device)
+        shares = []
+        for other in previous:
+            theirs = _rows(other)
+            across = mine.T @ theirs
+            explained = (across * torch.linalg.solve(inner, across)).sum()
+            shares.append(explained / theirs.square().sum().clamp_min(1e-12))
+    return torch.stack(shares).max()
+
+
+def _rows(features: Tensor) -> Tensor:
+    """Returns one centred row for each place of each image, ``(rows, channels)``."""
+    rows = features.float()
+    if rows.dim() > 3:
+        rows = rows.flatten(2).transpose(1, 2)
+    rows = rows.flatten(0, -2)
+    return rows - rows.mean(0)
+
+
+# What ``--reg-kind`` chooses from: the term of Eq. 3 without lambda, by its name.
+OVERLAPS: dict[str, Callable[[Tensor, Sequence[Tensor]], Tensor]] = {
+    "cosine": max_cosine,
+    "linear": max_linear_overlap,
+}
+
+
+def stage3_loss(classification: Tensor, overlap: Tensor, reg_weight: float) -> Tensor:
+    """Returns Eq. 3: the loss of the concatenated tail's answers plus ``reg_weight`` (lambda) times the overlap.
 
     The paper sums the cross-entropy over P; with one concatenated tail the terms are equal and the sum only rescales
     lambda, so one is taken.
     """
-    return classification + reg_weight * cosine
+    return classification + reg_weight * overlap
 
 
 def classification_loss(logits: Tensor, targets: Tensor, taught: Tensor | None = None, weight: float = 0.0) -> Tensor:

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor
 
 NoiseKind = Literal["gaussian", "uniform", "learned"]
-NOISE_KINDS: tuple[NoiseKind, ...] = ("gaussian", "uniform", "learned")
 
 LEARNED_TENSORS = 8  # of learned noise, where every image gets one of several
 

@@ -36,7 +36,7 @@ from ensembler.training.fit import (
 )
 from ensembler.training.hiding import Hiding
 from ensembler.training.impartial import Impartial
-from ensembler.training.losses import classification_loss, max_cosine, stage3_loss
+from ensembler.training.losses import OVERLAPS, classification_loss, stage3_loss
 from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise, placed
 from ensembler.training.perturbation import Draw, Perturbation
 from ensembler.training.ray_pool import RayPool
@@ -300,8 +300,8 @@ def stage3(
             return StepResult(loss, logits)
         with torch.no_grad():
             others = [head(x) for head in previous]
-        cosine = max_cosine(features, others)
-        return StepResult(stage3_loss(loss, cosine, config.reg_weight), logits, cosine)
+        overlap = OVERLAPS[config.reg_kind](features, others)
+        return StepResult(stage3_loss(loss, overlap, config.reg_weight), logits, overlap)
 
     client.train()
     beside = {**hiding.state(), **(impartial.train().state() if impartial is not None else {})}
@@ -362,7 +362,7 @@ def train(
         pool: the machines that train the nets of stage 1; None is this one. All else is always done here.
 
     Returns:
-        What ``summary.json`` holds: accuracies in percent and the cosines.
+        What ``summary.json`` holds: accuracies in percent and what the heads have in common.
 
     Raises:
         ConfigError: an impossible option.
@@ -539,11 +539,13 @@ def _summary(
     if config.is_ensemble:
         x = normalise(data.test_x[:EVALUATION_BATCH]).to(memory_format=torch.channels_last)
         heads = [item.net.head(x) for item in nets]
-        summary["max_cosine"] = float(max_cosine(client.head(x), heads))
-        if len(heads) > 1:
-            # What two heads that never met have in common: the cosine of the paper means little without it.
-            across = [max_cosine(head, heads[:i] + heads[i + 1 :]) for i, head in enumerate(heads)]
-            summary["max_cosine_between_stage1_heads"] = float(torch.stack(across).mean())
+        own = client.head(x)
+        for kind, overlap in OVERLAPS.items():
+            summary[f"max_{kind}"] = float(overlap(own, heads))
+            if len(heads) > 1:
+                # What two heads that never met have in common: the client's figure means little without it.
+                across = [overlap(head, heads[:i] + heads[i + 1 :]) for i, head in enumerate(heads)]
+                summary[f"max_{kind}_between_stage1_heads"] = float(torch.stack(across).mean())
     run.keep_metrics(lambda record: "summary" not in record)
     run.append_metrics({"summary": summary})
     return summary

@@ -63,6 +63,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--noise-mode", help="the client's: fixed as in the paper, or fresh for every image")
     parser.add_argument("--dropout", type=float, help="share of its features that the client drops (default: 0)")
     parser.add_argument("--reg-weight", type=float, help="lambda of Eq. 3 (default: 0.1)")
+    parser.add_argument("--reg-kind", help="what Eq. 3 keeps low: cosine, or what a linear map of the channels gives")
     parser.add_argument("--reg-over", help="maximum of Eq. 3 over all heads, or the selected ones")
     parser.add_argument("--head-for", help="nets that the head learns from: selected (default), or all alike")
     parser.add_argument(
