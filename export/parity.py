@@ -30,6 +30,7 @@ from ensembler.protocol.errors import GateFailedError
 from ensembler.protocol.manifest import ClientManifest, ModelFormat, ModelPair, ServerManifest, WireSpec
 from ensembler.protocol.text import aligned
 from ensembler.training.models import normalise
+from ensembler.training.operators import Channels, heard_by
 from ensembler.training.perturbation import Draw
 from ensembler.training.stages import Client
 from ensembler.training.wire import fake_quantise, fake_quantise_answers
@@ -254,7 +255,7 @@ def measure_bodies(
         features: held-out stage-1 features as they arrive, ``(M, C, h, w)`` float32.
     """
     wire = _joined(servers)
-    nets = _nets(servers)
+    nets = _nets(servers, bodies)
     tally = _Tally()
     for part in torch.split(features, BATCH):
         codes = wire.feature_codec.encode(part.numpy())
@@ -303,7 +304,7 @@ def measure(
         for backend in readers([pair.format for pair in client_manifest.models])
     ]
     head, tail = runtimes[0].head, runtimes[0].tail
-    nets = _nets(servers)
+    nets = _nets(servers, bodies)
     selected = list(client.selector)
     chosen = [bodies[i] for i in selected]
     codecs = tuple(wire.answer_codecs[i] for i in selected)
@@ -418,15 +419,26 @@ class _Device:
         return max(int(of_codes), round(float(np.abs(logits - np.concatenate(other.logits)).max() / step)))
 
 
-def _nets(servers: Sequence[tuple[Path, ServerManifest]]) -> list[Session]:
-    """Opens all N bodies, each by itself, in the server's order."""
+class _Hearing:
+    """A body's artifact that takes all codes and hears those of its operator."""
+
+    def __init__(self, net: Session, channels: Channels) -> None:
+        self._net, self._channels = net, channels
+
+    def run(self, inputs: Mapping[str, Codes]) -> Any:
+        return self._net.run({name: codes[:, slice(*self._channels)] for name, codes in inputs.items()})
+
+
+def _nets(servers: Sequence[tuple[Path, ServerManifest]], bodies: Sequence[nn.Module]) -> list[Session]:
+    """Opens all N bodies, each by itself, in the server's order; all take all codes."""
     found: list[Session] = []
     for folder, manifest in servers:
         if manifest.format == "torch":
             found += torch_bodies.sessions(folder, manifest)
         else:
             found += [open_session(folder / name) for name in manifest.bodies]
-    return found
+    heard = [heard_by(body) for body in bodies]
+    return [net if part is None else _Hearing(net, part) for net, part in zip(found, heard, strict=True)]
 
 
 def _sizes(manifest: ServerManifest) -> list[int]:

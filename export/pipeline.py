@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal
 
@@ -44,6 +45,7 @@ from ensembler.protocol.manifest import (
 from ensembler.training import data as data_sets
 from ensembler.training.data import Dataset
 from ensembler.training.models import normalise
+from ensembler.training.operators import heard, heard_by, held, party_sizes
 from ensembler.training.runs import RunFolder, bodies_digest
 from ensembler.training.stage1 import Stage1Net, load_stage1
 from ensembler.training.stages import Client, load_client, mixed_features
@@ -68,7 +70,8 @@ class ExportOptions:
         server_precision: of the bodies; ``auto`` is int8 where that reaches the gate, else float32. Not used when
             ``server_bundles`` are given.
         server_format: of the bodies. In ``torch`` they are float32.
-        parties: among how many operators the N bodies are divided, each with a server bundle of its own.
+        parties: among how many operators the N bodies are divided, each with a server bundle of its own; None takes the
+            run's, of which there may be several where it was trained for them (``training.operators``).
         server_bundles: existing server bundles of the same stage 1, one for each operator: only a client bundle is made
             for them.
         server_public_keys: pinned in the client bundle, one for each operator; None makes a bundle for plaintext
@@ -83,7 +86,7 @@ class ExportOptions:
     formats: tuple[ModelFormat, ...] = ("onnx",)
     server_precision: Literal["auto", "int8", "float32"] = "auto"
     server_format: BodiesFormat = "onnx"
-    parties: int = 1
+    parties: int | None = None
     server_bundles: tuple[Path, ...] = ()
     server_public_keys: tuple[str, ...] | None = None
     data: str | None = None
@@ -248,7 +251,7 @@ def _checked(run_path: Path, out: Path, options: ExportOptions) -> _Job:
     run = RunFolder.open(run_path)
     existing = [(folder, load_server(folder)) for folder in options.server_bundles]
     wire, order = run.read_wire().spec, run.read_wire().order
-    sizes = [server.wire.num_nets for _, server in existing] or party_sizes(wire.num_nets, options.parties)
+    sizes = [server.wire.num_nets for _, server in existing] or sizes_of(run, options.parties)
     keys = options.server_public_keys
     if keys is not None and len(keys) != len(sizes):
         raise ConfigError(f"{len(keys)} --server-key for {len(sizes)} operators: give one for each, in their order")
@@ -269,8 +272,13 @@ def _checked(run_path: Path, out: Path, options: ExportOptions) -> _Job:
     if dataset.image_size != run.arch.image_size or dataset.labels != run.labels:
         raise DataError(f"{run_path} was trained on other images or classes than --data has; give the same data")
     parties = tuple(
-        PartySpec(bodies_id=each.bodies_id, num_nets=each.num_nets, server_public_key=None if keys is None else keys[i])
-        for i, each in enumerate(wires)
+        PartySpec(
+            bodies_id=each.bodies_id,
+            num_nets=each.num_nets,
+            server_public_key=None if keys is None else keys[i],
+            channels=heard_by(bodies[start]),
+        )
+        for i, (each, start) in enumerate(zip(wires, accumulate(sizes, initial=0), strict=False))
     )
     return _Job(run, dataset, load_client(run), nets, bodies, wires, parties, existing, made)
 
@@ -314,20 +322,30 @@ def _build(job: _Job, partial: Path, options: ExportOptions, progress: Callable[
 # --- several operators ---
 
 
+def made_for(run: Path, parties: int | None) -> list[str]:
+    """Returns the folders of the server bundles that an export of ``run`` makes; arguments as ``sizes_of``."""
+    return server_names(len(sizes_of(RunFolder.open(run), parties)))
+
+
 def server_names(parties: int) -> list[str]:
     """Returns the folders of the server bundles."""
     return ["server"] if parties == 1 else [f"server_{index}" for index in range(parties)]
 
 
-def party_sizes(num_nets: int, parties: int) -> list[int]:
-    """Divides N bodies as evenly as possible.
+def sizes_of(run: RunFolder, parties: int | None) -> list[int]:
+    """Returns how many bodies each operator gets.
+
+    Args:
+        run: what is exported.
+        parties: how many operators; None takes the run's.
 
     Raises:
-        ConfigError: less than one operator, or more than there are bodies.
+        ConfigError: as many cannot be.
     """
-    if not 1 <= parties <= num_nets:
-        raise ConfigError(f"--parties {parties}: choose 1 to {num_nets}, the number of bodies")
-    return [len(part) for part in np.array_split(np.arange(num_nets), parties)]
+    trained = run.config.parties
+    if trained > 1 and parties not in (None, trained):
+        raise ConfigError(f"--parties {parties}: the run was trained for {trained}, each of which hears its own codes")
+    return party_sizes(run.read_wire().spec.num_nets, trained if parties is None else parties)
 
 
 def party_wires(bodies: Sequence[nn.Module], wire: WireSpec, sizes: Sequence[int]) -> list[WireSpec]:
@@ -347,8 +365,11 @@ def party_wires(bodies: Sequence[nn.Module], wire: WireSpec, sizes: Sequence[int
         part = slice(start, start + size)
         start += size
         codecs = wire.answer_codecs[part]
-        digest = bodies_digest(bodies[part], wire.feature_codec, codecs)
-        wires.append(replace(wire, bodies_id=digest, answer_codecs=codecs))
+        digest = bodies_digest([held(body) for body in bodies[part]], wire.feature_codec, codecs)
+        shape = wire.feature_shape
+        if (channels := heard_by(bodies[part][0])) is not None:
+            shape = (channels[1] - channels[0], *shape[1:])
+        wires.append(replace(wire, bodies_id=digest, feature_shape=shape, answer_codecs=codecs))
     return wires
 
 
@@ -373,14 +394,16 @@ def _make_servers(
     if options.server_format == "torch":
         wanted = "float32"
     else:
-        template = graphs.from_torch(bodies[0], [torch.zeros(2, *wires[0].feature_shape)])
+        template = graphs.from_torch(held(bodies[0]), [torch.zeros(2, *wires[0].feature_shape)])
     for precision in ("int8", "float32") if wanted == "auto" else (wanted,):
         servers, left = [], list(bodies)
         for folder, wire in zip(folders, wires, strict=True):
             shutil.rmtree(folder, ignore_errors=True)
             mine, left = left[: wire.num_nets], left[wire.num_nets :]
             label = "server" if len(folders) == 1 else folder.name
-            servers.append((folder, _write_server(folder, template, mine, wire, samples, precision, label, progress)))
+            received = heard(mine[0], samples)
+            inner = [held(body) for body in mine]
+            servers.append((folder, _write_server(folder, template, inner, wire, received, precision, label, progress)))
         stages = parity.measure_bodies(bodies, servers, held_out)
         required_db = stages[-1].required_db(options.gates.min_sqnr_db)
         if stages[-1].sqnr_db >= required_db:

@@ -117,6 +117,7 @@ def audit(
     data: str | None = None,
     auxiliary: str = "disjoint",
     other_device: Path | None = None,
+    coalition: Sequence[int] | None = None,
     seeds: int | None = None,
     device: torch.device | None = None,
     command: str = "",
@@ -135,6 +136,7 @@ def audit(
         data: whose held-out images are used; None takes the run's.
         auxiliary: see ``scene.make_scene``.
         other_device: see ``scene.make_scene``.
+        coalition: see ``scene.make_scene``.
         seeds: how many, in place of the budget's.
         device: where to compute.
         command: for the report.
@@ -162,7 +164,14 @@ def audit(
         raise ConfigError(f"--seeds {count}: at least one")
     started = time.monotonic()
     scene = make_scene(
-        run, bundle, data=data, auxiliary=auxiliary, other_device=other_device, device=device, secret=secret
+        run,
+        bundle,
+        data=data,
+        auxiliary=auxiliary,
+        other_device=other_device,
+        coalition=coalition,
+        device=device,
+        secret=secret,
     )
     subject = _subject(run, bundle, shown_as)
     images = {
@@ -172,6 +181,9 @@ def audit(
         "observed": len(scene.everything.observed) if scene.everything.observed is not None else 0,
         "evaluated": len(scene.evaluated),
     }
+    if coalition is not None:
+        everybody = len(load_client(bundle).parties)
+        subject["operators"] = f"{', '.join(str(each + 1) for each in coalition)} of {everybody} share what they see"
     if other_device is not None:
         subject["other_device"] = file_digests(other_device, load_client(other_device))
     # Not where it lies: a run is exported anew, into another folder, whenever the audit goes on.

@@ -23,11 +23,8 @@ class Identifier:
     """
 
     def __init__(self, scene: Scene) -> None:
-        everything = scene.everything
-        assert everything.client is not None
-        assert everything.bodies is not None
-        self._client = everything.client.eval()
-        self._bodies = [everything.bodies[index].eval() for index in scene.selector]
+        self._client = scene.client.eval()
+        self._bodies = [body.eval() for body in scene.selected]
         answers, self._classes = self._seen(pixels(scene.evaluated))
         self._centre = answers.mean(0)
         self._candidates = self._directions(answers)

@@ -6,10 +6,11 @@ not there; so no attack can look by mistake at what it must not know.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
 from enum import IntEnum
 from functools import partial
+from itertools import accumulate
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -22,10 +23,11 @@ from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.edge_runtime.sealing import BundleSecret
 from ensembler.privacy.film import frames_of, sent
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError
-from ensembler.protocol.manifest import Kdf, WireSpec
+from ensembler.protocol.manifest import Kdf, PartySpec, WireSpec
 from ensembler.training import data as data_sets
 from ensembler.training.fit import derived_seed
-from ensembler.training.models import ArchSpec, normalise
+from ensembler.training.models import ArchSpec, build_net, normalise
+from ensembler.training.operators import Hearing
 from ensembler.training.perturbation import NoiseKind
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import Client, load_bodies, load_client
@@ -73,7 +75,8 @@ class View:
         fresh_noise: whether every request draws its own.
         dropout: the share of the features that arrives as 0.0, other ones with every request.
         num_selected: P.
-        party_nets: how many nets each operator holds, in the server's order.
+        party_nets: how many nets each operator holds, in the server's order; of a coalition's alone.
+        heard: the channels of the device's features that the attacker is sent; None: all.
         auxiliary: images that the attacker owns, ``(A, 3, H, W)`` uint8.
         auxiliary_labels: their classes ``(A,)``.
         observed: features as they arrived, of images that the attacker never sees, ``(O, C, h, w)`` float32.
@@ -93,6 +96,7 @@ class View:
     dropout: float
     num_selected: int
     party_nets: tuple[int, ...]
+    heard: tuple[int, ...] | None
     auxiliary: Tensor
     auxiliary_labels: Tensor
     observed: Tensor | None = None
@@ -106,6 +110,11 @@ class View:
     def device(self) -> torch.device:
         """Where everything is."""
         return self.auxiliary.device
+
+    def new_head(self) -> nn.Module:
+        """Builds a freshly initialised head of the client's architecture, cut down to the channels that are heard."""
+        head = build_net(self.arch).head
+        return head if self.heard is None else nn.Sequential(head, _Chosen(self.heard))
 
     def noted(self, key: Hashable, find: Callable[[], T]) -> T:
         """Returns what ``find`` finds out, or what it found when an attack asked with this ``key`` before."""
@@ -123,6 +132,8 @@ class Scene:
         evaluated: the images that reconstructions are compared with, ``(E, 3, H, W)`` uint8; no attack sees them.
         arrived: their features as the server gets them, ``(E, C, h, w)``.
         selector: the secret positions.
+        client: the device's, and the nets that it selects: they judge what an attack brings back.
+        selected: see there.
         auxiliary_source: ``disjoint`` from all that trained the victim, or ``train``: the very images that did.
         seed: of the division, and of the judged images' films.
     """
@@ -131,9 +142,53 @@ class Scene:
     evaluated: Tensor
     arrived: Tensor
     selector: tuple[int, ...]
+    client: Client
+    selected: tuple[nn.Module, ...]
     auxiliary_source: str
     seed: int = 0
     _notes: dict[Access, dict[Hashable, object]] = field(default_factory=dict, repr=False, compare=False)
+
+    def seen_by(self, coalition: Sequence[int], parties: Sequence[PartySpec]) -> Scene:
+        """Returns what some of a client's operators see when they share it.
+
+        Operators that are all sent the same know of the images what each of them knows. Those that are sent channels of
+        their own see these alone, and nothing of how the device makes the others, so no attack has its weights.
+
+        Args:
+            coalition: their positions, in ascending order.
+            parties: all operators.
+        """
+        known, wire = self.everything, self.everything.wire
+        ends = list(accumulate((party.num_nets for party in parties), initial=0))
+        positions = [k for each in coalition for k in range(ends[each], ends[each + 1])]
+        bodies = [(known.bodies or ())[k] for k in positions]
+        codecs = tuple(wire.answer_codecs[k] for k in positions)
+        selector = tuple(positions.index(k) for k in self.selector if k in positions)
+        nets = tuple(parties[each].num_nets for each in coalition)
+        everything = replace(
+            known,
+            party_nets=nets,
+            bodies=tuple(bodies),
+            num_selected=min(known.num_selected, len(bodies)),
+            wire=replace(wire, answer_codecs=codecs),
+        )
+        channels = [parties[each].channels for each in coalition]
+        arrived = self.arrived
+        if any(part is not None for part in channels):
+            heard = tuple(k for part in channels if part is not None for k in range(*part))
+            chosen = _Chosen(heard)
+            everything = replace(
+                everything,
+                heard=heard,
+                wire=replace(everything.wire, feature_shape=(len(heard), *wire.feature_shape[1:])),
+                bodies=tuple(_moved(body, heard) for body in bodies),
+                observed=None if known.observed is None else chosen(known.observed),
+                send=_then(known.send, chosen),
+                send_other=_then(known.send_other, chosen),
+                client=None,
+            )
+            arrived = chosen(arrived)
+        return replace(self, everything=everything, arrived=arrived, selector=selector, _notes={})
 
     def view(self, access: Access) -> View:
         """Returns what an attacker with ``access`` knows."""
@@ -163,6 +218,30 @@ class Scene:
         return sent(taken, send)
 
 
+class _Chosen(nn.Module):
+    """Features ``(B, C, h, w)`` -> those of some channels."""
+
+    def __init__(self, channels: tuple[int, ...]) -> None:
+        super().__init__()
+        self._channels = list(channels)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return features[:, self._channels]
+
+
+def _moved(body: nn.Module, heard: tuple[int, ...]) -> nn.Module:
+    """Returns a body for features of the channels ``heard`` alone, its own among them."""
+    assert isinstance(body, Hearing)
+    start = heard.index(body.channels[0])
+    return Hearing(body.inner, (start, start + body.channels[1] - body.channels[0]))
+
+
+def _then(send: Callable[[Tensor], Tensor] | None, chosen: nn.Module) -> Callable[[Tensor], Tensor] | None:
+    if send is None:
+        return None
+    return lambda images: cast(Tensor, chosen(send(images)))
+
+
 def make_scene(
     run_path: Path,
     bundle: Path,
@@ -172,6 +251,7 @@ def make_scene(
     observed: int = OBSERVED,
     evaluated: int = EVALUATED,
     other_device: Path | None = None,
+    coalition: Sequence[int] | None = None,
     seed: int = 0,
     device: torch.device | None = None,
     secret: Callable[[Kdf], BundleSecret | None] = lambda _: None,
@@ -187,6 +267,7 @@ def make_scene(
         observed: how many images' features the server collects.
         evaluated: how many images the reconstructions are judged on.
         other_device: the bundle of another client of the same server, which the attacker owns.
+        coalition: positions of the operators who share what they see; None: all.
         seed: of the division.
         device: where attacks compute.
         secret: opens encrypted bundles, see ``EdgeRuntime``.
@@ -212,6 +293,11 @@ def make_scene(
             f"--other-device {other_device}: its bodies_id is {other.manifest.wire.bodies_id[:12]}..., the audited "
             f"client's is {wire.bodies_id[:12]}...; give a client of the same server"
         )
+    parties = runtime.manifest.parties
+    if coalition is not None and not (
+        coalition and list(coalition) == sorted({*coalition}) and all(0 <= each < len(parties) for each in coalition)
+    ):
+        raise ConfigError(f"the client has {len(parties)} operators: name some of 1 to {len(parties)}, each once")
     config = run.config
     images = load_images(run, data)
     if auxiliary not in ("disjoint", "train"):
@@ -245,7 +331,8 @@ def make_scene(
             f"{bundle} was not exported from {run_path}, but from another client of the same server: its head gives "
             "other features; give the --run that it came from"
         )
-    return Scene(
+    bodies = tuple(body.to(device) for body in load_bodies(run))
+    scene = Scene(
         everything=View(
             access=Access.WHITE_BOX,
             arch=run.arch,
@@ -255,11 +342,12 @@ def make_scene(
             fresh_noise=runtime.manifest.noise_mode in ("fresh", "drawn"),
             dropout=runtime.manifest.dropout,
             num_selected=len(client.selector),
-            party_nets=tuple(party.num_nets for party in runtime.manifest.parties),
+            party_nets=tuple(party.num_nets for party in parties),
+            heard=None,
             auxiliary=as_tensor(owned_x),
             auxiliary_labels=as_tensor(owned_y),
             observed=send(as_tensor(images.test_x[seen])),
-            bodies=tuple(body.to(device) for body in load_bodies(run)),
+            bodies=bodies,
             send_other=None if other is None else partial(sent_by, other),
             send=send,
             client=client,
@@ -267,9 +355,12 @@ def make_scene(
         evaluated=shown,
         arrived=arrived,
         selector=client.selector,
+        client=client,
+        selected=tuple(bodies[k] for k in client.selector),
         auxiliary_source=auxiliary,
         seed=seed,
     )
+    return scene if coalition is None else scene.seen_by(coalition, parties)
 
 
 @torch.no_grad()

@@ -147,11 +147,20 @@ class PartySpec:
         bodies_id: of its server bundle; with one operator the wire's.
         num_nets: how many nets it holds; the parties' nets follow one another in the wire's order.
         server_public_key: the CURVE key of its server, 40 characters of Z85, or None for a plaintext bundle.
+        channels: which of the codes' channels it is sent, the first and the one after the last; None: all.
     """
 
     bodies_id: str
     num_nets: int
     server_public_key: str | None
+    channels: tuple[int, int] | None = None
+
+    def bytes_up(self, wire: WireSpec) -> int:
+        """Returns the bytes of what it is sent of one image."""
+        shape = wire.feature_shape
+        if self.channels is not None:
+            shape = (self.channels[1] - self.channels[0], *shape[1:])
+        return packed_row_bytes(shape, wire.feature_codec.bits)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -263,6 +272,7 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
                     "bodies_id": party.bodies_id,
                     "num_nets": party.num_nets,
                     "server_public_key": party.server_public_key,
+                    **({} if party.channels is None else {"channels": list(party.channels)}),
                 }
                 for party in manifest.parties
             ],
@@ -561,6 +571,7 @@ class Reader:
                     server_public_key=reader.get(
                         "server_public_key", lambda v: v is None or (isinstance(v, str) and is_curve_key(v))
                     ),
+                    channels=reader.channels(wire),
                 )
             )
         if sum(party.num_nets for party in found) != wire.num_nets:
@@ -568,6 +579,19 @@ class Reader:
         if len(found) == 1 and found[0].bodies_id != wire.bodies_id:
             raise self.error("parties", "name other nets than wire.bodies_id")
         return tuple(found)
+
+    def channels(self, wire: WireSpec) -> tuple[int, int] | None:
+        """Returns which channels an operator is sent; None: all."""
+        if "channels" not in self.document:
+            return None
+        count = wire.feature_shape[0]
+        first, end = self.get(
+            "channels",
+            lambda v: (
+                isinstance(v, list) and len(v) == 2 and all(type(n) is int for n in v) and 0 <= v[0] < v[1] <= count
+            ),
+        )
+        return first, end
 
     def encryption(self) -> SealSpec | None:
         """Returns how the models are encrypted, None: they are not."""

@@ -370,7 +370,7 @@ class EdgeClient:
                 request_id=request_id,
                 bodies_id=party.bodies_id,
                 budget_ms=max(0.0, 1000 * (deadline - sent)),
-                tensor=codes,
+                tensor=party.heard(codes),
                 bits=wire.feature_codec.bits,
                 info=info,
             )

@@ -65,7 +65,7 @@ def describe(
         num_labels=len(manifest.labels),
         feature_shape=wire.feature_shape,
         codec=wire.feature_codec.name,
-        payload_bytes_up=wire.bytes_up * len(manifest.parties),
+        payload_bytes_up=sum(party.bytes_up(wire) for party in manifest.parties),
         # Every operator's reply is filled up to whole bytes.
         payload_bytes_down=sum(
             packed_row_bytes((party.num_nets, wire.answer_width), wire.answer_bits) for party in manifest.parties

@@ -60,6 +60,11 @@ class Party:
         self.closed = threading.Event()
         self._preferred = self.replicas[0]
 
+    def heard(self, codes: Codes) -> Codes:
+        """Returns the part of an image's codes ``(B, C, ...)`` that this operator is sent."""
+        channels = self.spec.channels
+        return codes if channels is None else np.ascontiguousarray(codes[:, slice(*channels)])
+
     def exchange(self, request: Message, deadline: float) -> Reply:
         """Sends a request until it is answered; every retry, to whichever replica, sends the same bytes.
 

@@ -179,7 +179,7 @@ def test_training_learns_what_can_be_learned(settings, tmp_path):
 
 def test_the_wire_is_fixed_from_stage1_nets_and_images_alone():
     assert list(inspect.signature(fix_wire).parameters) == [
-        *("nets", "images", "wire_bits", "answer_bits", "bottleneck")
+        *("nets", "images", "wire_bits", "answer_bits", "bottleneck", "sizes")
     ]
 
 

@@ -10,6 +10,7 @@ from typing import Any, Literal, get_args
 from ensembler.protocol.codec import CODEC_BITS, known_bits
 from ensembler.protocol.errors import ConfigError
 from ensembler.training.models import ArchSpec, Bottleneck
+from ensembler.training.operators import Channels, channels_of, party_of, party_sizes
 from ensembler.training.perturbation import NoiseKind, Perturbation
 
 Defense = Literal["ensembler", "joint", "single", "none"]
@@ -48,6 +49,8 @@ class TrainConfig:
             and 2, all of which count), ``single`` (one net), ``none`` (one net, no noise).
         num_nets: N.
         num_selected: P.
+        parties: operators, each of which is sent its own channels of the bottleneck and holds nets that were trained on
+            those; 1: all nets hear everything. See ``operators``.
         noise: what the client adds to its features: ``gaussian``, ``uniform`` or ``learned``, see ``perturbation``.
             Stage 1 of Ensembler is always Gaussian (Eq. 2).
         noise_std: sigma, the standard deviation of the noise added to the features.
@@ -96,6 +99,7 @@ class TrainConfig:
     defense: Defense = "ensembler"
     num_nets: int = 10
     num_selected: int = 4
+    parties: int = 1
     noise: NoiseKind = "gaussian"
     noise_std: float = 0.1
     noise_mode: NoiseMode = "fixed"
@@ -140,6 +144,7 @@ class TrainConfig:
             raise ConfigError(f"N = {self.num_nets} nets: choose 1 to {MAX_NETS}")
         if self.is_ensemble and not 1 <= self.num_selected <= self.num_nets:
             raise ConfigError(f"P = {self.num_selected} of N = {self.num_nets}: choose 1 <= P <= N")
+        self._check_parties()
         not_negative = {
             "noise_std": self.noise_std,
             "max_wire_drop_points": self.max_wire_drop_points,
@@ -165,6 +170,22 @@ class TrainConfig:
             raise ConfigError(f"batch_size = {self.batch_size}: batch norm needs at least two images")
         if self.train_limit is not None and self.train_limit < self.batch_size:
             raise ConfigError(f"train_limit = {self.train_limit}: at least one batch of {self.batch_size}")
+
+    def _check_parties(self) -> None:
+        if self.parties == 1:
+            return
+        sizes = party_sizes(self.num_nets, self.parties)
+        if not self.is_ensemble:
+            raise ConfigError(f"--parties has no place in --defense {self.defense}, whose nets have one operator")
+        if self.bottleneck is None:
+            raise ConfigError("--parties divides the channels of a bottleneck: give --bottleneck too")
+        if self.bottleneck[0] % self.parties:
+            raise ConfigError(f"--parties {self.parties}: {self.bottleneck[0]} channels cannot be divided evenly")
+        if self.num_selected < len(sizes):
+            raise ConfigError(
+                f"P = {self.num_selected} for {len(sizes)} operators: a client needs a net of each, or it would use "
+                "less than it sends"
+            )
 
     def _check_impartial(self) -> None:
         if not self.is_ensemble:
@@ -214,6 +235,17 @@ class TrainConfig:
     def used_nets(self) -> int:
         """How many answers count: P, or all of a baseline's."""
         return self.num_selected if self.is_ensemble else self.trained_nets
+
+    @property
+    def party_sizes(self) -> list[int]:
+        """How many nets each operator holds."""
+        return party_sizes(self.trained_nets, self.parties)
+
+    def heard_channels(self, index: int) -> Channels | None:
+        """Returns the channels that a stage-1 net hears; None: all."""
+        if self.parties == 1 or self.bottleneck is None:
+            return None
+        return channels_of(party_of(index, self.party_sizes), self.parties, self.bottleneck[0])
 
     @property
     def perturbation(self) -> Perturbation:

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from ensembler.protocol.codec import AffineCodec, known_bits
 from ensembler.protocol.errors import ConfigError
 from ensembler.training.architectures import ARCHITECTURES
+from ensembler.training.operators import Channels, Hearing
 from ensembler.training.splits import NodeFacts, TracedNet, traced, widened
 
 M = TypeVar("M", bound=nn.Module)
@@ -136,12 +137,13 @@ class Net(nn.Module):
         self.tail = tail
 
 
-def build_net(spec: ArchSpec, num_selected: int = 1) -> Net:
+def build_net(spec: ArchSpec, num_selected: int = 1, channels: Channels | None = None) -> Net:
     """Builds a freshly initialised net from torch's global generator.
 
     Args:
         spec: which one.
         num_selected: how many answers the tail takes side by side: 1 in stage 1, P in stage 3.
+        channels: of the bottleneck, which the body hears; None: all.
 
     Raises:
         ConfigError: an unknown name, images too small for the net, or a cut that cannot be made.
@@ -159,7 +161,7 @@ def build_net(spec: ArchSpec, num_selected: int = 1) -> Net:
         )
     head, body, tail = net.split(head_end, tail_start)
     parts = Net(head, body, widened(tail, num_selected))
-    return parts if spec.bottleneck is None else _squeezed(parts, spec, spec.bottleneck)
+    return parts if spec.bottleneck is None else _squeezed(parts, spec, spec.bottleneck, channels)
 
 
 def traced_net(spec: ArchSpec) -> TracedNet:
@@ -213,7 +215,7 @@ def _own(spec: ArchSpec) -> nn.Module:
     return module
 
 
-def _squeezed(net: Net, spec: ArchSpec, bottleneck: Bottleneck) -> Net:
+def _squeezed(net: Net, spec: ArchSpec, bottleneck: Bottleneck, heard: Channels | None) -> Net:
     """Puts the bottleneck at the cut: its layers in the head, expansion in the body."""
     with torch.no_grad():
         shape = tuple(net.head.eval()(torch.zeros(2, 3, *spec.image_size)).shape[1:])
@@ -234,10 +236,14 @@ def _squeezed(net: Net, spec: ArchSpec, bottleneck: Bottleneck) -> Net:
     nn.init.constant_(norm.bias, bottleneck.codec.scale / 2)
     stride = bottleneck.stride
     squeeze = nn.Sequential(*layers, nn.Conv2d(width, channels, stride, stride, bias=False), norm)
+    received = channels if heard is None else heard[1] - heard[0]
     expand = nn.Sequential(
-        nn.ConvTranspose2d(channels, shape[0], shrinks, shrinks, bias=False), nn.BatchNorm2d(shape[0]), nn.ReLU()
+        nn.ConvTranspose2d(received, shape[0], shrinks, shrinks, bias=False), nn.BatchNorm2d(shape[0]), nn.ReLU()
     )
-    return Net(nn.Sequential(net.head, squeeze), nn.Sequential(expand, net.body), net.tail, bottleneck.codec)
+    body: nn.Module = nn.Sequential(expand, net.body)
+    if heard is not None:
+        body = Hearing(body, heard)
+    return Net(nn.Sequential(net.head, squeeze), body, net.tail, bottleneck.codec)
 
 
 def _convolution(channels: int, wider: int, stride: int) -> list[nn.Module]:

@@ -194,7 +194,7 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
     brief = Tensors(data.train_x[:few], data.train_y[:few], data.test_x[:2], data.test_y[:2])
     # One net stands for all N where each is a piece of its own: they cost the same.
     at_once = config.trained_nets // pieces
-    tried = replace(config, epochs_stage1=1, epochs_stage3=1, num_nets=at_once, num_selected=1)
+    tried = replace(config, epochs_stage1=1, epochs_stage3=1, num_nets=at_once, num_selected=1, parties=1)
     stages: dict[str, StagePlan] = {}
     other = None
     jobs = 1 if stage1_is_given else min(config.jobs, pieces)
@@ -208,7 +208,7 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
             stages["stage1"] = _stage1(config, trained, steps, evaluation, clock.step_s(0))
             several = jobs if jobs > 1 else min(torch.get_num_threads(), pieces)
             if several > 1:
-                tried = replace(config, num_nets=several, num_selected=1, epochs_stage1=1, train_limit=few)
+                tried = replace(tried, num_nets=several, train_limit=few)
                 shared = RunFolder.create(Path(folder) / "together", tried, arch, dataset.labels)
                 step_s = together.step_s(shared, several, device)
                 other = _stage1(config, trained, steps, evaluation, step_s, several)

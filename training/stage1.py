@@ -126,7 +126,7 @@ def train_piece(
     """
     device, first, shape = data.train_x.device, indices[0], feature_shape(arch)
     torch.manual_seed(derived_seed(config.seed, 1, first, 0))
-    nets = [placed(build_net(arch), device) for _ in indices]
+    nets = [placed(build_net(arch, channels=config.heard_channels(index)), device) for index in indices]
     for net in nets[1:]:
         net.head = nets[0].head
     perturbation = config.stage1_perturbation
@@ -226,7 +226,7 @@ def load_stage1(run: RunFolder, device: torch.device | None = None) -> list[Stag
 def _stored(run: RunFolder, index: int) -> Stage1Net:
     """Reads one stage-1 net, frozen, on the CPU."""
     tensors = run.load_tensors(run.stage1_file(index))
-    net = build_net(run.arch)
+    net = build_net(run.arch, channels=run.config.heard_channels(index))
     for name, module in (("head", net.head), ("body", net.body), ("tail", net.tail)):
         restore(module, name, tensors)
     return Stage1Net(freeze(net), tensors["noise"], run.config.stage1_perturbation)

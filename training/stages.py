@@ -38,6 +38,7 @@ from ensembler.training.hiding import Hiding
 from ensembler.training.impartial import Impartial
 from ensembler.training.losses import OVERLAPS, classification_loss, stage3_loss
 from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise, placed
+from ensembler.training.operators import party_of
 from ensembler.training.perturbation import Draw, Perturbation
 from ensembler.training.ray_pool import RayPool
 from ensembler.training.runs import (
@@ -142,13 +143,14 @@ def fix_wire(
     wire_bits: int = 8,
     answer_bits: int = 8,
     bottleneck: Bottleneck | None = None,
+    sizes: Sequence[int] | None = None,
 ) -> WireState:
     """Fixes everything the server gets: the bodies' order and the codecs, from stage-1 features alone.
 
     The features' range covers all N heads with their noise. A body's answers are taken on the features of all N heads
     too: the client's head will be none of them, and the selected bodies' answers to it exceed what they say to their
     own head (measured: 28 dB instead of 41 dB through the wire). The order is shuffled with the operating system's
-    generator.
+    generator, each operator's nets among themselves.
 
     Args:
         nets: the N trained nets.
@@ -156,9 +158,13 @@ def fix_wire(
         wire_bits: of the features' codec.
         answer_bits: of the answers' codecs.
         bottleneck: of the nets; its codec is the features'.
+        sizes: how many nets each operator holds; None: one holds all.
     """
-    order = list(range(len(nets)))
-    secrets.SystemRandom().shuffle(order)
+    order: list[int] = []
+    for size in sizes or [len(nets)]:
+        own = list(range(len(order), len(order) + size))
+        secrets.SystemRandom().shuffle(own)
+        order += own
     x = normalise(images).to(memory_format=torch.channels_last)
     if bottleneck is None:
         feature_codec = codec_for(_all_features(nets, x), CLIPPED_FEATURES, wire_bits)
@@ -243,8 +249,11 @@ def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
 
 def stage2(config: TrainConfig) -> ClientSecret:
     """Draws the secret selector, P of N positions, from the operating system's generator."""
-    system = secrets.SystemRandom()
-    selector = sorted(system.sample(range(config.trained_nets), config.used_nets))
+    system, sizes = secrets.SystemRandom(), config.party_sizes
+    while True:  # until each operator has one of them: all such sets are as likely
+        selector = sorted(system.sample(range(config.trained_nets), config.used_nets))
+        if len({party_of(position, sizes) for position in selector}) == config.parties:
+            break
     seed = config.client_seed if config.client_seed is not None else secrets.randbits(62)
     return ClientSecret(selector=tuple(selector), seed=seed)
 
@@ -482,6 +491,7 @@ def _wire(config: TrainConfig, source: RunFolder | None, nets: Sequence[Stage1Ne
         wire_bits=bits,
         answer_bits=config.answer_bits,
         bottleneck=bottleneck,
+        sizes=config.party_sizes,
     )
 
 
@@ -498,10 +508,11 @@ def _require_stage1(run: RunFolder, config: TrainConfig) -> None:
 def _require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:
     if not source.config.is_ensemble or not config.is_ensemble:
         raise ConfigError(f"--stage1 {source.path}: only runs with --defense ensembler share their stage 1")
-    if (source.arch, source.labels) != (arch, tuple(labels)) or source.config.num_nets != config.num_nets:
+    theirs, own = ((each.num_nets, each.parties) for each in (source.config, config))
+    if (source.arch, source.labels, theirs) != (arch, tuple(labels), own):
         raise ConfigError(
-            f"--stage1 {source.path}: that run has another architecture, image size, classes or N; "
-            "give the same --arch, --head-end, --tail-start, --bottleneck, --data and -N"
+            f"--stage1 {source.path}: that run has another architecture, image size, classes, N or operators; "
+            "give the same --arch, --head-end, --tail-start, --bottleneck, --data, -N and --parties"
         )
 
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from ensembler.privacy.attacks.base import Finding, Plan, decoder_of
 from ensembler.privacy.decoder import painted, pixels
 from ensembler.privacy.scene import Access, View
-from ensembler.training.models import build_net, normalise
+from ensembler.training.models import normalise
 
 
 class MeanImage:
@@ -46,7 +46,7 @@ class Misaligned:
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
         torch.manual_seed(plan.generator(0).initial_seed())
-        head = build_net(view.arch).head.to(view.device).train()
+        head = view.new_head().to(view.device).train()
         with torch.no_grad():  # batch norm gets the statistics of real images
             for part in torch.split(view.auxiliary[:2048], 256):
                 head(normalise(part))

@@ -16,7 +16,7 @@ from ensembler.privacy.attacks.moments import Cleaner, Moments
 from ensembler.privacy.attacks.shadow import Through, train_shadow
 from ensembler.privacy.decoder import CHUNK, painted
 from ensembler.privacy.scene import Access, View
-from ensembler.training.models import build_net, placed
+from ensembler.training.models import placed
 
 STATISTICS_WEIGHT = 0.1  # beside the cross-entropy
 
@@ -66,7 +66,7 @@ class _KnownHead(nn.Module):
 
     def __init__(self, view: View, cleaner: Cleaner) -> None:
         super().__init__()
-        self.head = build_net(view.arch).head
+        self.head = view.new_head()
         self._cleaner = cleaner
 
     def forward(self, x: Tensor) -> Tensor:

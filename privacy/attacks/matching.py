@@ -24,7 +24,7 @@ from ensembler.privacy.attacks.eye import train_eye
 from ensembler.privacy.attacks.moments import BATCH, JUDGED, Cleaner, Moments
 from ensembler.privacy.decoder import CHUNK, Decoder, Reconstruct, painted
 from ensembler.privacy.scene import Access, View
-from ensembler.training.models import build_net, normalise, placed
+from ensembler.training.models import normalise, placed
 
 SEARCH_BATCH = 32  # images of a step: many small steps come nearer in the same time than few large ones
 RATE, RATE_AGAIN, RATE_END = 0.05, 0.02, 0.001
@@ -184,7 +184,7 @@ def first_sight(head: Shadow, view: View, clean: Tensor) -> Tensor:
 
 def known_head(view: View) -> nn.Module:
     """Returns a fresh head of the client's architecture."""
-    return build_net(view.arch).head
+    return view.new_head()
 
 
 def guessed_head(view: View) -> nn.Module:

@@ -21,7 +21,7 @@ from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Find
 from ensembler.privacy.decoder import Decoder, Reconstruct, painted
 from ensembler.privacy.scene import Access, View
 from ensembler.training.fit import augment
-from ensembler.training.models import build_net, normalise, placed
+from ensembler.training.models import normalise, placed
 from ensembler.training.perturbation import Perturbation
 from ensembler.training.wire import fake_quantise
 
@@ -36,7 +36,7 @@ class ShadowHead(nn.Module):
 
     def __init__(self, view: View) -> None:
         super().__init__()
-        self.head = build_net(view.arch).head
+        self.head = view.new_head()
         self.codec = view.wire.feature_codec
         self._dropped = Perturbation(dropout=view.dropout)
         shape = view.wire.feature_shape

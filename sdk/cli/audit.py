@@ -31,6 +31,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--other-device", type=Path, metavar="BUNDLE", help="a client bundle that the attacker owns, of another client"
     )
+    parser.add_argument(
+        "--operators",
+        metavar="K,...",
+        help="with several: those who share what they see, by their numbers from 1 (default: all)",
+    )
     parser.add_argument("--seeds", type=int, help="how often each attack is repeated (default: the budget's)")
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda (default: auto)")
 
@@ -70,6 +75,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 data=options.data,
                 auxiliary=options.aux,
                 other_device=options.other_device,
+                coalition=None if options.operators is None else _coalition(options.operators),
                 seeds=options.seeds,
                 device=pick_device(options.device),
                 command=shlex.join(["ensembler", *sys.argv[1:]]),
@@ -85,6 +91,14 @@ def run(options: argparse.Namespace, console: Console) -> int:
     text = "\n".join([table(document), *failed, document["verdict"]["sentence"], f"the report: {options.out}"])
     console.result(document, text)
     return 0
+
+
+def _coalition(text: str) -> list[int]:
+    """Returns positions from 0."""
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) < 6 for part in parts):
+        raise ConfigError(f"--operators {text}: give numbers from 1 with commas between them, for instance 1,3")
+    return sorted(int(part) - 1 for part in parts)
 
 
 def _exported(run_path: Path, folder: Path, console: Console) -> Path:

@@ -54,7 +54,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="bodies; auto: int8 where that reaches the gate, else float32 (default: auto)",
     )
     parser.add_argument(
-        "--parties", type=int, default=1, help="divide the bodies among so many operators, a bundle each (default: 1)"
+        "--parties",
+        type=int,
+        help="divide the bodies among so many operators, a bundle each (default: as many as the run was trained for)",
     )
     parser.add_argument(
         "--server-bundle",
@@ -131,14 +133,14 @@ def _export(options: argparse.Namespace, target: Target | None, console: Console
     need_export()
     from ensembler.export.packages import packer
     from ensembler.export.parity import Gates
-    from ensembler.export.pipeline import ExportOptions, export, server_names
+    from ensembler.export.pipeline import ExportOptions, export, made_for
     from ensembler.export.targets import formats_for, runtime_for
 
     if options.parity_images < 1:
         raise ConfigError(f"--parity-images {options.parity_images}: at least one")
     if options.server_bundle and not options.server_key and not options.plaintext:
         raise ConfigError("--server-bundle needs --server-key: the public key of the server that serves it")
-    if options.server_bundle and options.parties not in (1, len(options.server_bundle)):
+    if options.server_bundle and options.parties not in (None, len(options.server_bundle)):
         raise ConfigError(f"--parties {options.parties}: {len(options.server_bundle)} server bundles were given")
     formats, server_format = _formats(options.format or [], ["onnx"] if target is None else formats_for(target))
     if target is not None:
@@ -178,7 +180,7 @@ def _export(options: argparse.Namespace, target: Target | None, console: Console
         )
     if secret is not None:
         lines.append("head and tail are encrypted; bring the key to the device on another way than the bundle")
-    servers = options.server_bundle or [options.out / name for name in server_names(options.parties)]
+    servers = options.server_bundle or [options.out / name for name in made_for(options.run, options.parties)]
     if not options.server_bundle:
         document |= {path.name: str(path) for path in servers}
         lines += [f"{path}: a server bundle, for its operator" for path in servers]
@@ -263,18 +265,19 @@ def _privacy_gate(
 @contextmanager
 def _keys_to_pin(options: argparse.Namespace) -> Iterator[tuple[str, ...] | None]:
     """Yields the public keys of the servers, given or new; new ones do not survive an export that fails."""
-    from ensembler.export.pipeline import CLIENT_NAME, in_use, is_abandoned, party_sizes
-    from ensembler.training.runs import RunFolder
+    from ensembler.export.pipeline import CLIENT_NAME, in_use, is_abandoned, made_for
 
     made_folder, had_client = not options.out.exists(), (options.out / CLIENT_NAME).exists()
     made, marker = options.out / KEYS_FOLDER, options.out / KEYS_FOLDER / UNFINISHED
     is_new = not options.server_key and not options.plaintext
     public: tuple[str, ...] | None = None
+    names = ["server"]
     if options.server_key:
         public = tuple(keys.load_public(path) for path in options.server_key)
     elif is_new:
         # Keys take their time: not for a run or a number of operators that the export would refuse.
-        party_sizes(RunFolder.open(options.run).read_wire().spec.num_nets, options.parties)
+        if options.protocol != "c2pi":  # which has one server
+            names = made_for(options.run, options.parties)
         if marker.is_file() and is_abandoned(marker) and not had_client:
             shutil.rmtree(made)  # of an export that was killed: no bundle has these keys
         _refuse_existing(made)
@@ -286,7 +289,7 @@ def _keys_to_pin(options: argparse.Namespace) -> Iterator[tuple[str, ...] | None
             except OSError as error:
                 raise ConfigError(f"--out {options.out}: cannot be written: {error.strerror}") from error
         with in_use(marker) if is_new else nullcontext():
-            yield _create_keys(made, options.parties) if is_new else public
+            yield _create_keys(made, names) if is_new else public
     except BaseException:
         # Ctrl-C after the last rename: a finished bundle pins these keys.
         if is_new and (had_client or not (options.out / CLIENT_NAME).exists()):
@@ -299,10 +302,10 @@ def _keys_to_pin(options: argparse.Namespace) -> Iterator[tuple[str, ...] | None
         marker.unlink()
 
 
-def new_keys(folder: Path, parties: int = 1) -> tuple[str, ...]:
-    """Makes a pair for each operator's server and one for a device, which is authorised; returns the public keys."""
+def new_keys(folder: Path) -> tuple[str, ...]:
+    """Makes a pair for a server and one for a device, which is authorised; returns the server's public key."""
     _refuse_existing(folder)
-    return _create_keys(folder, parties)
+    return _create_keys(folder, ["server"])
 
 
 def _refuse_existing(folder: Path) -> None:
@@ -310,9 +313,8 @@ def _refuse_existing(folder: Path) -> None:
         raise ConfigError(f"{folder} exists; choose another --out, remove it, or pass --server-key with the key to pin")
 
 
-def _create_keys(folder: Path, parties: int) -> tuple[str, ...]:
+def _create_keys(folder: Path, names: Sequence[str]) -> tuple[str, ...]:
     # The names are those of the bundles: server, or server_0, server_1, ...
-    names = ["server"] if parties <= 1 else [f"server_{index}" for index in range(parties)]
     public = [keys.create(folder, name)[0] for name in names]
     device, _ = keys.create(folder, "device")
     authorized = folder / AUTHORIZED_FOLDER

@@ -108,7 +108,7 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
         "--target": options.target,
         "--audit-budget": options.audit_budget,
         "--signing-key": options.signing_key,
-        "--parties": options.parties != 1,
+        "--parties": options.parties,
         "--quantize none": options.quantize != "int8",
         "--server-precision": options.server_precision != "auto",
         "a second --server-key": len(options.server_key) > 1,

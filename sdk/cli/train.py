@@ -50,6 +50,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("-N", "--num-nets", type=int, help="server nets (default: 10)")
     parser.add_argument("-P", "--num-selected", type=int, help="nets that count (default: 4)")
+    parser.add_argument(
+        "--parties", type=int, help="operators, each of which is sent its own channels of the bottleneck (default: 1)"
+    )
     parser.add_argument("--defense", help="ensembler, or a baseline: joint, single, none")
     parser.add_argument(
         "--no-stem-pool",
