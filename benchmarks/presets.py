@@ -2,11 +2,11 @@
 
     python benchmarks/presets.py strong --server BUNDLE --undefended RUN... --victim RUN=CLIENT_BUNDLE...
 
-Each victim is audited three times (``--kind`` takes one or two of them): by the oracle's decoders with the standard
-budget on the very images that trained it, the most that an attacker could have; by attackers who own a device; and by
-servers alone, both with the quick budget and images that are disjoint from all others. Reports are kept in
-``out/presets`` and not made again. Figures are means over the victims; the strongest attack is the one with the highest
-mean.
+Each victim is audited four times (``--kind`` takes some of them): by the oracle's decoders with the standard budget on
+the very images that trained it, the most that an attacker could have; by the same with eight frames of each scene; by
+attackers who own a device; and by servers alone, both with the quick budget and images that are disjoint from all
+others. Reports are kept in ``out/presets`` and not made again. Figures are means over the victims; the strongest attack
+is the one with the highest mean.
 
 Accuracy is that of the exported client with the exported bodies, compared image by image with undefended nets in torch,
 each victim with each of them.
@@ -43,6 +43,7 @@ from ensembler.training.stages import load_bodies, load_client
 
 KINDS: dict[str, dict[str, Any]] = {
     "oracle": {"budget": "standard", "attacks": (), "auxiliary": "train", "seeds": 1},
+    "film": {"budget": "standard", "attacks": ("frames-8",), "auxiliary": "train", "seeds": 1},
     "devices": {
         "budget": "quick",
         "attacks": (
@@ -148,7 +149,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         )
 
     def strongest(access: Callable[[int], bool]) -> tuple[str, list[float]]:
-        names = {row["name"] for row in found[0] if "access" in row and access(row["access"])}
+        names = {row["name"] for row in found[0] if "access" in row and access(row["access"]) and _frames(row) == 1}
         means = {name: of([name], _ssim) for name in names}
         best = max(means, key=lambda name: float(np.mean(means[name])))
         return best, means[best]
@@ -160,7 +161,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
     floor = of([FLOOR], _ssim)
     # The bound is the best of all that know the device: decoders, the stolen head, pairs.
     bound, _ = strongest(lambda access: access >= Access.DEVICE)
-    knowing = sorted({row["name"] for row in found[0] if row.get("access", 0) >= Access.DEVICE})
+    knowing = sorted({row["name"] for row in found[0] if row.get("access", 0) >= Access.DEVICE and _frames(row) == 1})
     figures = [
         figure("floor_ssim", floor, "ssim", "the mean image"),
         figure("oracle_ssim", of(knowing, _ssim), "ssim", f"the best of {', '.join(knowing)}; most often {bound}"),
@@ -169,6 +170,10 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         figure("bytes_up", [run.read_wire().spec.bytes_up for run in victims], "bytes", "codes of one image", 0),
         figure("head_macs_share", [head_share(run.arch) for run in victims], "of 1", "of the undefended net's"),
     ]
+    if films := sorted({row["name"] for row in found[0] if "access" in row and _frames(row) > 1}):
+        words = f"{', '.join(films)}: of one scene, by a hand-held camera"
+        figures.append(figure("frames_ssim", of(films, _ssim), "ssim", words))
+        figures.append(figure("frames_psnr_db", of(films, _psnr_db), "dB", words, 2))
     alone = [row["name"] for row in found[0] if row.get("access") == Access.QUERY_FREE]
     if alone:
         name, values = strongest(lambda access: access == Access.QUERY_FREE)
@@ -244,6 +249,11 @@ def local(prefix: str, run: RunFolder, victim: RunFolder, data: Dataset) -> list
     words = f"{run.config.arch}, on the device alone: {share:.3f} of the undefended net's multiply-accumulates"
     percent = round(float(100 * undefended(run, data).mean()), 2)
     return [results.figure(f"{prefix}_local_net_accuracy", percent, "%", "", words)]
+
+
+def _frames(row: Row) -> int:
+    """How many frames of a scene the attack had; reports of before do not say."""
+    return int(row.get("frames", 1))
 
 
 def _ssim(row: Row) -> float:
