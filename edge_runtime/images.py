@@ -94,6 +94,8 @@ def several(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
     Raises:
         ImageError: one image, or nothing to iterate over.
     """
+    if isinstance(images, list | tuple):  # the usual case; the others take a while to tell apart
+        return iter(images)
     one = isinstance(images, str | bytes | bytearray | memoryview | os.PathLike | PillowImage)
     if isinstance(images, np.ndarray):
         one = images.ndim < 3 or (images.ndim == 3 and images.shape[2] in (1, 3, 4))

@@ -7,7 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
-from typing import TypeVar
+from typing import TypeVar, cast
 
 import zmq
 from zmq.utils.monitor import parse_monitor_message
@@ -231,7 +231,7 @@ class ZmqConnection:
 
     def _look(self) -> None:
         """Reads what became of the line from the monitor."""
-        while self._monitor.poll(0):
+        while cast(int, self._monitor.getsockopt(zmq.EVENTS)) & zmq.POLLIN:  # a poll is ten times slower
             kind = parse_monitor_message(self._monitor.recv_multipart())["event"]
             if kind == zmq.EVENT_CONNECTED:
                 self._reached_s = time.monotonic()
