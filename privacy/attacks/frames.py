@@ -33,7 +33,7 @@ class Frames:
         self.NAME = f"frames-{count}"
         self.WORDS = (
             f"gets {count} frames of the same scene, as a hand-held camera takes them, and trains the oracle's "
-            "decoders on the mean and the spread of what arrives"
+            "decoders on the first and on the mean and the spread of what arrives"
         )
         self._count = count
 
@@ -55,7 +55,7 @@ class Frames:
             decoder = train_decoder(
                 watched,
                 view.auxiliary,
-                (2 * channels, *cells),
+                (3 * channels, *cells),
                 replace(plan.effort, ssim_weight=weight),
                 plan.generator(0),
                 lambda: plan.tick("decoder"),
@@ -65,13 +65,13 @@ class Frames:
 
 
 def summed_up(film: Tensor) -> Tensor:
-    """Returns mean and spread of each number over the frames, ``(B, 2 C, h, w)``.
+    """Returns the first frame's numbers, and each one's mean and spread over all frames, ``(B, 3 C, h, w)``.
 
     Args:
         film: features as they arrive, ``(B, K, *feature_shape)``.
     """
     maps = torch.stack([as_map(frame) for frame in film.unbind(1)], 1)
-    return torch.cat([maps.mean(1), maps.std(1, correction=0)], 1)
+    return torch.cat([maps[:, 0], maps.mean(1), maps.std(1, correction=0)], 1)
 
 
 def _painted(decoder: torch.nn.Module, film: Tensor) -> Tensor:
