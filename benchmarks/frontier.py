@@ -32,11 +32,19 @@ ARCH = "resnet10_half"
 # Gates of no cell: a head that misses one is part of the result.
 GATES = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100", "--plaintext")
 ENCODED = ("--encoder", "40,80", "--bottleneck")
+WIDER = ("--encoder", "64,128", "--bottleneck")  # twice the work on the device
 STRONG = (*ENCODED, "16,1,2", "--information-weight", "0.05")
 LEVERS: dict[str, dict[str, tuple[str, ...]]] = {
     "depth": {f"after {part}": ("--head-end", part) for part in ("stem", "layer1", "layer2", "layer3")},
     "bits": {f"encoder, 16 channels, {bits} bits": (*ENCODED, f"16,1,{bits}") for bits in (8, 4, 2, 1)},
     "channels": {f"encoder, {count} channels, 2 bits": (*ENCODED, f"{count},1,2") for count in (4, 8, 32)},
+    "wider encoder": {
+        f"encoder 64,128, {count} channels, 2 bits, information 0.05": (
+            *(*WIDER, f"{count},1,2"),
+            *("--information-weight", "0.05"),
+        )
+        for count in (16, 32)
+    },
     "encoder": {"no encoder, 16 channels, 2 bits": ("--bottleneck", "16,4,2")},
     "information": {
         f"16 channels, 2 bits, information {weight}": (*ENCODED, "16,1,2", "--information-weight", weight)
@@ -57,7 +65,7 @@ LEVERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 CELLS = {name: (lever, options) for lever, cells in LEVERS.items() for name, options in cells.items()}
-COLOURS = ("#3b6ea8", "#c2562d", "#4f8a4c", "#8a5aa0", "#b0892b", "#3f8f93", "#a34765", "#6b737c")
+COLOURS = ("#3b6ea8", "#c2562d", "#4f8a4c", "#8a5aa0", "#b0892b", "#3f8f93", "#a34765", "#6b737c", "#222222")
 
 
 def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
