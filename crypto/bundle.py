@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,9 +24,11 @@ from ensembler.protocol.manifest import (
     FileEntry,
     ImageSpec,
     Reader,
+    SealSpec,
     is_curve_key,
     load_folder,
     opened,
+    seal_json,
 )
 
 SPU, INSECURE = "spu-cheetah", "insecure-plain"
@@ -37,6 +39,7 @@ LEAST_FRACTION_BITS = 8
 STEPS_FILE = "steps.bin"
 SUFFIX_FILE = "suffix.onnx"
 TAIL_FILE = "tail.onnx"
+SEALED_TAIL_FILE = "tail.onnx.sealed"
 MAX_NOISE = 1000.0
 
 # What happens after the layers under two parties. C2PI: the server gets the boundary and answers with logits.
@@ -88,6 +91,7 @@ class CryptoManifest:
         noise_magnitude: the client's noise on its share is uniform in plus or minus this.
         server_public_key: pinned in a client's; None for plaintext, and in a server's.
         files: with their digests.
+        encryption: of the tail in a client's bundle; None: it has none, or it is not encrypted.
     """
 
     kind: str
@@ -104,6 +108,16 @@ class CryptoManifest:
     noise_magnitude: float
     server_public_key: str | None
     files: Mapping[str, FileEntry]
+    encryption: SealSpec | None = None
+
+    @property
+    def tail_file(self) -> str | None:
+        """The file with selector and tail; None: the bundle has none."""
+        return next((name for name in (TAIL_FILE, SEALED_TAIL_FILE) if name in self.files), None)
+
+    def bound(self) -> bytes:
+        """Returns what a sealed file is bound to: all but the files' digests."""
+        return to_json(replace(self, files={}))
 
     @property
     def num_nets(self) -> int:
@@ -116,10 +130,11 @@ class CryptoManifest:
         return (1, 3, self.image.height, self.image.width)
 
 
-def files_of(kind: str, mode: str, engine: str) -> list[str]:
+def files_of(kind: str, mode: str, engine: str, *, sealed: bool = False) -> list[str]:
     """Returns the names of a bundle's files beside its manifest."""
     if kind == "client":
-        return [STEPS_FILE, TAIL_FILE] if mode == ENSEMBLE else [STEPS_FILE]
+        tail = SEALED_TAIL_FILE if sealed else TAIL_FILE
+        return [STEPS_FILE, tail] if mode == ENSEMBLE else [STEPS_FILE]
     own = [STEPS_FILE, weights_file(engine)]
     return own if mode == FULL else [*own, SUFFIX_FILE]
 
@@ -145,6 +160,9 @@ def require_protection(manifest: CryptoManifest, folder: Path, allow_insecure: b
 def to_json(manifest: CryptoManifest) -> bytes:
     """Returns the canonical bytes of a manifest."""
     document: dict[str, Any] = {"format": CRYPTO_FORMAT, "version": VERSION, **asdict(manifest)}
+    del document["encryption"]
+    if manifest.encryption is not None:  # written where there is one, as before there was any
+        document["encryption"] = seal_json(manifest.encryption)
     return json.dumps(document, indent=1, sort_keys=True, ensure_ascii=False, allow_nan=False).encode() + b"\n"
 
 
@@ -181,6 +199,8 @@ def _steps(folder: Path, manifest: CryptoManifest) -> tuple[Step, ...]:
 
 def _parse(data: bytes, source: str, kind: str) -> CryptoManifest:
     reader = opened(data, source, kind, CRYPTO_FORMAT)
+    reader.document = {"encryption": None} | reader.document
+    encryption = reader.encryption()
     files = reader.files()
     settings = reader.child("settings")
     engine = settings.choice("engine", ENGINES)
@@ -188,7 +208,9 @@ def _parse(data: bytes, source: str, kind: str) -> CryptoManifest:
     if ring_bits not in RINGS:
         raise settings.error("ring_bits", f"is none of {', '.join(map(str, RINGS))}")
     mode = reader.choice("mode", MODES)
-    needed = files_of(kind, mode, engine)
+    if encryption is not None and (kind, mode) != ("client", ENSEMBLE):
+        raise reader.error("encryption", "is of a bundle without a secret")
+    needed = files_of(kind, mode, engine, sealed=encryption is not None)
     if files.keys() != set(needed):
         raise reader.error("files", f"are not {', '.join(needed)}")
     image = reader.child("image")
@@ -222,6 +244,7 @@ def _parse(data: bytes, source: str, kind: str) -> CryptoManifest:
             "server_public_key", lambda v: v is None or (isinstance(v, str) and is_curve_key(v))
         ),
         files=files,
+        encryption=encryption,
     )
 
 

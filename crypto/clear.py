@@ -14,23 +14,25 @@ class ClearLayers:
     """A graph with one input and one output.
 
     Args:
-        model: the file.
+        model: the file, or its content.
         threads: of the processor.
 
     Raises:
         BundleError: not a graph that onnxruntime loads.
     """
 
-    def __init__(self, model: Path, threads: int = 1) -> None:
+    def __init__(self, model: Path | bytes, threads: int = 1) -> None:
         import onnxruntime as ort
 
         ort.disable_telemetry_events()  # see sdk/__init__.py
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
         try:
-            self._session = ort.InferenceSession(str(model), options, providers=["CPUExecutionProvider"])
+            given = model if isinstance(model, bytes) else str(model)
+            self._session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # onnxruntime's own classes
-            raise BundleError(f"{model} cannot be loaded by onnxruntime; export the bundle again") from error
+            named = "the sealed tail" if isinstance(model, bytes) else model
+            raise BundleError(f"{named} cannot be loaded by onnxruntime; export the bundle again") from error
         self._input = self._session.get_inputs()[0].name
 
     def run(self, values: Floats) -> Floats:

@@ -107,9 +107,18 @@ class CryptoSession:
         manifest: of it, loaded and verified.
         layers: how many the two parties compute.
         transport: opens the connection.
+        tail: selector and tail where the bundle has them sealed; else empty.
     """
 
-    def __init__(self, folder: Path, manifest: bundles.CryptoManifest, layers: int, transport: ZmqTransport) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        manifest: bundles.CryptoManifest,
+        layers: int,
+        transport: ZmqTransport,
+        tail: bytes = b"",
+    ) -> None:
+        self._tail = tail
         self._folder, self._manifest, self._layers, self._transport = folder, manifest, layers, transport
         self._connection: ZmqConnection | None = None
         self._process: PartyProcess | None = None
@@ -234,7 +243,7 @@ class CryptoSession:
                 info={"steps": self._manifest.files[bundles.STEPS_FILE].sha256},
             )
         )
-        process.order("open", folder=str(self._folder), rank=CLIENT, threads=1)
+        process.order("open", folder=str(self._folder), rank=CLIENT, threads=1, tail=self._tail)
         self._answered(until, None)
         self._replied(until)
 

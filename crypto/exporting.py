@@ -19,6 +19,7 @@ from ensembler.crypto import steps as step_files
 from ensembler.crypto.bundle import (
     FULL,
     INSECURE,
+    SEALED_TAIL_FILE,
     STEPS_FILE,
     SUFFIX_FILE,
     TAIL_FILE,
@@ -32,7 +33,7 @@ from ensembler.crypto.steps import IMAGE, Step
 from ensembler.export import graphs
 from ensembler.export.pipeline import PARTIAL_PREFIX
 from ensembler.protocol.errors import ConfigError, ExportError, GateFailedError
-from ensembler.protocol.manifest import MANIFEST_NAME, ImageSpec, describe_file
+from ensembler.protocol.manifest import MANIFEST_NAME, ImageSpec, SealSpec, describe_file
 from ensembler.training.models import PIXEL_SCALE, PIXEL_ZERO_POINT, normalise
 
 BATCH_PIXELS = 100 * 32 * 32
@@ -47,12 +48,16 @@ class CryptoOptions:
         noise_magnitude: of the client's noise on what is revealed.
         max_accuracy_drop_points: gate on what noise and fixed point cost.
         server_public_key: pinned in the client's bundle; None makes one for plaintext connections.
+        encryption: of an Ensembler's tail in the client's bundle; None leaves it readable.
+        sealer: of a manifest with that encryption: from a file's name and content to its sealed content.
     """
 
     settings: Settings
     noise_magnitude: float
     max_accuracy_drop_points: float
     server_public_key: str | None
+    encryption: SealSpec | None = None
+    sealer: Callable[[CryptoManifest], Callable[[str, bytes], bytes]] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -153,11 +158,15 @@ def export(
         server_public_key=None,
         files={},
     )
+    own = replace(manifest, kind="client", server_public_key=options.server_public_key, encryption=options.encryption)
+    if options.sealer is not None:
+        tail = options.sealer(own)(SEALED_TAIL_FILE, client.pop(TAIL_FILE))
+        client[SEALED_TAIL_FILE] = tail
     partial = out / f"{PARTIAL_PREFIX}crypto-{os.getpid()}"
     try:
         partial.mkdir(parents=True, mode=0o700)
-        _write(partial / "client", manifest, client, "client", options.server_public_key)
-        _write(partial / "server", manifest, server, "server", None)
+        _write(partial / "client", own, client)
+        _write(partial / "server", manifest, server)
         for name in ("server", "client"):  # a client alone would be of no use
             (partial / name).rename(out / name)
     except OSError as error:
@@ -239,12 +248,11 @@ def _npz(tensors: dict[str, layers.Array]) -> bytes:
     return stream.getvalue()
 
 
-def _write(folder: Path, manifest: CryptoManifest, files: dict[str, bytes], kind: str, key: str | None) -> None:
+def _write(folder: Path, manifest: CryptoManifest, files: dict[str, bytes]) -> None:
     folder.mkdir(mode=0o700)
     for name, content in files.items():
         (folder / name).write_bytes(content)
         (folder / name).chmod(0o600)
     entries = {name: describe_file(folder / name) for name in files}
-    stated = replace(manifest, kind=kind, server_public_key=key, files=entries)
-    (folder / MANIFEST_NAME).write_bytes(to_json(stated))
+    (folder / MANIFEST_NAME).write_bytes(to_json(replace(manifest, files=entries)))
     (folder / MANIFEST_NAME).chmod(0o600)

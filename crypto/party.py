@@ -43,8 +43,8 @@ class _Party:
         self._share: shares.Shares | None = None
         self._clear: ClearLayers | None = None
 
-    def open(self, folder: str, rank: int, threads: int) -> dict[str, Any]:
-        """Loads a bundle and sets the engine up, together with the other party."""
+    def open(self, folder: str, rank: int, threads: int, tail: bytes = b"") -> dict[str, Any]:
+        """Loads a bundle and sets the engine up, together with the other party; ``tail`` is one that was sealed."""
         path = Path(folder)
         load = bundles.load_server if rank == SERVER else bundles.load_client
         self._manifest, steps = load(path)
@@ -52,8 +52,8 @@ class _Party:
         weights = path / bundles.weights_file(settings.engine) if rank == SERVER else None
         side = SERVER if rank == SERVER else CLIENT
         own = bundles.SUFFIX_FILE if side == SERVER else bundles.TAIL_FILE
-        if own in self._manifest.files:
-            self._clear = ClearLayers(path / own, threads)
+        if tail or own in self._manifest.files:
+            self._clear = ClearLayers(tail or path / own, threads)
         self._engine = open_engine(settings, self._link, side, steps, weights, self._manifest.image_shape)
         return {}
 

@@ -9,13 +9,13 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from ensembler.edge_runtime import private_files
 from ensembler.protocol.errors import BundleError, ConfigError, KeyFileError, MissingExtraError
-from ensembler.protocol.manifest import SALT_BYTES, ClientManifest, Kdf, SealSpec, to_json
+from ensembler.protocol.manifest import SALT_BYTES, Kdf, SealSpec
 from ensembler.protocol.options import expanded
 
 KEY_BYTES = 32
@@ -129,6 +129,17 @@ def checked_for_sealing(secret: BundleSecret) -> BundleSecret:
     return secret
 
 
+class Sealable(Protocol):
+    """A client bundle's manifest."""
+
+    @property
+    def encryption(self) -> SealSpec | None:
+        """How its files are encrypted; None: they are not."""
+
+    def bound(self) -> bytes:
+        """Returns what its sealed files are bound to."""
+
+
 class Sealer:
     """Seals and opens the files of one client bundle; the key is derived once.
 
@@ -141,14 +152,13 @@ class Sealer:
         MissingExtraError: the package cryptography is not installed.
     """
 
-    def __init__(self, secret: BundleSecret, manifest: ClientManifest) -> None:
+    def __init__(self, secret: BundleSecret, manifest: Sealable) -> None:
         seal = manifest.encryption
         assert seal is not None  # the callers looked
         if seal.kdf != secret.kdf:
             wanted, given = _WORDS[seal.kdf], _WORDS[secret.kdf].split(" (")[0]
             raise KeyFileError(f"the bundle is encrypted with {wanted}; {given} was given")
-        # The digests in the table of files are those of the sealed files, so they cannot be bound.
-        self._bound = CONTEXT + to_json(replace(manifest, files={}))
+        self._bound = CONTEXT + manifest.bound()
         chacha = _cryptography("an encrypted bundle")
         self._cipher = chacha(_derived(secret, seal))
 
@@ -186,7 +196,7 @@ _WORDS: dict[Kdf, str] = {
 
 
 def opener(
-    folder: Path, manifest: ClientManifest, secret: Callable[[Kdf], BundleSecret | None]
+    folder: Path, manifest: Sealable, secret: Callable[[Kdf], BundleSecret | None]
 ) -> Callable[[str], Path | bytes]:
     """Returns what gives the models of a client bundle: the path of a plain file, the content of a sealed one.
 

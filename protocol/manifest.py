@@ -13,7 +13,7 @@ import math
 import re
 import stat
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -230,6 +230,10 @@ class ClientManifest:
         """Returns the models in a format that the bundle has."""
         return next(pair for pair in self.models if pair.format == wanted)
 
+    def bound(self) -> bytes:
+        """Returns what a sealed file is bound to: all but the files' digests, which are those of the sealed files."""
+        return to_json(replace(self, files={}))
+
 
 def digest(manifest: ServerManifest | ClientManifest) -> str:
     """Returns the SHA-256 of a manifest, which names every file's own, in hexadecimal: what tells two bundles apart."""
@@ -276,7 +280,7 @@ def to_json(manifest: ServerManifest | ClientManifest) -> bytes:
                 }
                 for party in manifest.parties
             ],
-            "encryption": None if manifest.encryption is None else _seal_json(manifest.encryption),
+            "encryption": None if manifest.encryption is None else seal_json(manifest.encryption),
         }
         # Written where they say something, so that the manifests of before keep their bytes, which sealed files bind.
         for name, usual in _OPTIONAL.items():
@@ -291,7 +295,8 @@ def _codec_json(codec: AffineCodec) -> dict[str, Any]:
     return {"codec": codec.name, "scale": codec.scale, "zero_point": codec.zero_point}
 
 
-def _seal_json(seal: SealSpec) -> dict[str, Any]:
+def seal_json(seal: SealSpec) -> dict[str, Any]:
+    """Returns how a manifest states it."""
     document: dict[str, Any] = {"cipher": CIPHER, "kdf": seal.kdf, "salt": seal.salt}
     if seal.kdf == "scrypt":
         document |= {"log2_n": seal.log2_n, "r": SCRYPT_R, "p": seal.p}

@@ -28,7 +28,7 @@ from ensembler.party import Party, exchange_all
 from ensembler.prediction import Prediction, Timings
 from ensembler.process import OwnProcess
 from ensembler.protocol.errors import ConfigError, EnsemblerError, KeyFileError
-from ensembler.protocol.manifest import ClientManifest, Kdf, WireSpec, of_crypto
+from ensembler.protocol.manifest import Kdf, WireSpec, of_crypto
 from ensembler.protocol.messages import INFER, LIMITS, REQUEST_ID_BYTES, STATUS, Message
 from ensembler.protocol.options import expanded, milliseconds, whole
 from ensembler.replica import Replica, Reply
@@ -444,7 +444,7 @@ def secret_finder(
 
 def refuse_idle_secret(
     folder: Path,
-    manifest: ClientManifest,
+    manifest: sealing.Sealable,
     bundle_key: str | os.PathLike[str] | bytes | None = None,
     passphrase: str | None = None,
 ) -> None:

@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from ensembler.client import EdgeClient, checked_timeout, open_transports
+from ensembler.client import EdgeClient, checked_timeout, open_transports, refuse_idle_secret, secret_finder
 from ensembler.crypto import bundle as bundles
 from ensembler.crypto.client import CryptoAnswer, CryptoSession
 from ensembler.crypto.engine import require_installed
 from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import softmax
+from ensembler.edge_runtime.sealing import opener
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
 from ensembler.info import ClientInfo
 from ensembler.prediction import CryptoCost, LayerCost, Prediction, Timings
@@ -46,6 +47,8 @@ class CryptoEdgeClient(EdgeClient):
         server: its address.
         key: as ``EdgeClient``.
         server_key: as ``EdgeClient``.
+        bundle_key: as ``EdgeClient``.
+        passphrase: as ``EdgeClient``.
         plaintext: as ``EdgeClient``. Who listens reads the answers, and whoever can change what travels can be the
             server.
         timeout_ms: the deadline of a call that gives none itself, 2 minutes for None.
@@ -57,7 +60,7 @@ class CryptoEdgeClient(EdgeClient):
 
     Raises:
         BundleError: the bundle is missing, damaged or of another version.
-        KeyFileError: no device key was found, or it is not one.
+        KeyFileError: no device key was found, or it is not one; or the bundle is encrypted and does not open.
         ConfigError: an impossible option, or one that a bundle of this kind has no use for.
     """
 
@@ -68,6 +71,8 @@ class CryptoEdgeClient(EdgeClient):
         *,
         key: str | os.PathLike[str] | None = None,
         server_key: ServerKeys | None = None,
+        bundle_key: str | os.PathLike[str] | bytes | None = None,
+        passphrase: str | None = None,
         plaintext: bool = False,
         timeout_ms: float | None = None,
         top_k: int = 5,
@@ -87,6 +92,12 @@ class CryptoEdgeClient(EdgeClient):
         self._crypto, steps = bundles.load_client(folder)
         bundles.require_protection(self._crypto, folder, insecure_engine)
         require_installed(self._crypto.settings)
+        refuse_idle_secret(folder, self._crypto, bundle_key, passphrase)
+        tail = b""
+        if self._crypto.encryption is not None:
+            opened = opener(folder, self._crypto, secret_finder(bundle_key, passphrase))(bundles.SEALED_TAIL_FILE)
+            assert isinstance(opened, bytes)
+            tail = opened
         self._process = OwnProcess()
         self._timeout_ms = checked_timeout(TIMEOUT_MS if timeout_ms is None else timeout_ms)
         self._top_k = min(whole("top_k", top_k, 1), len(self._crypto.labels))
@@ -100,7 +111,7 @@ class CryptoEdgeClient(EdgeClient):
         pinned = [self._crypto.server_public_key]
         (transport,) = open_transports(folder, servers, pinned, key, server_key, plaintext=plaintext)
         self._replica = Replica(self._address, transport)
-        self._session = CryptoSession(folder, self._crypto, len(steps), transport)
+        self._session = CryptoSession(folder, self._crypto, len(steps), transport, tail)
         self._one = threading.Lock()
         self._computing: int | None = None  # the thread that has it
         self._closed = threading.Event()

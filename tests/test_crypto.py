@@ -50,6 +50,7 @@ from ensembler.crypto.relay import PIECE_BYTES, WINDOW_BYTES, Relay
 from ensembler.crypto.server import CryptoServer
 from ensembler.crypto.steps import Step
 from ensembler.crypto_client import CryptoEdgeClient
+from ensembler.edge_runtime import sealing
 from ensembler.privacy.boundary_study import plain_net
 from ensembler.protocol.errors import (
     AuthenticationError,
@@ -62,6 +63,7 @@ from ensembler.protocol.errors import (
     EnsemblerError,
     GateFailedError,
     InternalError,
+    KeyFileError,
     NotAuthorizedError,
     ProtocolError,
     ServerUnreachableError,
@@ -998,6 +1000,63 @@ def test_an_ensemble_behind_the_boundary_answers_as_the_run_does(
     np.testing.assert_allclose(found, ensemble_logits[:3], atol=5e-3)
     assert (told.num_nets, status["num_nets"]) == (3, 3)
     assert answers[0].timings.tail > 0
+
+
+@pytest.fixture(scope="module")
+def sealed(ensemble_run, tmp_path_factory):
+    """Bundles of an Ensembler whose client is encrypted: their folder, and the key."""
+    folder = tmp_path_factory.mktemp("sealed")
+    sealing.create_key(folder / "bundle.key")
+    key = ["--encrypt-key", str(folder / "bundle.key")]
+    return unnoised(ensemble_run, folder / "out", "--insecure-engine", *key), folder / "bundle.key"
+
+
+def test_an_encrypted_tail_opens_with_its_key_alone(
+    ensemble_run, ensemble_logits, sealed, serve, tiny_images, tmp_path, monkeypatch
+):
+    out, key = sealed
+    assert {path.name for path in (out / "client").iterdir()} == {"manifest.json", "steps.bin", "tail.onnx.sealed"}
+    own = trained_client(RunFolder.open(ensemble_run))
+    content = (out / "client" / "tail.onnx.sealed").read_bytes()
+    stored = [value for value in own.tail.state_dict().values() if value.numel() >= 8]
+    assert not any(value.numpy().tobytes()[:32] in content for value in stored)
+    with (
+        serve(out / "server", "--plaintext", "--insecure-engine") as (endpoint, _),
+        client(out, endpoint, plaintext=True, bundle_key=key) as edge,
+    ):
+        np.testing.assert_allclose(edge.predict(tiny_images[0]).logits, ensemble_logits[0], atol=5e-3)
+        monkeypatch.setenv("ENSEMBLER_BUNDLE_KEY", str(key))
+        with client(out, endpoint, plaintext=True) as from_environment:
+            assert from_environment.labels == edge.labels
+        monkeypatch.delenv("ENSEMBLER_BUNDLE_KEY")
+        sealing.create_key(tmp_path / "other.key")
+        for options, message in (
+            ({}, "is encrypted with a key file"),
+            ({"bundle_key": tmp_path / "other.key"}, "does not open"),
+            ({"passphrase": "twelve characters"}, "a passphrase was given"),
+        ):
+            with pytest.raises(KeyFileError, match=message):
+                client(out, endpoint, plaintext=True, **options)
+
+
+def test_a_manifest_of_another_client_does_not_open_the_tail(sealed, tmp_path):
+    out, key = sealed
+    shutil.copytree(out / "client", tmp_path / "client")
+    path = tmp_path / "client" / "manifest.json"
+    path.write_text(path.read_text().replace('"noise_magnitude": 0', '"noise_magnitude": 1'))
+    with pytest.raises(KeyFileError, match="the bundle was changed after its export"):
+        client(tmp_path, "tcp://127.0.0.1:9", plaintext=True, bundle_key=key)
+
+
+def test_a_key_without_something_to_open_is_refused(out, ensemble_run, tmp_path, plain_run, capsys):
+    with pytest.raises(ConfigError, match="is not encrypted, and a key or passphrase"):
+        client(out, "tcp://127.0.0.1:9", plaintext=True, bundle_key=bytes(32))
+    sealing.create_key(tmp_path / "bundle.key")
+    options = ["--protocol", "c2pi", "--boundary", "3", "--insecure-engine", "--plaintext"]
+    given = [*options, "--encrypt-key", str(tmp_path / "bundle.key")]
+    assert main(["export", str(plain_run), "--out", str(tmp_path / "out"), *given]) == 2
+    assert "has nothing secret to encrypt" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
 
 
 def test_the_server_of_an_ensemble_has_neither_tail_nor_selector(ensemble_run, tmp_path):

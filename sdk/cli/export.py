@@ -112,7 +112,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
     """Exports, packs, or both."""
     need(["ensembler.export"], "export", "exporting")
     if options.protocol == "c2pi":
-        document, lines = export_crypto(options, console, _keys_to_pin)
+        document, lines = export_crypto(options, console, _keys_to_pin, _secret(options))
         console.result(document, "\n".join(lines))
         return 0
     refuse_crypto(options)

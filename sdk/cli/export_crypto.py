@@ -8,6 +8,7 @@ from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
 from ensembler.cli.console import Console, need_export
+from ensembler.edge_runtime.sealing import BundleSecret, Sealer, checked_for_sealing, new_seal
 from ensembler.protocol.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -71,13 +72,16 @@ def refuse_crypto(options: argparse.Namespace) -> None:
         raise ConfigError(f"{' and '.join(used)}: with --protocol c2pi alone")
 
 
-def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Keys) -> tuple[dict[str, Any], list[str]]:
+def export_crypto(
+    options: argparse.Namespace, console: Console, keys_to_pin: Keys, secret: BundleSecret | None
+) -> tuple[dict[str, Any], list[str]]:
     """Makes the bundles; returns what is said of them, for scripts and for people.
 
     Args:
         options: of ``ensembler-export``.
         console: told of the progress.
         keys_to_pin: gives the server's public key, new or given, for as long as the export takes.
+        secret: encrypts an Ensembler's tail in the client's bundle; None leaves it readable.
 
     Raises:
         ConfigError: an option that goes with split inference alone, or no boundary.
@@ -102,8 +106,6 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
     given = {
         "--format": options.format,
         "--server-bundle": options.server_bundle,
-        "--encrypt-key": options.encrypt_key,
-        "--passphrase-file": options.passphrase_file,
         "--require-ssim": options.require_ssim,
         "--target": options.target,
         "--audit-budget": options.audit_budget,
@@ -124,6 +126,8 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
         raise ConfigError(f"--fraction-bits {bits}: from {LEAST_FRACTION_BITS} to {most} with --ring {ring_bits}")
     run = RunFolder.open(options.run)
     divided = _divided(options, run)
+    if secret is not None and divided.tail is None:
+        raise ConfigError("--encrypt-key and --passphrase-file: the client's bundle has nothing secret to encrypt")
     data = data_sets.load(options.data or run.config.data)
     if data.image_size != run.arch.image_size or data.labels != run.labels:
         raise DataError(f"{options.run} was trained on other images or classes than --data has; give the same data")
@@ -149,6 +153,8 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
                 noise_magnitude=noise,
                 max_accuracy_drop_points=options.max_accuracy_drop,
                 server_public_key=None if public is None else public[0],
+                encryption=None if secret is None else new_seal(checked_for_sealing(secret)),
+                sealer=None if secret is None else lambda manifest: Sealer(secret, manifest).seal,
             ),
             progress=console.say,
         )
@@ -172,6 +178,8 @@ def export_crypto(options: argparse.Namespace, console: Console, keys_to_pin: Ke
         + ("" if divided.tail is None else ", but selector and tail are: secret, for the device only"),
         f"{server}: the server bundle, for its operator",
     ]
+    if secret is not None:
+        lines.append("the tail is encrypted; bring the key to the device on another way than the bundle")
     if options.insecure_engine:
         lines.append("the engine protects nothing: for tests alone")
     lines.append(f"next: ensembler serve {server} --bind tcp://0.0.0.0:5555")
