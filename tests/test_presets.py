@@ -115,3 +115,10 @@ def test_given_options_go_before_the_presets(tiny_data, tmp_path, capsys):
     assert main([*common[:-1], "none", "--out", str(tmp_path / "other")]) == 2
     assert "choose obfuscate or strong" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
+
+
+def test_what_goes_with_a_bottleneck_goes_with_a_preset_that_has_one(tiny_data, tmp_path, capsys):
+    common = ["train", "--data", tiny_data, "--arch", "resnet10_slim", "--dry-run", "--out", str(tmp_path / "run")]
+    assert main([*common, "--preset", "strong", "--parties", "2"]) == 0
+    assert main([*common, "--preset", "obfuscate", "--parties", "2"]) == 2
+    assert "give --bottleneck too" in capsys.readouterr().err

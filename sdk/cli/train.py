@@ -188,8 +188,9 @@ def _config(options: argparse.Namespace) -> Any:
         from ensembler.training import data
         from ensembler.training.presets import preset_options
 
-        # An encoder may be given alone: the bottleneck is then the preset's.
-        plain = TrainConfig(**{name: value for name, value in given.items() if name not in ("bottleneck", "encoder")})
+        # What needs a bottleneck may be given without: that is then the preset's.
+        squeezed = ("bottleneck", "encoder", "parties")
+        plain = TrainConfig(**{name: value for name, value in given.items() if name not in squeezed})
         dataset = data.load(plain.data)
         chosen = preset_options(options.preset, plain.arch_spec(dataset.image_size, len(dataset.labels)))
         if plain.defense != "ensembler" or plain.noise == "learned":
