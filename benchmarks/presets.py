@@ -9,7 +9,7 @@ others. Reports are kept in ``out/presets`` and not made again. Figures are mean
 is the one with the highest mean.
 
 Accuracy is that of the exported client with the exported bodies, compared image by image with undefended nets in torch,
-each victim with each of them.
+each victim with each of them; and one with one where there are as many of them.
 """
 
 from __future__ import annotations
@@ -144,7 +144,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
             name if prefix == "strong" and name in UNPREFIXED else f"{prefix}_{name}",
             round(float(np.mean(values)), digits),
             unit,
-            GOALS.get(name, "") if prefix == "strong" else "",
+            GOALS.get(name, "") if prefix.endswith("strong") else "",
             f"{note}{len(values)} victims: {each}",
         )
 
@@ -181,8 +181,9 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
             figure("worst_query_free_ssim", values, "ssim", described(name)),
             figure("worst_query_free_psnr_db", of(alone, _psnr_db), "dB", "the clearest of all query-free attacks", 2),
         ]
-    if prefix == "strong":
-        figures.append(results.figure("victim_seeds", len(victims), "clients", ">= 3", "of one server"))
+    if prefix.endswith("strong"):
+        name = "victim_seeds" if prefix == "strong" else f"{prefix}_victim_seeds"
+        figures.append(results.figure(name, len(victims), "clients", ">= 3", "of one server"))
     if pairs := [name for name in knowing if "pairs" in name]:
         figures.append(figure("same_device_known_plaintext_ssim", of(pairs, _ssim), "ssim", "up to 1,000 pairs"))
     if any(row["name"] == "other-device" for row in found[0]):
@@ -234,13 +235,26 @@ def accuracy(prefix: str, mine: Sequence[npt.NDArray[np.bool_]], theirs: Sequenc
         f"clients {accuracies}; undefended {reference}; each with each: {min(drops):.2f} to {max(drops):.2f}, "
         f"standard error of one comparison {error:.2f}"
     )
-    goal = GOALS["accuracy_drop_points"] if prefix == "strong" else ""
+    if len(mine) == len(theirs) > 1:
+        by_seed = [100 * float(np.mean(b) - np.mean(a)) for a, b in zip(mine, theirs, strict=True)]
+        words += (
+            f"; one with one: {', '.join(f'{drop:.2f}' for drop in by_seed)}, as far from 0 by chance with "
+            f"p = {flipped(by_seed):.3f}"
+        )
+    goal = GOALS["accuracy_drop_points"] if prefix.endswith("strong") else ""
     return [
         results.figure(f"{prefix}_accuracy_drop_points", round(float(np.mean(drops)), 2), "points", goal, words),
         results.figure(
             f"{prefix}_accuracy", round(float(np.mean([100 * r.mean() for r in mine])), 2), "%", "", accuracies
         ),
     ]
+
+
+def flipped(differences: Sequence[float]) -> float:
+    """Returns the p-value, two-sided and exact, of a mean of pairs whose signs could as well have been the other."""
+    given = np.array(differences)
+    means = [float(np.mean(given * signs)) for signs in itertools.product((1, -1), repeat=len(given))]
+    return float(np.mean(np.abs(means) >= abs(given.mean()) - 1e-9))
 
 
 def local(prefix: str, run: RunFolder, victim: RunFolder, data: Dataset) -> list[Row]:

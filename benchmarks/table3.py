@@ -54,6 +54,7 @@ from link import link, possible
 from ensembler import EdgeClient
 from ensembler.cloud_runtime.crew import Crew
 from ensembler.cloud_runtime.engine import usable_cores
+from ensembler.training.plots import blank_figure
 
 Floats = npt.NDArray[np.float32]
 
@@ -68,6 +69,16 @@ OURS = {
     "ours_one_net": "--defense single --answer-bits 4 --wire-bits 2",
 }
 PLAIN = {"standard": ("head", "body", 1), "ensembler_float": ("head", "body", NETS), "image": (None, "whole", 1)}
+# Of the bars, from the top.
+TITLES = {
+    "ensembler_float": "Ensembler as in the paper:\nten float32 nets",
+    "standard": "Standard CI: one float32 net,\nno protection",
+    "ours_features": "ours: ten int8 nets,\n4,096 bytes up",
+    "ours_bottleneck": "ours: ten int8 nets,\n64 bytes up",
+    "image": "pixels to the cloud:\nno privacy",
+    "ours_one_net": "ours, one int8 net",
+}
+COLOURS = ("#3b6ea8", "#9db8d6")
 FOLDER = Path("out/table3")
 SEED = 0
 
@@ -413,6 +424,32 @@ def figures(found: dict[str, Any], suffix: str, options: argparse.Namespace) -> 
     return made
 
 
+def draw(found: dict[str, dict[str, Any]], path: Path) -> None:
+    """Draws the totals over every link, and in each bar what its bytes must take there."""
+    figure = blank_figure(8.0, 4.6)
+    axis = figure.subplots()
+    height = 0.8 / len(found)
+    names = list(TITLES)
+    for row, (suffix, systems) in enumerate(found.items()):
+        up, down = LINKS[suffix]
+        places = [len(names) - 1 - index - row * height for index in range(len(names))]
+        totals = [float(np.median(systems[name]["total"])) for name in names]
+        carried = [systems[name]["bytes"][0] / up + systems[name]["bytes"][1] / down for name in names]
+        words = f"{up / 1e6:.2f} MB/s up, {down / 1e6:.2f} MB/s down"
+        axis.barh(places, totals, height * 0.92, color=COLOURS[row], label=words)
+        axis.barh(places, carried, height * 0.3, color="#222222", label=None if row else "bytes over the link's rate")
+        for place, total in zip(places, totals, strict=True):
+            axis.text(total + 0.04, place, f"{total:.2f} s", va="center", fontsize=8)
+    axis.set_yticks([len(names) - 1 - index - height * (len(found) - 1) / 2 for index in range(len(names))])
+    axis.set_yticklabels([TITLES[name] for name in names], fontsize=9)
+    axis.set_xlabel("seconds for a batch of images, the median of the rounds")
+    axis.margins(x=0.12)
+    axis.grid(axis="x", alpha=0.3)
+    axis.set_axisbelow(True)
+    axis.legend(fontsize=8, frameon=False, loc="lower right")
+    figure.savefig(path)
+
+
 def _payload(client: Path) -> tuple[int, int]:
     from ensembler.protocol.manifest import load_client
 
@@ -442,12 +479,13 @@ def main() -> None:
         raise SystemExit(f"no link can be made here: {reason}")
     prepared(options.folder)
     print("\n".join(floors(options.images)), flush=True)
-    recorded = []
+    recorded, all_found = [], {}
     for suffix, (up, down) in LINKS.items():
-        found = measured(options, up, down)
+        found = all_found[suffix] = measured(options, up, down)
         print("\n".join(shown(found, up, down)), flush=True)
         recorded += figures(found, suffix, options)
     if not options.no_record:
+        draw(all_found, results.RESULTS / "table3.svg")
         results.record("speed", recorded, command="python benchmarks/table3.py", seed=SEED)
 
 
