@@ -50,6 +50,10 @@ LEVERS: dict[str, dict[str, tuple[str, ...]]] = {
         f"16 channels, 2 bits, information {weight}": (*ENCODED, "16,1,2", "--information-weight", weight)
         for weight in ("0.05", "0.2", "0.5")
     },
+    "the paper's baselines": {
+        "after stem, Single": ("--noise-std", "0.1"),
+        "after stem, Shredder": ("--noise", "learned", "--noise-std", "1", "--epochs-stage3", "4"),
+    },
     "NoPeek": {
         "after stem, NoPeek 1": ("--nopeek-weight", "1"),
         "16 channels, 2 bits, NoPeek 1": (*ENCODED, "16,1,2", "--nopeek-weight", "1"),
@@ -65,7 +69,7 @@ LEVERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 CELLS = {name: (lever, options) for lever, cells in LEVERS.items() for name, options in cells.items()}
-COLOURS = ("#3b6ea8", "#c2562d", "#4f8a4c", "#8a5aa0", "#b0892b", "#3f8f93", "#a34765", "#6b737c", "#222222")
+COLOURS = ("#3b6ea8", "#c2562d", "#4f8a4c", "#8a5aa0", "#b0892b", "#3f8f93", "#a34765", "#6b737c", "#222222", "#d18fb5")
 
 
 def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
