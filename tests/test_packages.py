@@ -204,13 +204,18 @@ class TestAnArchive:
 
         return build
 
+    def unpacked(self, archive, folder):
+        """The one folder inside, unpacked as on a board."""
+        folder.mkdir()
+        subprocess.run(["tar", "--extract", "--file", archive, "--directory", folder], check=True)
+        (place,) = folder.iterdir()
+        return place
+
     def test_the_same_input_gives_the_same_bytes(self, built):
         assert built("first").sha256 == built("second").sha256
 
     def test_its_files_have_the_digests_that_it_states(self, built, tmp_path):
-        with tarfile.open(built("out").path) as archive:
-            archive.extractall(tmp_path / "x", filter="data")
-        (place,) = (tmp_path / "x").iterdir()
+        place = self.unpacked(built("out").path, tmp_path / "x")
         assert subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=place).returncode == 0
         stated = {line.split()[1] for line in (place / "SHA256SUMS").read_text().splitlines()}
         there = {str(path.relative_to(place)) for path in place.rglob("*") if path.is_file()}
@@ -229,9 +234,7 @@ class TestAnArchive:
         assert secret.path.stat().st_mode & 0o777 == 0o600
 
     def test_it_is_refused_by_another_board_in_words(self, built, tmp_path):
-        with tarfile.open(built("out").path) as archive:
-            archive.extractall(tmp_path / "x", filter="data")
-        (place,) = (tmp_path / "x").iterdir()
+        place = self.unpacked(built("out").path, tmp_path / "x")
         done = subprocess.run(["sh", str(place / "install.sh"), str(tmp_path / "home")], capture_output=True, text=True)
         assert done.returncode == 1
         assert "this is for arm64" in done.stderr
