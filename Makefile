@@ -125,7 +125,8 @@ privacy: $(INSTALLED)
 	$(BIN)/python benchmarks/audit.py $(SLIM)_0=out/wire/bits_8_0/client --attack distribution-matching-critic \
 		--attack generative-prior --attack distribution-matching-blind
 
-# The preset strong: three clients of one server, three undefended nets, and what attacks read; hours on two cores.
+# The preset strong: three clients of one server, three undefended nets, and what attacks read; and a client of obfuscate.
+# Hours on two cores.
 PRESET = --data "$(CIFAR10)" --precision bfloat16 --epochs-stage1 8
 STRONG = --arch resnet10_half --preset strong -N 4 -P 2 --epochs-stage3 10 --teacher runs/none_0
 PUBLISH = --plaintext --max-accuracy-drop 1
@@ -142,6 +143,11 @@ presets: $(INSTALLED)
 		--server-bundle out/strong_0/server || exit 1; done
 	$(BIN)/python benchmarks/presets.py strong $(foreach i,0 1 2,--victim runs/strong_$(i)=out/strong_$(i)/client) \
 		--local runs/local --server out/strong_0/server $(foreach i,0 1 2,--undefended runs/none_$(i))
+	test -f runs/obf_0/summary.json || $(BIN)/ensembler train $(PRESET) --arch resnet10_half --preset obfuscate -N 4 -P 2 \
+		--epochs-stage3 8 --out runs/obf_0
+	test -d out/obf_0 || $(BIN)/ensembler export runs/obf_0 --out out/obf_0 $(PUBLISH)
+	$(BIN)/python benchmarks/presets.py obfuscate --victim runs/obf_0=out/obf_0/client --server out/obf_0/server \
+		$(foreach kind,oracle servers matching,--kind $(kind)) $(foreach i,0 1 2,--undefended runs/none_$(i))
 
 # The same on faces of 64x64 pixels, five clients and five undefended nets; hours on two cores. FACES=npz:TRAIN,TEST
 FACE = --data "$(FACES)" --arch resnet10_half --precision bfloat16 --batch-size 64 --epochs-stage1 16

@@ -11,7 +11,7 @@ from ensembler.cli import main
 from ensembler.protocol.errors import ConfigError
 from ensembler.training.config import TrainConfig
 from ensembler.training.models import ArchSpec, build_net, feature_shape
-from ensembler.training.presets import HEAD_SHARE, PRESETS, WIDTHS, head_share, preset_options
+from ensembler.training.presets import BALANCED, PRESETS, STRONG, WIDTHS, head_share, preset_options
 from ensembler.training.runs import RunFolder
 
 
@@ -19,9 +19,9 @@ def spec(name="resnet10_slim", side=32, **options):
     return ArchSpec(name=name, image_size=(side, side), num_classes=10, **options)
 
 
-def squeezed(arch, **changes):
-    """The net as the preset ``strong`` makes it, with changes to its options."""
-    options = preset_options("strong", arch) | changes
+def squeezed(arch, name="strong", **changes):
+    """The net as a preset makes it, with changes to its options."""
+    options = preset_options(name, arch) | changes
     return dataclasses.replace(arch, bottleneck=TrainConfig(data="demo", **options).squeezed)
 
 
@@ -36,14 +36,19 @@ NETS = [
 ]
 
 
+@pytest.mark.parametrize(("name", "allowed"), [("strong", STRONG), ("balanced", BALANCED)])
 @pytest.mark.parametrize("arch", NETS, ids=lambda arch: f"{arch.name}-{arch.image_size[0]}")
-def test_strong_sends_64_bytes_and_is_as_wide_as_a_quarter_of_the_work_allows(arch):
-    strong = squeezed(arch)
-    assert feature_shape(strong) == (16, 4, 4)
-    assert strong.bottleneck.bits == 2
-    assert head_share(strong) <= HEAD_SHARE
-    encoder = tuple(channels + WIDTHS.step * 2**level for level, channels in enumerate(strong.bottleneck.encoder))
-    assert head_share(squeezed(arch, encoder=encoder)) > HEAD_SHARE
+def test_what_is_sent_is_small_and_the_head_as_wide_as_its_share_of_the_work_allows(arch, name, allowed):
+    made = squeezed(arch, name)
+    assert feature_shape(made) == (allowed.channels, 4, 4)
+    assert made.bottleneck.bits == 2
+    assert head_share(made) <= allowed.head_share
+    encoder = tuple(channels + WIDTHS.step * 2**level for level, channels in enumerate(made.bottleneck.encoder))
+    assert head_share(squeezed(arch, name, encoder=encoder)) > allowed.head_share
+
+
+def test_strong_sends_64_bytes_and_balanced_twice_as_much():
+    assert [each.channels * 4 * 4 * 2 // 8 for each in (STRONG, BALANCED)] == [64, 128]
 
 
 def test_the_share_of_a_head_is_its_part_of_the_undefended_nets_work():
@@ -62,7 +67,7 @@ def test_obfuscate_is_the_papers_client():
 @pytest.mark.parametrize(
     ("name", "arch", "message"),
     [
-        ("stronger", spec(), "--preset stronger: choose obfuscate or strong"),
+        ("stronger", spec(), "--preset stronger: choose obfuscate, balanced, strong"),
         ("strong", spec("vit_small"), "cannot be halved down to 4x4 cells"),
         ("strong", spec(side=24), "cannot be halved down to 4x4 cells"),
         ("strong", spec(head_end="layer4"), "cannot be halved down to 4x4 cells"),
@@ -113,7 +118,7 @@ def test_given_options_go_before_the_presets(tiny_data, tmp_path, capsys):
     plan = json.loads(capsys.readouterr().out.splitlines()[-1])
     assert plan["stages"]["stage3"]["time_s"] > 0
     assert main([*common[:-1], "none", "--out", str(tmp_path / "other")]) == 2
-    assert "choose obfuscate or strong" in capsys.readouterr().err
+    assert "choose obfuscate, balanced, strong" in capsys.readouterr().err
     assert not (tmp_path / "other").exists()
 
 

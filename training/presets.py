@@ -1,14 +1,17 @@
 """Named sets of options for ``ensembler train --preset``, each for one aim; what was measured of them is in the docs.
 
-``obfuscate`` is the paper's client, whose images a determined server reads (docs/privacy-audit.md). ``strong`` lets the
-device say little: an encoder as wide as a quarter of the net's work allows, 64 bytes for an image, and a loss by which
-even those tell little more than the task needs (docs/privacy-presets.md). Start reading at ``preset_options``.
+``obfuscate`` is the paper's client, whose images a determined server reads (docs/privacy-audit.md). ``strong`` and
+``balanced`` let the device say little: an encoder as wide as a quarter, or a half, of the net's work allows, few codes
+for an image, and a loss by which even those tell little more than the task needs (docs/privacy-presets.md). Start
+reading at ``preset_options``.
 """
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,9 +22,25 @@ from ensembler.protocol.errors import ConfigError
 from ensembler.training.models import ArchSpec, Bottleneck, build_net
 
 CELLS = 4  # the side of the map that is sent
-CHANNELS, BITS = 16, 2  # of it: 64 bytes
-HEAD_SHARE = 0.25  # of the net's multiply-accumulates, at most, on the device
+BITS = 2
 WIDTHS = range(8, 1025, 8)  # of an encoder's first convolutions
+
+
+@dataclass(frozen=True, kw_only=True)
+class Terse:
+    """What a preset lets the device do and say.
+
+    Attributes:
+        head_share: of the net's multiply-accumulates, at most, on the device.
+        channels: of the map that is sent.
+    """
+
+    head_share: float
+    channels: int
+
+
+STRONG = Terse(head_share=0.25, channels=16)  # 64 bytes
+BALANCED = Terse(head_share=0.5, channels=32)  # 128 bytes
 
 
 def preset_options(name: str, arch: ArchSpec) -> dict[str, Any]:
@@ -35,7 +54,7 @@ def preset_options(name: str, arch: ArchSpec) -> dict[str, Any]:
         ConfigError: an unknown name, or a net and a cut for which the preset cannot be made.
     """
     if name not in PRESETS:
-        raise ConfigError(f"--preset {name}: choose {' or '.join(PRESETS)}")
+        raise ConfigError(f"--preset {name}: choose {', '.join(PRESETS)}")
     return PRESETS[name](arch)
 
 
@@ -44,33 +63,32 @@ def _obfuscate(arch: ArchSpec) -> dict[str, Any]:
     return {}
 
 
-def _strong(arch: ArchSpec) -> dict[str, Any]:
+def _terse(arch: ArchSpec, *, name: str, terse: Terse) -> dict[str, Any]:
     shape = _shape(build_net(arch).head, arch)
     halvings = len(shape) == 3 and _halvings(shape[1], shape[2])
     if not halvings:
         raise ConfigError(
-            f"--preset strong: features of shape {shape} cannot be halved down to {CELLS}x{CELLS} cells; choose "
+            f"--preset {name}: features of shape {shape} cannot be halved down to {CELLS}x{CELLS} cells; choose "
             "another --head-end (ensembler cuts lists them)"
         )
-    whole = net_macs(arch)
-    best: tuple[int, ...] | None = None
-    for width in WIDTHS:
-        encoder = tuple(width * 2**level for level in range(halvings))
-        if max(encoder) > WIDTHS[-1]:
-            break
-        bottleneck = Bottleneck(channels=CHANNELS, stride=1, bits=BITS, encoder=encoder)
-        head = build_net(replace(arch, bottleneck=bottleneck)).head
-        if _macs(head, _image(arch)) > HEAD_SHARE * whole:
-            break
-        best = encoder
-    if best is None:
+
+    def encoder(width: int) -> tuple[int, ...]:
+        return tuple(width * 2**level for level in range(halvings))
+
+    def macs(width: int) -> int:
+        bottleneck = Bottleneck(channels=terse.channels, stride=1, bits=BITS, encoder=encoder(width))
+        return _macs(build_net(replace(arch, bottleneck=bottleneck)).head, _image(arch))
+
+    widths = [width for width in WIDTHS if max(encoder(width)) <= WIDTHS[-1]]
+    allowed = bisect_right(widths, terse.head_share * net_macs(arch), key=macs)
+    if not allowed:
         raise ConfigError(
-            f"--preset strong: no encoder after this cut fits into {100 * HEAD_SHARE:.0f}% of the net's work; choose "
-            "an earlier --head-end, or give --bottleneck and --encoder"
+            f"--preset {name}: no encoder after this cut fits into {100 * terse.head_share:.0f}% of the net's work; "
+            "choose an earlier --head-end, or give --bottleneck and --encoder"
         )
     return {
-        "bottleneck": (CHANNELS, 1, BITS),
-        "encoder": best,
+        "bottleneck": (terse.channels, 1, BITS),
+        "encoder": encoder(widths[allowed - 1]),
         "information_weight": 0.05,
         # Noise that never changes is undone by whoever sees a few messages, and heads unlike others keep nothing back.
         "noise_std": 0.0,
@@ -79,7 +97,11 @@ def _strong(arch: ArchSpec) -> dict[str, Any]:
     }
 
 
-PRESETS: dict[str, Callable[[ArchSpec], dict[str, Any]]] = {"obfuscate": _obfuscate, "strong": _strong}
+PRESETS: dict[str, Callable[[ArchSpec], dict[str, Any]]] = {
+    "obfuscate": _obfuscate,
+    "balanced": partial(_terse, name="balanced", terse=BALANCED),
+    "strong": partial(_terse, name="strong", terse=STRONG),
+}
 
 
 def head_share(arch: ArchSpec) -> float:

@@ -39,7 +39,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tail-start", help="the first part that is on the device again")
     parser.add_argument(
         "--preset",
-        help="options for one aim: obfuscate (the paper's) or strong; others that are given go before its own",
+        help="options for one aim: obfuscate (the paper's), balanced, strong; others that are given go before its own",
     )
     parser.add_argument("--bottleneck", type=_numbers, metavar="K,S,B", help="at the cut: channels,stride,bits")
     parser.add_argument(
