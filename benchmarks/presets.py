@@ -75,9 +75,9 @@ Row = dict[str, Any]
 
 
 def attacked(
-    victims: Sequence[tuple[Path, Path]], folder: Path, only: int | None, kinds: Sequence[str]
+    victims: Sequence[tuple[Path, Path]], folder: Path, only: int | None, kinds: Sequence[str], make: bool
 ) -> list[list[Row]]:
-    """Returns for each victim, or for one, the attacks' rows of the audits, made now unless they are there."""
+    """Returns for each victim, or for one, the attacks' rows of the audits that are there, or of all of them."""
     found = []
     for index, (run, bundle) in enumerate(victims):
         if only not in (None, index):
@@ -88,6 +88,8 @@ def attacked(
             options = KINDS[kind] | ({"other_device": other} if kind == "devices" else {})
             out = folder / f"{run.parent.name}-{run.name}-{kind}.html"
             if not out.with_suffix(".json").is_file():
+                if not make:
+                    continue
                 reporter = ProgressReporter(Console(as_json=False))
                 audit(
                     run,
@@ -135,9 +137,12 @@ def _parts(images: int) -> list[slice]:
 def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) -> list[Row]:
     """Returns the figures of what is seen and sent."""
 
-    def of(names: Sequence[str], read: Callable[[Row], float]) -> list[float]:
-        """For each victim the highest over the rows of these names."""
-        return [max(read(row) for row in rows if row["name"] in names) for rows in found]
+    def of(
+        names: Sequence[str], read: Callable[[Row], float], among: Sequence[list[Row]] = tuple(found)
+    ) -> list[float]:
+        """For each victim that has rows of these names, the highest."""
+        of_each = [[read(row) for row in rows if row["name"] in names] for rows in among]
+        return [max(values) for values in of_each if values]
 
     def figure(name: str, values: Sequence[float], unit: str, words: str = "", digits: int = 4) -> Row:
         each = ", ".join(f"{value:.{digits}f}".rstrip("0") for value in values)
@@ -151,7 +156,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         )
 
     def strongest(access: Callable[[int], bool]) -> tuple[str, list[float]]:
-        names = {row["name"] for row in found[0] if "access" in row and access(row["access"]) and _frames(row) == 1}
+        names = {row["name"] for row in every if "access" in row and access(row["access"]) and _frames(row) == 1}
         means = {name: of([name], _ssim) for name in names}
         best = max(means, key=lambda name: float(np.mean(means[name])))
         return best, means[best]
@@ -160,10 +165,11 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         doubted = sum(row["doubted"] for rows in found for row in rows if row["name"] == name)
         return name + (f" (its own check failed for {doubted})" if doubted else "")
 
+    every = [row for rows in found for row in rows]
     floor = of([FLOOR], _ssim)
     # The bound is the best of all that know the device: decoders, the stolen head, pairs.
     bound, _ = strongest(lambda access: access >= Access.DEVICE)
-    knowing = sorted({row["name"] for row in found[0] if row.get("access", 0) >= Access.DEVICE and _frames(row) == 1})
+    knowing = sorted({row["name"] for row in every if row.get("access", 0) >= Access.DEVICE and _frames(row) == 1})
     figures = [
         figure("floor_ssim", floor, "ssim", "the mean image"),
         figure("oracle_ssim", of(knowing, _ssim), "ssim", f"the best of {', '.join(knowing)}; most often {bound}"),
@@ -172,31 +178,38 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         figure("bytes_up", [run.read_wire().spec.bytes_up for run in victims], "bytes", "codes of one image", 0),
         figure("head_macs_share", [head_share(run.arch) for run in victims], "of 1", "of the undefended net's"),
     ]
-    if films := sorted({row["name"] for row in found[0] if "access" in row and _frames(row) > 1}):
+    if films := sorted({row["name"] for row in every if "access" in row and _frames(row) > 1}):
         words = f"{', '.join(films)}: of one scene, by a hand-held camera"
         figures.append(figure("frames_ssim", of(films, _ssim), "ssim", words))
         figures.append(figure("frames_psnr_db", of(films, _psnr_db), "dB", words, 2))
-    alone = [row["name"] for row in found[0] if row.get("access") == Access.QUERY_FREE]
+    alone = {row["name"] for row in every if row.get("access") == Access.QUERY_FREE}
     if alone:
         name, values = strongest(lambda access: access == Access.QUERY_FREE)
         figures += [
             figure("worst_query_free_ssim", values, "ssim", described(name)),
-            figure("worst_query_free_psnr_db", of(alone, _psnr_db), "dB", "the clearest of all query-free attacks", 2),
+            figure(
+                "worst_query_free_psnr_db",
+                of(sorted(alone), _psnr_db),
+                "dB",
+                "the clearest of all query-free attacks",
+                2,
+            ),
         ]
     if prefix.endswith("strong"):
         name = "victim_seeds" if prefix == "strong" else f"{prefix}_victim_seeds"
         figures.append(results.figure(name, len(victims), "clients", ">= 3", "of one server"))
     if pairs := [name for name in knowing if "pairs" in name]:
         figures.append(figure("same_device_known_plaintext_ssim", of(pairs, _ssim), "ssim", "up to 1,000 pairs"))
-    if any(row["name"] == "other-device" for row in found[0]):
+    if any(row["name"] == "other-device" for row in every):
         other = of(["other-device"], _ssim)
-        gain = [a - b for a, b in zip(other, floor, strict=True)]
+        floors = [of([FLOOR], _ssim, [rows])[0] for rows in found if of(["other-device"], _ssim, [rows])]
+        gain = [a - b for a, b in zip(other, floors, strict=True)]
         words = "a decoder of all pairs of another client of the server"
         figures += [
             figure("other_device_known_plaintext_ssim", other, "ssim", words),
             figure("other_device_known_plaintext_gain_ssim", gain, "ssim", "the same, over the mean image"),
         ]
-    ways = sorted({row["name"] for row in found[0] if row["name"].startswith("selector, ")})
+    ways = sorted({row["name"] for row in every if row["name"].startswith("selector, ")})
     if ways:
         each = {way: of([way], lambda row: row["auc"]) for way in ways}
         furthest = max(each, key=lambda way: abs(float(np.mean(each[way])) - 0.5))
@@ -296,13 +309,16 @@ def main() -> None:
     parser.add_argument(
         "--only", type=int, metavar="I", help="audit the victim of this number alone, and record nothing"
     )
+    parser.add_argument("--there", action="store_true", help="audit nothing: record of the reports that are there")
     options = parser.parse_args()
     folder = Path("out/presets")
     folder.mkdir(parents=True, exist_ok=True)
     victims = [(Path(run), Path(bundle)) for run, bundle in (each.split("=", 1) for each in options.victim)]
-    found = attacked(victims, folder, options.only, options.kind or list(KINDS))
+    found = attacked(victims, folder, options.only, options.kind or list(KINDS), not options.there)
     if options.only is not None:
         return
+    if not any(found):
+        raise SystemExit(f"{folder} has no report of these victims")
     runs = [RunFolder.open(run) for run, _ in victims]
     data, engine = data_sets.load(runs[0].config.data), OnnxEngine(options.server)
     mine = [served(bundle, engine, data) for _, bundle in victims]
@@ -314,6 +330,7 @@ def main() -> None:
     given = [part for each in options.victim for part in ("--victim", each)]
     given += ["--local", str(options.local)] if options.local else []
     given += [part for kind in options.kind for part in ("--kind", kind)]
+    given += ["--there"] if options.there else []
     given += ["--server", str(options.server)]
     given += [part for each in options.undefended for part in ("--undefended", str(each))]
     command = shlex.join(["python", "benchmarks/presets.py", options.preset, *given])
