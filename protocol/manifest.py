@@ -8,6 +8,7 @@ exported. Everything is validated before anything runs.
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import re
@@ -583,6 +584,11 @@ class Reader:
             raise self.error("parties", f"do not hold {wire.num_nets} nets together")
         if len(found) == 1 and found[0].bodies_id != wire.bodies_id:
             raise self.error("parties", "name other nets than wire.bodies_id")
+        divided = sorted(party.channels for party in found if party.channels is not None)
+        if divided and len(divided) < len(found):
+            raise self.error("parties", "give the channels of some operators only; one of them would hear all")
+        if any(following[0] < before[1] for before, following in itertools.pairwise(divided)):
+            raise self.error("parties", "are sent the same channels, which are divided among them")
         return tuple(found)
 
     def channels(self, wire: WireSpec) -> tuple[int, int] | None:

@@ -177,6 +177,19 @@ def test_an_operator_is_sent_its_channels_alone_under_the_same_id(out, tiny_imag
     assert seen[0].request_id == seen[1].request_id
 
 
+@pytest.mark.parametrize(
+    ("second", "words"),
+    [([1, 4], "are sent the same channels"), ([0, 2], "are sent the same channels"), (None, "of some operators only")],
+)
+def test_an_operator_that_would_hear_what_another_hears_is_refused(out, second, words):
+    document = json.loads((out / "client" / "manifest.json").read_text())
+    document["parties"][1]["channels"] = second
+    if second is None:
+        del document["parties"][1]["channels"]
+    with pytest.raises(BundleError, match=words):
+        parse_client(json.dumps(document).encode())
+
+
 @pytest.mark.parametrize("channels", [[0], [0, 5], [2, 2], [-1, 2], ["0", "2"], {"0": 2}, True])
 def test_channels_that_are_not_there_are_refused(out, channels):
     document = json.loads((out / "client" / "manifest.json").read_text())
