@@ -40,9 +40,13 @@ class LoopCalls:
         return future
 
     def make(self) -> None:
-        """Makes what waits; for the loop."""
-        while self._waiting:
-            self._waiting.popleft()()
+        """Makes what waits; for the loop, and at its end for who asks, perhaps both at once."""
+        while True:
+            try:
+                call = self._waiting.popleft()
+            except IndexError:
+                return
+            call()
 
     def end(self) -> None:
         """Makes what waits, and lets whoever asks from now on do so itself; for the loop, when it ends."""
