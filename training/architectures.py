@@ -127,9 +127,18 @@ def _ended(layers: list[tuple[str, nn.Module]], channels: int, num_classes: int)
     )
 
 
-def _resnet(
+def resnet(
     width: int, blocks: tuple[int, ...], image_size: tuple[int, int], num_classes: int, stem_pool: bool
 ) -> nn.Module:
+    """Returns a residual net of basic blocks for images of any size.
+
+    Args:
+        width: channels of the stem and of the first stage; each further stage has twice as many.
+        blocks: of each stage.
+        image_size: of no use here; other nets need it.
+        num_classes: answers of the last layer.
+        stem_pool: whether the stem ends with a max-pool.
+    """
     del image_size
     pool = [("pool", nn.MaxPool2d(3, 2, 1))] if stem_pool else []
     stem = _named(
@@ -200,11 +209,11 @@ _VGG19 = (32, 32, "M", 64, 64, "M", *(128,) * 4, "M", *(256,) * 4, "M", *(256,) 
 _ALEXNET = (32, "M", 96, "M", 192, 128, 128, "M")
 
 ARCHITECTURES: dict[str, Architecture] = {
-    "resnet18": Architecture(build=partial(_resnet, 64, (2, 2, 2, 2)), head_end="stem"),
-    "resnet34": Architecture(build=partial(_resnet, 64, (3, 4, 6, 3)), head_end="stem"),
+    "resnet18": Architecture(build=partial(resnet, 64, (2, 2, 2, 2)), head_end="stem"),
+    "resnet34": Architecture(build=partial(resnet, 64, (3, 4, 6, 3)), head_end="stem"),
     # One block a stage and a quarter or half of the width: a laptop trains them in minutes, or in hours on real data.
-    "resnet10_slim": Architecture(build=partial(_resnet, 16, (1, 1, 1, 1)), head_end="stem"),
-    "resnet10_half": Architecture(build=partial(_resnet, 32, (1, 1, 1, 1)), head_end="stem"),
+    "resnet10_slim": Architecture(build=partial(resnet, 16, (1, 1, 1, 1)), head_end="stem"),
+    "resnet10_half": Architecture(build=partial(resnet, 32, (1, 1, 1, 1)), head_end="stem"),
     "alexnet": Architecture(build=partial(_plain, _ALEXNET, 2), head_end="pool1"),
     "vgg16": Architecture(build=partial(_plain, _VGG16, 1), head_end="pool1"),
     "vgg19": Architecture(build=partial(_plain, _VGG19, 1), head_end="pool1"),
