@@ -146,7 +146,7 @@ presets: $(INSTALLED)
 	$(BIN)/python benchmarks/presets.py strong $(foreach i,0 1 2,--victim runs/strong_$(i)=out/strong_$(i)/client) \
 		--local runs/local --server out/strong_0/server $(foreach i,0 1 2,--undefended runs/none_$(i))
 	test -f runs/local_half/summary.json || $(BIN)/ensembler train $(PRESET) --arch benchmarks.nets:resnet10_22 \
-		--defense none --teacher runs/none_0 --out runs/local_half
+		--head-end stem --defense none --teacher runs/none_0 --out runs/local_half
 	test -f runs/bal_0/summary.json || $(BIN)/ensembler train $(PRESET) $(BALANCED) --jobs 2 --out runs/bal_0
 	test -f runs/bal_1/summary.json || $(BIN)/ensembler train $(PRESET) $(BALANCED) --stage1 runs/bal_0 --out runs/bal_1
 	test -d out/bal_0 || $(BIN)/ensembler export runs/bal_0 --out out/bal_0 $(PUBLISH)
