@@ -22,7 +22,7 @@ CONSTRAINTS = constraints/main.txt
 INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test test-slow test-tflite test-legacy test-ray test-crypto test-arm test-image lint docs bench load \
-	speed peers ray results cifar wire privacy presets faces reports bench-crypto frontier tables models fuzz soak clean
+	speed peers ray results cifar wire privacy presets faces reports bench-crypto frontier operators tables models fuzz soak clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -177,7 +177,7 @@ faces: $(INSTALLED)
 # A report of each preset on the built-in images, which anybody may look at; half an hour on two cores.
 ATTACKED = misaligned-decoder known-pairs-100 frames-8 distribution-matching shadow-informed
 reports: $(INSTALLED)
-	for preset in obfuscate strong; do \
+	for preset in obfuscate balanced strong; do \
 		test -f runs/dm_$$preset/summary.json || $(BIN)/ensembler train --data demo --arch resnet10_slim --preset $$preset \
 			-N 4 -P 2 --epochs 6 --precision bfloat16 --out runs/dm_$$preset || exit 1; \
 		$(BIN)/ensembler audit runs/dm_$$preset --budget quick $(foreach name,$(ATTACKED),--attack $(name)) \
@@ -201,6 +201,10 @@ bench-crypto: $(CRYPTO)/.installed
 	$(CRYPTO)/bin/python benchmarks/crypto_table2.py vgg16=runs/vgg16 vgg19=runs/vgg19 \
 		$(foreach net,vgg16 vgg19,$(foreach ssim,0.2 0.3,--found $(net)=out/boundary_$(net)_$(ssim).json))
 	$(CRYPTO)/bin/python benchmarks/crypto_ensemble.py runs/hidden
+
+# Operators who are each sent channels of their own, and one of them under the oracle; two hours on a core.
+operators: $(INSTALLED)
+	$(BIN)/python benchmarks/operators.py --data "$(CIFAR10)" --precision bfloat16 --epochs 6
 
 # One lever at a time under the oracle; hours on two cores, and what is there is not made again.
 frontier: $(INSTALLED)

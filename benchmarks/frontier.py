@@ -112,6 +112,12 @@ def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def there(path: Path) -> dict[str, dict[str, Any]]:
+    """Returns the cells that are made."""
+    cells: dict[str, dict[str, Any]] = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+    return cells
+
+
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """Returns the cells for people, the least readable first."""
     rows = [("cell", "drop", "SSIM", "dB", "bytes", "entropy", "head")]
@@ -165,9 +171,10 @@ def main() -> None:
     options = parser.parse_args()
     path = results.RESULTS / "frontier.json"
     for name in options.only or CELLS:
-        known = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}
+        known = there(path)
         if name not in known:
-            known[name] = cell(name, options)
+            made = cell(name, options)
+            known = there(path) | {name: made}  # another process may have made one meanwhile
             path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         draw(known, path.with_suffix(".svg"))
         print(table(known))
