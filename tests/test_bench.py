@@ -313,9 +313,13 @@ def test_what_cannot_be_compared_is_refused_by_name(tmp_path, capsys):
     good = written(tmp_path / "good.json", {"value": 1, "low": 1, "high": 1})
     other = written(tmp_path / "other.json", {"value": 1, "low": 1, "high": 1}, bench="server")
     torn = written(tmp_path / "torn.json", {"value": "1", "low": 1, "high": 1})
+    huge = written(tmp_path / "huge.json", {"value": 10**400, "low": 1, "high": 1})
+    endless = written(tmp_path / "endless.json", {"value": 1, "low": float("nan"), "high": float("inf")})
     for second, message in {
         other: "good.json is of bench client, " + other + " is of bench server",
         torn: "torn.json is not what ensembler bench ... --json > FILE writes",
+        huge: "huge.json is not what ensembler bench ... --json > FILE writes",
+        endless: "endless.json is not what ensembler bench ... --json > FILE writes",
         str(tmp_path / "none.json"): "none.json: cannot be read: No such file or directory",
     }.items():
         assert main(["bench", "compare", good, second]) == 2

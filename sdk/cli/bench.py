@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 
@@ -298,12 +299,17 @@ def _read(path: Path) -> dict[str, Any]:
         and all(type(document.get(name)) is str for name in ("bench", "machine"))
         and isinstance(document.get("figures"), dict)
         and all(
-            isinstance(figure, dict) and all(type(figure.get(key)) in (int, float) for key in ("value", "low", "high"))
+            isinstance(figure, dict) and all(_is_figure(figure.get(key)) for key in ("value", "low", "high"))
             for figure in document["figures"].values()
         )
     ):
         raise ConfigError(f"{path} is not what ensembler bench ... --json > FILE writes")
     return document
+
+
+def _is_figure(value: object) -> bool:
+    """Returns whether it is a number that can be divided and shown: no NaN, no infinity, no integer beyond floats."""
+    return type(value) in (int, float) and -sys.float_info.max < cast("float", value) < sys.float_info.max
 
 
 def _document(kind: str, figures: Mapping[str, Figure]) -> dict[str, Any]:
