@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import results
-import torch
+from product import right_in_torch
 
 from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
@@ -36,10 +36,8 @@ from ensembler.privacy.scene import Access
 from ensembler.training import data as data_sets
 from ensembler.training.data import Dataset
 from ensembler.training.fit import EVALUATION_BATCH
-from ensembler.training.models import normalise
 from ensembler.training.presets import STRONG, head_share, net_macs
 from ensembler.training.runs import RunFolder
-from ensembler.training.stages import load_bodies, load_client
 
 KINDS: dict[str, dict[str, Any]] = {
     "oracle": {"budget": "standard", "attacks": (), "auxiliary": "train", "seeds": 1},
@@ -116,17 +114,6 @@ def served(bundle: Path, engine: OnnxEngine, data: Dataset) -> npt.NDArray[np.bo
     for chosen in _parts(len(data.test_x)):
         codes = runtime.encode(np.ascontiguousarray(data.test_x[chosen].transpose(0, 2, 3, 1)))
         right.append(runtime.finish(engine.run(codes)).argmax(1) == data.test_y[chosen])
-    return np.concatenate(right)
-
-
-@torch.inference_mode()
-def undefended(run: RunFolder, data: Dataset) -> npt.NDArray[np.bool_]:
-    """Returns which of them an undefended net gets right."""
-    client, (body,) = load_client(run), load_bodies(run)
-    right = []
-    for chosen in _parts(len(data.test_x)):
-        logits = client.finish(client.head(normalise(torch.from_numpy(data.test_x[chosen]))), [body])
-        right.append(logits.argmax(1).numpy() == data.test_y[chosen])
     return np.concatenate(right)
 
 
@@ -276,7 +263,7 @@ def local(prefix: str, run: RunFolder, victim: RunFolder, data: Dataset) -> list
     """Returns what the device would get right without any server, with a net of about its head's work."""
     share = net_macs(run.arch) / net_macs(victim.arch)
     words = f"{run.config.arch}, on the device alone: {share:.3f} of the undefended net's multiply-accumulates"
-    percent = round(float(100 * undefended(run, data).mean()), 2)
+    percent = round(float(100 * right_in_torch(run, data).mean()), 2)
     return [results.figure(f"{prefix}_local_net_accuracy", percent, "%", "", words)]
 
 
@@ -323,7 +310,7 @@ def main() -> None:
     data, engine = data_sets.load(runs[0].config.data), OnnxEngine(options.server)
     mine = [served(bundle, engine, data) for _, bundle in victims]
     engine.close()
-    theirs = [undefended(RunFolder.open(run), data) for run in options.undefended]
+    theirs = [right_in_torch(RunFolder.open(run), data) for run in options.undefended]
     figures = [*figures_of(options.preset, found, runs), *accuracy(options.preset, mine, theirs)]
     if options.local is not None:
         figures += local(options.preset, RunFolder.open(options.local), runs[0], data)

@@ -7,11 +7,17 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import numpy.typing as npt
+import torch
 
 from ensembler import EdgeClient
 from ensembler.cli import main as ensembler
 from ensembler.cli.demo import server_process
 from ensembler.training.data import Dataset
+from ensembler.training.fit import EVALUATION_BATCH
+from ensembler.training.models import normalise
+from ensembler.training.runs import RunFolder
+from ensembler.training.stages import load_bodies, load_client
 
 
 def checked(*arguments: str) -> None:
@@ -39,13 +45,18 @@ def exported(run: Path, out: Path, data: str, *arguments: str) -> Path:
     return out
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Served:
-    """What an application sees: accuracy in percent over the whole test set, and one image's bytes with headers."""
+    """What an application sees: which held-out images are right, and one image's bytes with headers."""
 
-    percent: float
+    right: npt.NDArray[np.bool_]
     bytes_up: int
     bytes_down: int
+
+    @property
+    def percent(self) -> float:
+        """The accuracy."""
+        return 100 * float(self.right.mean())
 
 
 def served(out: Path, dataset: Dataset) -> Served:
@@ -58,5 +69,19 @@ def served(out: Path, dataset: Dataset) -> Served:
         one = client.predict(images[0])
         predictions = client.predict_batch(list(images))
     truth = [dataset.labels[i] for i in dataset.test_y]
-    hits = sum(p.label == label for p, label in zip(predictions, truth, strict=True))
-    return Served(100 * hits / len(truth), one.bytes_up, one.bytes_down)
+    right = np.array([p.label == label for p, label in zip(predictions, truth, strict=True)])
+    return Served(right, one.bytes_up, one.bytes_down)
+
+
+@torch.inference_mode()
+def right_in_torch(run: RunFolder, dataset: Dataset, *, through_wire: bool = True) -> npt.NDArray[np.bool_]:
+    """Returns which held-out images a run's client gets right in torch, with what travels quantised or not."""
+    client, bodies = load_client(run), load_bodies(run)
+    selected = [bodies[position] for position in client.selector]
+    right = []
+    for start in range(0, len(dataset.test_x), EVALUATION_BATCH):
+        chosen = slice(start, start + EVALUATION_BATCH)
+        features = client.head(normalise(torch.from_numpy(dataset.test_x[chosen])))
+        logits = client.finish(features, selected, through_wire=through_wire)
+        right.append(logits.argmax(1).numpy() == dataset.test_y[chosen])
+    return np.concatenate(right)
