@@ -23,7 +23,7 @@ INSTALLED = $(VENV)/.installed
 
 .PHONY: demo test test-slow test-tflite test-legacy test-ray test-crypto test-arm test-image lint docs bench load \
 	speed peers ray results cifar wire privacy presets faces reports bench-crypto frontier operators paper-cut \
-	tables models fuzz soak clean
+	separation tables models fuzz soak clean
 
 demo: $(INSTALLED)
 	$(BIN)/ensembler demo --out out/demo
@@ -202,6 +202,10 @@ bench-crypto: $(CRYPTO)/.installed
 	$(CRYPTO)/bin/python benchmarks/crypto_table2.py vgg16=runs/vgg16 vgg19=runs/vgg19 \
 		$(foreach net,vgg16 vgg19,$(foreach ssim,0.2 0.3,--found $(net)=out/boundary_$(net)_$(ssim).json))
 	$(CRYPTO)/bin/python benchmarks/crypto_ensemble.py runs/hidden
+
+# Heads that are unlike earlier ones, by cosine or after the best linear map, on the built-in images; half an hour.
+separation: $(INSTALLED)
+	$(BIN)/python benchmarks/separation.py --precision bfloat16
 
 # Codes of 2 and 4 bits at the paper's cut, in full width; three hours on a core.
 paper-cut: $(INSTALLED)
