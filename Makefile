@@ -128,7 +128,7 @@ privacy: $(INSTALLED)
 
 # The preset strong: three clients of one server, three undefended nets, and what attacks read; two clients of balanced, and
 # one of obfuscate. Hours on two cores.
-PRESET = --data "$(CIFAR10)" --precision bfloat16 --epochs-stage1 8
+PRESET = --data "$(CIFAR10)" --precision fast --epochs-stage1 8
 TERSE = -N 4 -P 2 --epochs-stage3 10 --teacher runs/none_0
 STRONG = --arch resnet10_half --preset strong $(TERSE)
 BALANCED = --arch resnet10_half --preset balanced $(TERSE)
@@ -162,7 +162,7 @@ presets: $(INSTALLED)
 		$(foreach kind,oracle servers matching,--kind $(kind)) $(foreach i,0 1 2,--undefended runs/none_$(i))
 
 # The same on faces of 64x64 pixels, five clients and five undefended nets; hours on two cores. FACES=npz:TRAIN,TEST
-FACE = --data "$(FACES)" --arch resnet10_half --precision bfloat16 --batch-size 64 --epochs-stage1 16
+FACE = --data "$(FACES)" --arch resnet10_half --precision fast --batch-size 64 --epochs-stage1 16
 FIVE = 0 1 2 3 4
 faces: $(INSTALLED)
 	for i in $(FIVE); do test -f runs/faces_none_$$i/summary.json || \
@@ -180,7 +180,7 @@ ATTACKED = misaligned-decoder known-pairs-100 frames-8 distribution-matching sha
 reports: $(INSTALLED)
 	for preset in obfuscate balanced strong; do \
 		test -f runs/dm_$$preset/summary.json || $(BIN)/ensembler train --data demo --arch resnet10_slim --preset $$preset \
-			-N 4 -P 2 --epochs 6 --precision bfloat16 --out runs/dm_$$preset || exit 1; \
+			-N 4 -P 2 --epochs 6 --precision fast --out runs/dm_$$preset || exit 1; \
 		$(BIN)/ensembler audit runs/dm_$$preset --budget quick $(foreach name,$(ATTACKED),--attack $(name)) \
 			--out docs/results/audit-$$preset.html || exit 1; done
 
@@ -205,15 +205,15 @@ bench-crypto: $(CRYPTO)/.installed
 
 # Heads that are unlike earlier ones, by cosine or after the best linear map, on the built-in images; half an hour.
 separation: $(INSTALLED)
-	$(BIN)/python benchmarks/separation.py --precision bfloat16
+	$(BIN)/python benchmarks/separation.py --precision fast
 
 # Codes of 2 and 4 bits at the paper's cut, in full width; three hours on a core.
 paper-cut: $(INSTALLED)
-	$(BIN)/python benchmarks/paper_cut.py --data "$(CIFAR10)" --precision bfloat16
+	$(BIN)/python benchmarks/paper_cut.py --data "$(CIFAR10)" --precision fast
 
 # Operators who are each sent channels of their own, and one of them under the oracle; two hours on a core.
 operators: $(INSTALLED)
-	$(BIN)/python benchmarks/operators.py --data "$(CIFAR10)" --precision bfloat16 --epochs 6
+	$(BIN)/python benchmarks/operators.py --data "$(CIFAR10)" --precision fast --epochs 6
 
 # One lever at a time under the oracle; hours on two cores, and what is there is not made again.
 frontier: $(INSTALLED)

@@ -18,7 +18,7 @@ NoiseMode = Literal["fixed", "fresh"]
 RegOver = Literal["all", "selected"]
 RegKind = Literal["cosine", "linear"]
 HeadFor = Literal["all", "selected"]
-Computing = Literal["auto", "float32", "bfloat16"]
+Computing = Literal["auto", "fast", "float32", "bfloat16"]
 
 # What each of these options may be.
 CHOICES: dict[str, tuple[str, ...]] = {
@@ -83,8 +83,8 @@ class TrainConfig:
             a secret (who knows it can draw the noise again).
         train_limit: use only the first images of the (shuffled) data; None uses all.
         device: ``auto``, ``cpu`` or ``cuda``.
-        precision: in which training computes: ``float32``, ``bfloat16`` (processors with AVX512-BF16 or AMX gain by
-            it), or ``auto``: bfloat16 on CUDA alone.
+        precision: in which training computes: ``float32``, ``bfloat16``, ``auto``: bfloat16 on CUDA alone, or ``fast``:
+            bfloat16 on processors that compute with it, too (AVX512-BF16, AMX, ARM's), which gain by it.
         jobs: stage-1 nets that train at once, each in its own process with its share of the threads. The nets are
             those of any other ``jobs``, up to the rounding of another number of threads.
     """

@@ -15,6 +15,7 @@ from ensembler.training.checkpoint import Checkpoint, Progress
 from ensembler.training.config import TrainConfig
 from ensembler.training.data import Dataset
 from ensembler.training.models import PIXEL_ZERO_POINT, normalise
+from ensembler.training.processor import computes_narrow
 
 CROP_PADDING = 4
 EVALUATION_BATCH = 500
@@ -174,7 +175,7 @@ def fit(
         DataError: the checkpoint is damaged.
     """
     device = data.train_x.device
-    narrow = config.precision == "bfloat16" or (config.precision == "auto" and device.type == "cuda")
+    narrow = computes_narrow(config.precision, device)
     generator = torch.Generator().manual_seed(seed)
     steps = steps_per_epoch(len(data.train_x), config.batch_size)
     optimizer = torch.optim.SGD(

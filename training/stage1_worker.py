@@ -18,6 +18,7 @@ from ensembler.training import data as data_sets
 from ensembler.training.checkpoint import data_digest
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Tensors
+from ensembler.training.processor import keep_freed_memory
 from ensembler.training.runs import RunFolder
 from ensembler.training.stage1 import train_piece
 from ensembler.training.together import ERRORS
@@ -65,6 +66,7 @@ def main(arguments: Sequence[str]) -> int:
     """Trains the nets of one process; ``arguments`` are the run folder and the order, as JSON."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the whole group; the parent ends its processes
     run, order = RunFolder(Path(arguments[0])), json.loads(arguments[1])
+    keep_freed_memory()
     torch.set_num_threads(order["threads"])
     try:
         config = replace(run.config, device=order["device"])

@@ -46,7 +46,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from ensembler.privacy.audit import audit
     from ensembler.privacy.card import table
     from ensembler.training.fit import pick_device
+    from ensembler.training.processor import keep_freed_memory
 
+    keep_freed_memory()
     subject: Path = options.subject
     reporter = ProgressReporter(console)
     with tempfile.TemporaryDirectory(prefix="ensembler-audit-") as folder:

@@ -38,7 +38,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from ensembler.privacy.boundary import find_boundary
     from ensembler.privacy.boundary_study import BoundaryOptions
     from ensembler.training.fit import pick_device
+    from ensembler.training.processor import keep_freed_memory
 
+    keep_freed_memory()
     asked = BoundaryOptions(
         ssim_threshold=options.ssim,
         max_accuracy_drop_points=options.max_drop,

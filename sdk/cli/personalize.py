@@ -27,7 +27,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
     need_torch()
     from ensembler.training.personal import personalize
     from ensembler.training.plots import draw
+    from ensembler.training.processor import keep_freed_memory
 
+    keep_freed_memory()
     reporter = ProgressReporter(console)
     again = f"ensembler personalize {options.run} --device {options.device}{' --rotate' if options.rotate else ''}"
     try:

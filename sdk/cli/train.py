@@ -88,7 +88,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, help="of stage 1; the selector has no seed (default: 0)")
     parser.add_argument("--train-limit", type=int, help="use only the first images of the data")
     parser.add_argument("--device", help="auto, cpu or cuda (default: auto)")
-    parser.add_argument("--precision", help="auto, float32 or bfloat16 (default: auto, bfloat16 on CUDA alone)")
+    parser.add_argument("--precision", help="auto, fast, float32 or bfloat16 (default: auto)")
     parser.add_argument(
         "--jobs", type=int, help="stage-1 nets that train at once; --dry-run says if it is faster here (default: 1)"
     )
@@ -117,9 +117,11 @@ def run(options: argparse.Namespace, console: Console) -> int:
     need_torch()
     from ensembler.training.plan import make_plan
     from ensembler.training.plots import draw
+    from ensembler.training.processor import keep_freed_memory
     from ensembler.training.runs import RunFolder
     from ensembler.training.stages import resume, train
 
+    keep_freed_memory()
     if options.ray_address is not None and options.engine != "ray":
         raise ConfigError("--ray-address is of --engine ray")
     if options.dry_run and options.resume is None:
