@@ -80,7 +80,8 @@ docs: $(INSTALLED)
 bench: $(INSTALLED)
 	$(BIN)/python benchmarks/demo.py
 	test -d $(BUNDLES)/client || $(BIN)/ensembler demo --out $(BUNDLES)
-	$(BIN)/python benchmarks/overhead.py $(BUNDLES)
+	$(BIN)/python benchmarks/overhead.py
+	$(BIN)/python benchmarks/overhead.py $(BUNDLES) --name demo
 	$(BIN)/python benchmarks/device.py $(BUNDLES)
 	$(BIN)/python benchmarks/timing.py
 

@@ -1,4 +1,4 @@
-"""The frontier: one lever at a time, what the oracle then reads and what it costs, in docs/results/frontier.json, .svg.
+"""The frontier: one lever at a time, what the oracle reads and what it costs, in docs/results/frontier.json, .md, .svg.
 
     python benchmarks/frontier.py --data cifar10:PATH [--only NAME]... [--epochs 4]
 
@@ -69,6 +69,8 @@ LEVERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
 }
 CELLS = {name: (lever, options) for lever, cells in LEVERS.items() for name, options in cells.items()}
+# Of points, by the head's share of the work, at most; their size is that of the bytes.
+MARKERS = {0.1: "o", 0.25: "s", 0.5: "^", 1.0: "D"}
 COLOURS = ("#3b6ea8", "#c2562d", "#4f8a4c", "#8a5aa0", "#b0892b", "#3f8f93", "#a34765", "#6b737c", "#222222", "#d18fb5")
 
 
@@ -118,12 +120,35 @@ def there(path: Path) -> dict[str, dict[str, Any]]:
     return cells
 
 
+PAGE = """# The frontier
+
+Made by `python benchmarks/frontier.py --data cifar10:PATH`, a cell a net, the least readable first; options,
+accuracies, machine and date of each are in [frontier.json](frontier.json). {arch}, one net, one seed.
+
+- lost: points of accuracy, of the exported client, against the undefended net that taught it
+- SSIM, dB: of the oracle's decoders, the larger; the mean image has an SSIM of {floor:.3f}
+- bytes, entropy: of an image, and how many of them can say anything at most
+- head: its share of the undefended net's multiply-accumulates
+
+```
+{table}
+```
+"""
+
+
+def page(cells: dict[str, dict[str, Any]]) -> str:
+    """Returns the table with what its columns mean."""
+    floor = sum(one["floor_ssim"] for one in cells.values()) / len(cells)
+    return PAGE.format(arch=ARCH, floor=floor, table=table(cells))
+
+
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """Returns the cells for people, the least readable first."""
-    rows = [("cell", "drop", "SSIM", "dB", "bytes", "entropy", "head")]
+    rows = [("lever", "cell", "lost", "SSIM", "dB", "bytes", "entropy", "head")]
     for name, one in sorted(cells.items(), key=lambda item: float(item[1]["oracle_ssim"])):
         rows.append(
             (
+                one["lever"],
                 name,
                 f"{one['undefended'] - one['accuracy']:.2f}",
                 f"{one['oracle_ssim']:.3f}",
@@ -138,25 +163,34 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
 
 def draw(cells: dict[str, dict[str, Any]], path: Path) -> None:
     """Draws what the oracle reads over what the lever costs."""
-    figure = blank_figure(8.0, 5.0)
+    figure = blank_figure(8.5, 6.0)
     axis = figure.subplots()
     for (lever, _), colour in zip(LEVERS.items(), COLOURS, strict=True):
         of = [one for one in cells.values() if one["lever"] == lever]
-        if of:
-            x, y = [one["undefended"] - one["accuracy"] for one in of], [one["oracle_ssim"] for one in of]
+        for one in of:
             axis.scatter(
-                x, y, s=[20 + 10 * one["bytes_up"] ** 0.3 for one in of], color=colour, label=lever, alpha=0.85
+                one["undefended"] - one["accuracy"],
+                one["oracle_ssim"],
+                s=20 + 10 * one["bytes_up"] ** 0.3,
+                color=colour,
+                marker=next(marker for share, marker in MARKERS.items() if one["head_macs_share"] <= share),
+                alpha=0.85,
             )
+        if of:
+            axis.scatter([], [], color=colour, label=lever)
     if cells:
         floor = sum(one["floor_ssim"] for one in cells.values()) / len(cells)
         axis.axhline(floor, color="#999999", linewidth=1, linestyle="--", label="the mean image")
     axis.axhline(0.3, color="#bbbbbb", linewidth=1, linestyle=":", label="the goal of strong")
     axis.axvline(2.5, color="#bbbbbb", linewidth=1, linestyle=":")
+    for share, marker in MARKERS.items():
+        axis.scatter([], [], color="#444444", marker=marker, label=f"up to {100 * share:.0f}% on the device")
     axis.set_xlabel("accuracy lost, points")
     axis.set_ylabel("SSIM of the oracle")
+    axis.set_ylim(0, 1)
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8, frameon=False)
-    figure.savefig(path)
+    axis.legend(fontsize=7, frameon=False, loc="center left", bbox_to_anchor=(1.0, 0.5))
+    figure.savefig(path, bbox_inches="tight")
 
 
 def main() -> None:
@@ -177,6 +211,7 @@ def main() -> None:
             known = there(path) | {name: made}  # another process may have made one meanwhile
             path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         draw(known, path.with_suffix(".svg"))
+        path.with_suffix(".md").write_text(page(known), encoding="utf-8")
         print(table(known))
 
 

@@ -1,6 +1,10 @@
 """What predict() adds to its raw parts: p50 and p99 at batch 1 and 32, both measured in turn in one run.
 
-    python benchmarks/overhead.py DEMO_OR_EXPORT_FOLDER
+    python benchmarks/overhead.py                              the paper's ResNet-18, N = 10, P = 4
+    python benchmarks/overhead.py DEMO_OR_EXPORT_FOLDER --name demo
+
+What predict() does in Python takes the same time whatever the nets are, so how much it adds depends on them. How fast a
+net answers does not depend on what it has learned: the paper's are trained for one epoch of a few images, and kept.
 
 Raw parts, on the same images and bytes:
 
@@ -21,6 +25,7 @@ measured and medians taken over them.
 from __future__ import annotations
 
 import argparse
+import shlex
 import subprocess
 import sys
 import time
@@ -28,9 +33,11 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import bundles
 import numpy as np
 import results
 import zmq
+from product import exported, trained
 
 from ensembler import EdgeClient
 from ensembler.cli.demo import server_process
@@ -108,6 +115,16 @@ class Bare:
         self._process.communicate()
 
 
+def paper_nets(folder: Path) -> Path:
+    """Makes ten int8 nets of ResNet-18 and a client of 8-bit codes with its keys, unless they are there."""
+    if not (folder / "out" / "parity.json").is_file():
+        data = bundles.images(folder, 32)
+        options = f"--data {data} --arch resnet18 -N 10 -P 4 --epochs 1 --batch-size 16 --learning-rate 0.02"
+        run = trained(folder / "run", *options.split())
+        exported(run, folder / "out", data, *bundles.OPEN_GATES.removeprefix("--plaintext ").split())
+    return folder / "out"
+
+
 def timed(work: Callable[[], object]) -> float:
     """Returns the milliseconds of one call."""
     start = time.perf_counter()
@@ -183,18 +200,21 @@ def measure(folder: Path, endpoint: str, batch: int, rounds: int) -> dict[str, f
 def main() -> None:
     """Measures and records."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])  # type: ignore[union-attr]
-    parser.add_argument("folder", type=Path, help="what ensembler demo or ensembler-export made")
+    parser.add_argument("folder", type=Path, nargs="?", help="what ensembler demo or ensembler-export made")
+    parser.add_argument("--name", help="goes into the figures' names; without it they are those of the paper's nets")
     parser.add_argument("--rounds", type=int, default=90, help="calls of each session; a third of it at batch 32")
     parser.add_argument("--sessions", type=int, default=9, help="fresh server and echo processes")
     parser.add_argument("--no-record", action="store_true", help="print only")
     options = parser.parse_args()
+    folder = options.folder or paper_nets(Path("out/overhead"))
+    prefix = f"sdk_overhead_{options.name}" if options.name else "sdk_overhead"
     figures = []
     for batch in (1, 32):
         rounds = options.rounds if batch == 1 else options.rounds // 3
         sessions = []
         for _ in range(options.sessions):
-            with server_process(options.folder / "server") as endpoint:
-                sessions.append(measure(options.folder, endpoint, batch, rounds))
+            with server_process(folder / "server") as endpoint:
+                sessions.append(measure(folder, endpoint, batch, rounds))
         found = {name: float(np.median([session[name] for session in sessions])) for name in sessions[0]}
         ratios = sorted(session["ratio"] for session in sessions)
         spread = f"{ratios[0]:.3f} to {ratios[-1]:.3f}"
@@ -204,18 +224,18 @@ def main() -> None:
         print(f"  raw parts     p50 {found['raw_p50']:8.3f}   ratio {found['ratio']:.3f} ({spread})")
         parts = (
             f"median of {options.sessions} sessions ({spread}) of {rounds} calls; "
-            f"{options.folder}; predict {found['predict_p50']:.3f} ms p50, {found['predict_p99']:.3f} p99; raw "
+            f"{folder}; predict {found['predict_p50']:.3f} ms p50, {found['predict_p99']:.3f} p99; raw "
             f"{found['raw_p50']:.3f} = head {found['head_p50']:.3f} + CURVE echo {found['link_p50']:.3f} + "
             f"{found['num_nets']:.0f} nets {found['raw_nets_p50']:.3f} + tail {found['tail_p50']:.3f}"
         )
         print(f"  the same put together: ratio {found['ratio_together']:.3f}")
-        name = f"sdk_overhead_ratio_b{batch}"
+        name = f"{prefix}_ratio_b{batch}"
         figures.append(results.figure(name, round(found["ratio"], 4), "ratio", "<= 1.10", parts))
         words = f"the same parts put together, bare: {found['together_p50']:.3f} ms; same sessions"
         together = round(found["ratio_together"], 4)
-        figures.append(results.figure(f"sdk_overhead_together_b{batch}", together, "ratio", "", words))
+        figures.append(results.figure(f"{prefix}_together_b{batch}", together, "ratio", "", words))
     if not options.no_record:
-        command = f"python benchmarks/overhead.py {options.folder}"
+        command = shlex.join(["python", "benchmarks/overhead.py", *sys.argv[1:]])
         results.record("speed", figures, command=command, seed=0)
 
 
