@@ -44,11 +44,12 @@ from ensembler.protocol.manifest import (
 )
 from ensembler.training import data as data_sets
 from ensembler.training.data import Dataset
+from ensembler.training.fixing import mixed_features
 from ensembler.training.models import normalise
 from ensembler.training.operators import heard, heard_by, held, party_sizes
 from ensembler.training.runs import RunFolder, bodies_digest
 from ensembler.training.stage1 import Stage1Net, load_stage1
-from ensembler.training.stages import Client, load_client, mixed_features
+from ensembler.training.stages import Client, load_client
 from ensembler.training.wire import fake_quantise, fake_quantise_answers
 
 CALIBRATION_IMAGES = 512

@@ -44,10 +44,11 @@ from ensembler.protocol.manifest import MANIFEST_NAME, load_client, load_server
 from ensembler.protocol.messages import INFER, RESULT, decode
 from ensembler.training import data as data_sets
 from ensembler.training.fit import derived_seed
+from ensembler.training.fixing import mixed_features
 from ensembler.training.models import normalise
 from ensembler.training.runs import RunFolder
 from ensembler.training.stage1 import load_stage1
-from ensembler.training.stages import load_bodies, mixed_features, train
+from ensembler.training.stages import load_bodies, train
 from ensembler.training.stages import load_client as load_trained
 from ensembler.transport.inprocess import InProcessTransport
 

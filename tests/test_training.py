@@ -26,6 +26,7 @@ from ensembler.training import data as data_sets
 from ensembler.training import stages
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, derived_seed, pick_device
+from ensembler.training.fixing import fewest_answer_bits, fewest_bits, fix_wire, mixed_features
 from ensembler.training.hiding import Adversary, Hiding, distance_correlation, information_bits
 from ensembler.training.losses import classification_loss, max_cosine, max_linear_overlap, stage3_loss
 from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
@@ -33,17 +34,7 @@ from ensembler.training.perturbation import LEARNED_TENSORS, Perturbation
 from ensembler.training.runs import ClientSecret, RunFolder, bodies_digest, module_tensors, restore
 from ensembler.training.shredder import learn
 from ensembler.training.stage1 import load_stage1, stage1
-from ensembler.training.stages import (
-    Client,
-    fewest_bits,
-    fix_wire,
-    load_bodies,
-    load_client,
-    mixed_features,
-    stage2,
-    stage3,
-    train,
-)
+from ensembler.training.stages import Client, load_bodies, load_client, stage2, stage3, train
 from ensembler.training.wire import codec_for, fake_quantise, fake_quantise_answers
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -246,6 +237,21 @@ def test_auto_takes_the_fewest_bits_that_cost_the_stage_1_nets_little(run, tenso
     nets = load_stage1(run)
     assert fewest_bits(nets, tensors.train_x, tensors.train_y, max_drop_points=100.0) == 1
     assert fewest_bits(nets, tensors.train_x, tensors.train_y, max_drop_points=-100.0) == 8
+
+
+def test_auto_takes_4_bits_for_answers_that_cost_the_stage_1_nets_little(run, tensors):
+    nets = load_stage1(run)
+    assert fewest_answer_bits(nets, tensors.train_x, tensors.train_y, max_drop_points=100.0) == 4
+    assert fewest_answer_bits(nets, tensors.train_x, tensors.train_y, max_drop_points=-100.0) == 8
+
+
+def test_a_client_of_automatic_answers_keeps_the_wire_that_has_those_bits(run, settings, tmp_path):
+    wires = []
+    for folder, source in ((tmp_path / "first", run.path), (tmp_path / "second", tmp_path / "first")):
+        train(settings(answer_bits="auto", max_wire_drop_points=100.0), folder, stage1_from=source)
+        wires.append(RunFolder.open(folder).read_wire())
+    assert wires[0].spec.answer_bits == 4
+    assert wires[0] == wires[1]
 
 
 def test_a_client_with_other_bits_gets_a_wire_of_its_own_and_one_with_the_same_keeps_it(run, settings, tmp_path):
@@ -1041,7 +1047,7 @@ def test_bodies_id_does_not_change_with_memory_layout_or_mode(bodies):
         ({"num_nets": 0}, "N = 0"),
         ({"num_nets": 1025}, "N = 1025"),
         ({"wire_bits": 5}, "--wire-bits 5: choose 8, 4, 3, 2, 1 or auto"),
-        ({"answer_bits": 2}, "--answer-bits 2: choose 8 or 4"),
+        ({"answer_bits": 2}, "--answer-bits 2: choose 8, 4 or auto"),
         ({"max_wire_drop_points": -1.0}, "max_wire_drop_points"),
         ({"reg_kind": "angle"}, "--reg-kind angle: choose cosine or linear"),
         ({"reg_over": "al"}, "--reg-over al: choose all or selected"),

@@ -70,8 +70,8 @@ class TrainConfig:
         teacher: a run folder with ``defense`` none, whose answers the nets of both stages learn beside the labels.
         teacher_weight: of it in the loss, 0 to 1; the labels have the rest.
         wire_bits: of one code of the features on the wire; ``auto`` takes the fewest that cost the stage-1 nets no
-            more than ``max_wire_drop_points``, see ``training.stages.fewest_bits``.
-        answer_bits: of one code of the answers, 8 or 4.
+            more than ``max_wire_drop_points``, see ``training.fixing.fewest_bits``.
+        answer_bits: of one code of the answers, 8 or 4; ``auto`` takes 4 under the same condition.
         max_wire_drop_points: what ``auto`` may cost.
         epochs_stage1: passes over the data for each stage-1 net.
         epochs_stage3: passes over the data for the client.
@@ -115,7 +115,7 @@ class TrainConfig:
     teacher: str | None = None
     teacher_weight: float = 0.7
     wire_bits: int | Literal["auto"] = 8
-    answer_bits: int = 8
+    answer_bits: int | Literal["auto"] = 8
     max_wire_drop_points: float = 0.5
     epochs_stage1: int = 30
     epochs_stage3: int = 30
@@ -213,8 +213,8 @@ class TrainConfig:
             raise ConfigError("--wire-bits and --bottleneck: the bottleneck's third number is the wire's bits")
         if self.wire_bits != "auto" and self.wire_bits not in CODEC_BITS.values():
             raise ConfigError(f"--wire-bits {self.wire_bits}: choose {known_bits()} or auto")
-        if self.answer_bits not in (8, 4):
-            raise ConfigError(f"--answer-bits {self.answer_bits}: choose 8 or 4")
+        if self.answer_bits not in (8, 4, "auto"):
+            raise ConfigError(f"--answer-bits {self.answer_bits}: choose 8, 4 or auto")
 
     @property
     def is_ensemble(self) -> bool:

@@ -18,10 +18,11 @@ from ensembler.training import data as data_sets
 from ensembler.training import together
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Tensors, pick_device, steps_per_epoch
+from ensembler.training.fixing import CALIBRATION_IMAGES, fix_wire
 from ensembler.training.models import build_net, feature_shape
 from ensembler.training.runs import ClientSecret, RunFolder
 from ensembler.training.stage1 import Stage1Net, stage1
-from ensembler.training.stages import CALIBRATION_IMAGES, fix_wire, stage3
+from ensembler.training.stages import stage3
 
 MEASURED_STEPS = 4  # of each stage; the first one warms up and does not count
 WIRE_IMAGES = 32

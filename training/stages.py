@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ensembler.protocol.codec import CODEC_BITS, AffineCodec
+from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.protocol.manifest import WireSpec
 from ensembler.training import data as data_sets
@@ -34,10 +34,17 @@ from ensembler.training.fit import (
     fit,
     pick_device,
 )
+from ensembler.training.fixing import (
+    BITS_IMAGES,
+    CALIBRATION_IMAGES,
+    fewest_answer_bits,
+    fewest_bits,
+    fix_wire,
+)
 from ensembler.training.hiding import Hiding
 from ensembler.training.impartial import Impartial
 from ensembler.training.losses import OVERLAPS, classification_loss, stage3_loss
-from ensembler.training.models import ArchSpec, Bottleneck, Net, build_net, feature_shape, normalise, placed
+from ensembler.training.models import ArchSpec, Net, build_net, feature_shape, normalise, placed
 from ensembler.training.operators import party_of
 from ensembler.training.perturbation import Draw, Perturbation
 from ensembler.training.ray_pool import RayPool
@@ -46,7 +53,6 @@ from ensembler.training.runs import (
     ClientSecret,
     RunFolder,
     WireState,
-    bodies_digest,
     module_tensors,
     restore,
 )
@@ -60,15 +66,9 @@ from ensembler.training.stage1 import (
     teacher_of,
 )
 from ensembler.training.wire import (
-    CLIPPED_ANSWERS,
-    CLIPPED_FEATURES,
-    codec_for,
     fake_quantise,
     fake_quantise_answers,
 )
-
-CALIBRATION_IMAGES = 1024
-BITS_IMAGES = 4096
 
 
 class Client(nn.Module):
@@ -130,118 +130,6 @@ class Client(nn.Module):
         """Returns what bodies answer to the head's own ``features``, through the wire: ``(B, number of bodies, F)``."""
         sent = fake_quantise(self.perturbed(features), self.wire.feature_codec)
         return fake_quantise_answers(torch.stack([body(sent) for body in bodies], dim=1), tuple(codecs))
-
-
-# --- between stages 1 and 2 ---
-
-
-@torch.inference_mode()
-def fix_wire(
-    nets: Sequence[Stage1Net],
-    images: Tensor,
-    *,
-    wire_bits: int = 8,
-    answer_bits: int = 8,
-    bottleneck: Bottleneck | None = None,
-    sizes: Sequence[int] | None = None,
-) -> WireState:
-    """Fixes everything the server gets: the bodies' order and the codecs, from stage-1 features alone.
-
-    The features' range covers all N heads with their noise. A body's answers are taken on the features of all N heads
-    too: the client's head will be none of them, and the selected bodies' answers to it exceed what they say to their
-    own head (measured: 28 dB instead of 41 dB through the wire). The order is shuffled with the operating system's
-    generator, each operator's nets among themselves.
-
-    Args:
-        nets: the N trained nets.
-        images: ``(M, 3, H, W)`` uint8 train images.
-        wire_bits: of the features' codec.
-        answer_bits: of the answers' codecs.
-        bottleneck: of the nets; its codec is the features'.
-        sizes: how many nets each operator holds; None: one holds all.
-    """
-    order: list[int] = []
-    for size in sizes or [len(nets)]:
-        own = list(range(len(order), len(order) + size))
-        secrets.SystemRandom().shuffle(own)
-        order += own
-    x = normalise(images).to(memory_format=torch.channels_last)
-    if bottleneck is None:
-        feature_codec = codec_for(_all_features(nets, x), CLIPPED_FEATURES, wire_bits)
-    else:
-        feature_codec = bottleneck.codec
-    features = mixed_features(nets, feature_codec, images)
-    answer_codecs = tuple(
-        codec_for(_in_batches(nets[i].net.body, features), CLIPPED_ANSWERS, answer_bits) for i in order
-    )
-    spec = WireSpec(
-        bodies_id=bodies_digest([nets[i].net.body for i in order], feature_codec, answer_codecs),
-        feature_shape=tuple(features.shape[1:]),
-        feature_codec=feature_codec,
-        answer_width=int(nets[0].net.body(features[:1]).shape[1]),
-        answer_codecs=answer_codecs,
-    )
-    return WireState(spec=spec, order=tuple(order))
-
-
-@torch.inference_mode()
-def mixed_features(nets: Sequence[Stage1Net], codec: AffineCodec, images: Tensor) -> Tensor:
-    """Returns features ``(M, C, h, w)`` as they arrive, the N stage-1 heads taking turns over ``images``.
-
-    They stand in for the features of clients that do not exist yet, and say nothing of any selector: the bodies'
-    codecs and quantisation scales come from them. What is drawn anew for every image is the same in each call.
-
-    Args:
-        nets: the N trained nets.
-        codec: of the features.
-        images: ``(M, 3, H, W)`` uint8, M >= 1.
-    """
-    parts = []
-    for index, item in enumerate(nets):
-        chosen = images[index :: len(nets)]
-        if len(chosen):
-            features = _in_batches(item.net.head, normalise(chosen).to(memory_format=torch.channels_last))
-            parts.append(fake_quantise(item.perturbed(features, torch.Generator().manual_seed(index)), codec))
-    return torch.cat(parts)
-
-
-def _all_features(nets: Sequence[Stage1Net], x: Tensor) -> Tensor:
-    """Returns what all N stage-1 heads send for the normalised images ``x``, ``(N, M, C, h, w)``."""
-    drawn = [torch.Generator().manual_seed(index) for index in range(len(nets))]
-    return torch.stack(
-        [item.perturbed(_in_batches(item.net.head, x), each) for item, each in zip(nets, drawn, strict=True)]
-    )
-
-
-@torch.inference_mode()
-def fewest_bits(nets: Sequence[Stage1Net], images: Tensor, labels: Tensor, max_drop_points: float) -> int:
-    """Returns the fewest bits of the features' codec that cost the stage-1 nets little accuracy: ``--wire-bits auto``.
-
-    Like everything that the server gets to know it is decided from stage 1. It is a careful choice, because the client
-    is then trained through the codec and the stage-1 nets were not.
-
-    Args:
-        nets: the N trained nets.
-        images: ``(M, 3, H, W)`` uint8; train images, whose accuracy is not used for anything else.
-        labels: ``(M,)``.
-        max_drop_points: of the mean accuracy over the N nets, in points.
-    """
-    x = normalise(images[:CALIBRATION_IMAGES]).to(memory_format=torch.channels_last)
-    values = _all_features(nets, x)
-
-    def mean_accuracy(codec: AffineCodec | None) -> float:
-        return sum(accuracy(partial(item.logits, codec=codec), images, labels) for item in nets) / len(nets)
-
-    floor = mean_accuracy(None) - max_drop_points
-    widths = sorted(CODEC_BITS.values())
-    for bits in widths[:-1]:
-        if mean_accuracy(codec_for(values, CLIPPED_FEATURES, bits)) >= floor:
-            return bits
-    return widths[-1]
-
-
-def _in_batches(module: nn.Module, x: Tensor) -> Tensor:
-    return torch.cat([module(part) for part in torch.split(x, EVALUATION_BATCH)])
 
 
 # --- stage 2 ---
@@ -474,22 +362,21 @@ def _run_stages(
 def _wire(config: TrainConfig, source: RunFolder | None, nets: Sequence[Stage1Net], data: Tensors) -> WireState:
     """Takes the wire of ``source`` where its codecs are the wanted ones, so that the client fits its server."""
     bottleneck = config.squeezed
+    tried = (data.train_x[:BITS_IMAGES], data.train_y[:BITS_IMAGES], config.max_wire_drop_points)
     if bottleneck is not None:
         bits = bottleneck.bits
-    elif config.wire_bits == "auto":
-        chosen = slice(0, BITS_IMAGES)
-        bits = fewest_bits(nets, data.train_x[chosen], data.train_y[chosen], config.max_wire_drop_points)
     else:
-        bits = config.wire_bits
+        bits = fewest_bits(nets, *tried) if config.wire_bits == "auto" else config.wire_bits
+    answer_bits = fewest_answer_bits(nets, *tried) if config.answer_bits == "auto" else config.answer_bits
     if source is not None:
         wire = source.read_wire()
-        if (wire.spec.feature_codec.bits, wire.spec.answer_bits) == (bits, config.answer_bits):
+        if (wire.spec.feature_codec.bits, wire.spec.answer_bits) == (bits, answer_bits):
             return wire
     return fix_wire(
         nets,
         data.train_x[:CALIBRATION_IMAGES],
         wire_bits=bits,
-        answer_bits=config.answer_bits,
+        answer_bits=answer_bits,
         bottleneck=bottleneck,
         sizes=config.party_sizes,
     )

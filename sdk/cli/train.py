@@ -78,7 +78,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--teacher", metavar="RUN", help="a run with --defense none, whose answers the nets learn too")
     parser.add_argument("--teacher-weight", type=float, help="of the teacher in the loss (default: 0.7)")
     parser.add_argument("--wire-bits", type=_bits, help="of a feature's code: 8, 4, 3, 2, 1 or auto (default: 8)")
-    parser.add_argument("--answer-bits", type=int, help="of an answer's code: 8 or 4 (default: 8)")
+    parser.add_argument("--answer-bits", type=_bits, help="of an answer's code: 8, 4 or auto (default: 8)")
     parser.add_argument("--epochs", type=int, help="of both stages")
     parser.add_argument("--epochs-stage1", type=int, help="(default: 30)")
     parser.add_argument("--epochs-stage3", type=int, help="(default: 30)")
@@ -101,7 +101,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bits(text: str) -> int | str:
     if text != "auto" and not text.isdecimal():
-        raise argparse.ArgumentTypeError(f"{text}: choose 8, 4, 3, 2, 1 or auto")
+        raise argparse.ArgumentTypeError(f"{text}: give a number of bits, or auto")
     return text if text == "auto" else int(text)
 
 
