@@ -65,6 +65,7 @@ from concurrent.futures import ThreadPoolExecutor
 public, secret, rows, threads, shape, *files = sys.argv[1:]
 options = ort.SessionOptions()
 options.intra_op_num_threads = options.inter_op_num_threads = 1
+options.add_session_config_entry("session.x64quantprecision", "1")
 nets = [ort.InferenceSession(file, options) for file in files]
 rows, shape = int(rows), [int(size) for size in shape.split("x")]
 pool = ThreadPoolExecutor(int(threads))

@@ -43,6 +43,7 @@ from traffic import Asked, GrpcLine, HttpLine, Line, Measured, ZmqLine, closed_l
 
 from ensembler.cloud_runtime.engine import usable_cores
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
+from ensembler.protocol.integers import sum_exactly
 
 CLIENTS = 16
 # Nothing is gained by waiting for more images than there are clients, and a server that waits would always do so.
@@ -228,6 +229,7 @@ def ceiling(bundle: Path, arrangement: Arrangement, seconds: float) -> float:
     if arrangement.intra > 1:
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.inter_op_num_threads = arrangement.intra, 1
+        sum_exactly(options)
         files = [str(bundle / name) for name in manifest.bodies]
         sessions = [ort.InferenceSession(file, options, providers=["CPUExecutionProvider"]) for file in files]
     rng = np.random.Generator(np.random.PCG64(0))

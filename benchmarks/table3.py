@@ -54,6 +54,7 @@ from link import link, possible
 from ensembler import EdgeClient
 from ensembler.cloud_runtime.crew import Crew
 from ensembler.cloud_runtime.engine import usable_cores
+from ensembler.protocol.integers import sum_exactly
 from ensembler.training.plots import blank_figure
 
 Floats = npt.NDArray[np.float32]
@@ -136,6 +137,7 @@ def _session(path: Path, threads: int) -> Any:
     ort.disable_telemetry_events()
     options = ort.SessionOptions()
     options.intra_op_num_threads, options.inter_op_num_threads = threads, 1
+    sum_exactly(options)
     return ort.InferenceSession(str(path), options, providers=["CPUExecutionProvider"])
 
 
@@ -275,6 +277,7 @@ def peak_macs_s(dtype: type[np.generic]) -> float:
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     options = ort.SessionOptions()
     options.intra_op_num_threads = usable_cores()
+    sum_exactly(options)
     session = ort.InferenceSession(model.SerializeToString(), options, providers=["CPUExecutionProvider"])
     x = weights.astype(dtype)
     times = []

@@ -20,6 +20,7 @@ from ensembler.cloud_runtime.crew import Crew
 from ensembler.cloud_runtime.engine import Codes, require_format, usable_cores
 from ensembler.protocol.codec import require_codes
 from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
+from ensembler.protocol.integers import sum_exactly
 from ensembler.protocol.manifest import ServerManifest, load_server
 from ensembler.protocol.messages import LIMITS
 
@@ -148,6 +149,7 @@ def _session(path: Path, providers: list[str]) -> Any:
     options.intra_op_num_threads = 1
     options.inter_op_num_threads = 1
     options.log_severity_level = 3
+    sum_exactly(options)
     try:
         return ort.InferenceSession(str(path), options, providers=providers)
     except Exception as error:  # onnxruntime raises its own classes, which differ between versions

@@ -8,6 +8,7 @@ import numpy as np
 
 from ensembler.crypto.shares import Floats
 from ensembler.protocol.errors import BundleError
+from ensembler.protocol.integers import sum_exactly
 
 
 class ClearLayers:
@@ -27,6 +28,7 @@ class ClearLayers:
         ort.disable_telemetry_events()  # see sdk/__init__.py
         options = ort.SessionOptions()
         options.intra_op_num_threads, options.log_severity_level = threads, 3
+        sum_exactly(options)
         try:
             given = model if isinstance(model, bytes) else str(model)
             self._session = ort.InferenceSession(given, options, providers=["CPUExecutionProvider"])

@@ -19,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
+from ensembler.protocol.integers import sum_exactly
 from ensembler.protocol.manifest import ModelFormat
 from ensembler.protocol.options import whole
 
@@ -55,6 +56,7 @@ class OnnxSession:
         # Small models finish before a spinning pool pays, and on a board the spinning is heat.
         options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3
+        sum_exactly(options)
         try:
             self._session = ort.InferenceSession(
                 model if isinstance(model, bytes) else str(model), options, providers=["CPUExecutionProvider"]

@@ -21,6 +21,7 @@ import pytest
 from ensembler.cloud_runtime.batcher import BatchPolicy
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.cloud_runtime.server import Server
+from ensembler.protocol.integers import sum_exactly
 from ensembler.transport.zmq_server import ServerSocket
 
 # The nets here are so small that threads only wait for each other.
@@ -287,7 +288,9 @@ def answers(tiny, codes) -> np.ndarray:
 
     from ensembler.protocol.manifest import load_server
 
-    nets = [ort.InferenceSession(str(tiny.server / name)) for name in load_server(tiny.server).bodies]
+    options = ort.SessionOptions()
+    sum_exactly(options)
+    nets = [ort.InferenceSession(str(tiny.server / name), options) for name in load_server(tiny.server).bodies]
     return np.stack([net.run(None, {"features": codes})[0] for net in nets], axis=1)
 
 

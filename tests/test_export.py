@@ -40,6 +40,7 @@ from ensembler.protocol.errors import (
     ExportError,
     GateFailedError,
 )
+from ensembler.protocol.integers import sum_exactly
 from ensembler.protocol.manifest import MANIFEST_NAME, load_client, load_server
 from ensembler.protocol.messages import INFER, RESULT, decode
 from ensembler.training import data as data_sets
@@ -626,6 +627,7 @@ def answers_of(server, codes):
     """Runs the bodies of a server bundle one by one: ``(B, N, F)``."""
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
+    sum_exactly(options)
     names = load_server(server).bodies
     sessions = [ort.InferenceSession(str(server / n), options, providers=["CPUExecutionProvider"]) for n in names]
     return np.stack([session.run(None, {"features": codes})[0] for session in sessions], axis=1)

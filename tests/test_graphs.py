@@ -15,6 +15,7 @@ from torch import nn
 from ensembler.export import graphs
 from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import ExportError
+from ensembler.protocol.integers import sum_exactly
 
 IN_CODEC = AffineCodec.from_range(-2.5, 3.0)
 BATCHES = (1, 2, 7)
@@ -99,6 +100,7 @@ def run(graph, **inputs):
     options = ort.SessionOptions()
     options.intra_op_num_threads = 1
     options.log_severity_level = 3
+    sum_exactly(options)
     session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
     return session.run(None, inputs)[0]
 
