@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import results
-from product import exported, trained
+from product import exported, is_about, trained
 
 from ensembler.cli.console import Console, ProgressReporter
 from ensembler.privacy.audit import audit
@@ -31,7 +31,7 @@ GATES = ("--plaintext", "--max-accuracy-drop", "1")
 
 def attacked(run: Path, bundle: Path, report: Path, coalition: Sequence[int] | None) -> dict[str, dict[str, Any]]:
     """Returns the oracle's row and the mean image's, by name."""
-    if not report.with_suffix(".json").is_file():
+    if not is_about(report.with_suffix(".json"), bundle):
         audit(
             run,
             bundle,

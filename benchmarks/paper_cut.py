@@ -26,7 +26,7 @@ from ensembler.training.runs import RunFolder
 UP, DOWN = 2, 4  # bits of a feature and of an answer
 TERSE = ("--defense", "single", "--noise-std", "0.1", "--bottleneck", f"64,1,{UP}", "--answer-bits", str(DOWN))
 # A client that misses one is part of the result.
-GATES = ("--max-accuracy-drop", "100", "--plaintext")
+GATES = ("--server-precision", "int8", "--min-sqnr-db", "0", "--max-accuracy-drop", "100")
 
 
 def main() -> None:

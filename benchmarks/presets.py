@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import results
-from product import right_in_torch
+from product import is_about, right_in_torch
 
 from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
@@ -85,7 +85,8 @@ def attacked(
         for kind in kinds:
             options = KINDS[kind] | ({"other_device": other} if kind == "devices" else {})
             out = folder / f"{run.parent.name}-{run.name}-{kind}.html"
-            if not out.with_suffix(".json").is_file():
+            report = out.with_suffix(".json")
+            if not is_about(report, bundle):
                 if not make:
                     continue
                 reporter = ProgressReporter(Console(as_json=False))
@@ -97,7 +98,7 @@ def attacked(
                     command=shlex.join(["benchmarks/presets.py", str(run)]),
                     **options,
                 )
-            document = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
+            document = json.loads(report.read_text(encoding="utf-8"))
             for row in document["attacks"]:
                 passed = all(gate["passed"] for gate in document["gates"] if gate["about"] == row["name"])
                 rows.append(row | {"doubted": not passed})
@@ -149,7 +150,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         return best, means[best]
 
     def described(name: str) -> str:
-        doubted = sum(row["doubted"] for rows in found for row in rows if row["name"] == name)
+        doubted = sum(any(row["doubted"] for row in rows if row["name"] == name) for rows in found)
         return name + (f" (its own check failed for {doubted})" if doubted else "")
 
     every = [row for rows in found for row in rows]
@@ -171,9 +172,9 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         figures.append(figure("frames_psnr_db", of(films, _psnr_db), "dB", words, 2))
     alone = {row["name"] for row in every if row.get("access") == Access.QUERY_FREE}
     if alone:
-        name, values = strongest(lambda access: access == Access.QUERY_FREE)
+        name, _ = strongest(lambda access: access == Access.QUERY_FREE)
         figures += [
-            figure("worst_query_free_ssim", values, "ssim", described(name)),
+            figure("worst_query_free_ssim", of(sorted(alone), _ssim), "ssim", f"most often {described(name)}"),
             figure(
                 "worst_query_free_psnr_db",
                 of(sorted(alone), _psnr_db),

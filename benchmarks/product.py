@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +14,8 @@ import torch
 from ensembler import EdgeClient
 from ensembler.cli import main as ensembler
 from ensembler.cli.demo import server_process
+from ensembler.edge_runtime.card import file_digests
+from ensembler.protocol.manifest import load_client as load_client_manifest
 from ensembler.training.data import Dataset
 from ensembler.training.fit import EVALUATION_BATCH
 from ensembler.training.models import normalise
@@ -43,6 +46,14 @@ def exported(run: Path, out: Path, data: str, *arguments: str) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     checked("export", str(run), "--out", str(out), "--data", data, *arguments)
     return out
+
+
+def is_about(report: Path, bundle: Path) -> bool:
+    """Returns whether an audit's JSON is there and of the files of a client bundle, which may have been made anew."""
+    if not report.is_file():
+        return False
+    digests = json.loads(report.read_text(encoding="utf-8"))["subject"]["digests"]
+    return bool(digests == file_digests(bundle, load_client_manifest(bundle)))
 
 
 @dataclass(frozen=True, eq=False)

@@ -47,9 +47,10 @@ READABLE, RECOGNISABLE = 0.5, 0.3  # SSIM; 0.3 is C2PI's threshold of a failed a
 ORACLE_SLACK = 0.03  # of SSIM, by which another attack may beat the oracle before the oracle counts as badly trained
 ORACLE_GAIN = 0.02  # of SSIM over the floor, below which the oracle shows nothing
 NEGATIVE = -0.1  # of mean SSIM, below which an attack shows the originals' negatives, which a person reads as well
-OWN_SLACK = (
-    0.2  # of SSIM, by which a shadow's decoder may invert its own head worse than the oracle inverts the client's
-)
+# By so much of SSIM a shadow's decoder may invert its own head worse than the oracle inverts the client's, as long as
+# it reaches so much of what the oracle has over the floor.
+OWN_SLACK, OWN_SHARE = 0.2, 0.5
+FILM_SLACK = 0.01  # of SSIM, by which several frames may say less than one before their decoder counts as badly trained
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,6 +185,7 @@ def audit(
     if coalition is not None:
         everybody = len(load_client(bundle).parties)
         subject["operators"] = f"{', '.join(str(each + 1) for each in coalition)} of {everybody} share what they see"
+        subject["all_operators"] = len(coalition) == everybody
     if other_device is not None:
         subject["other_device"] = file_digests(other_device, load_client(other_device))
     # Not where it lies: a run is exported anew, into another folder, whenever the audit goes on.
@@ -224,7 +226,7 @@ def audit(
         "selector": _selector(scene),
         "sent": _sent(scene),
         "gates": gates,
-        "verdict": _verdict(rows, gates),
+        "verdict": _verdict(rows, gates, "" if subject.get("all_operators", True) else subject["operators"]),
     }
     shown = (scene.evaluated[:SHOWN].permute(0, 2, 3, 1).cpu().numpy()).astype(np.uint8)
     write_report(document, shown, {s.name: s.shown for s in scores if s.seed == 0}, out)
@@ -275,18 +277,19 @@ def _score(attack: Attack, scene: Scene, judge: Judge, plan: Plan, seed: int, re
     results = {name: judge.measure(reconstruct(arrived)) for name, reconstruct in finding.variants.items()}
     means = {name: round(float(result["ssim"].mean()), 4) for name, result in results.items()}
     best = max(means, key=means.__getitem__)
+    # Each measure's figure is of the variant that is best by it.
+    clearest = max(results.values(), key=lambda result: float(result["psnr_db"].mean()))
     seen = dict(finding.seen)
     if len(results) > 1:  # without the names: which net did best may say which is selected
         seen["ssim_of_variants"] = sorted(means.values(), reverse=True)
-        clearest = max(results.values(), key=lambda result: float(result["psnr_db"].mean()))
         seen["best_by_psnr"] = {what: round(float(clearest[what].mean()), 4) for what in ("ssim", "psnr_db")}
         if (selected := nets_name(scene.selector)) in means:
             seen["ssim_of_true_set"] = means[selected]
-    reporter.end(f"SSIM {means[best]:.3f}, {results[best]['psnr_db'].mean():.1f} dB")
+    reporter.end(f"SSIM {means[best]:.3f}, {clearest['psnr_db'].mean():.1f} dB")
     return Score(
         name=attack.NAME,
         seed=seed,
-        **results[best],
+        **{**results[best], **{measure: clearest[measure] for measure in ("psnr_db", "mse")}},
         seconds=time.monotonic() - began,
         seen=seen,
         gates=dict(finding.gates),
@@ -354,12 +357,23 @@ def _gates(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[d
             f"{mean[ORACLE]:.3f}",
         ),
     ]
+    gates += [
+        gate(
+            row["name"],
+            "several frames say no less than one",
+            row["ssim"]["mean"] >= mean[ORACLE] - FILM_SLACK,
+            f"{row['name']} reaches {row['ssim']['mean']:.3f}, and the oracle with one frame {mean[ORACLE]:.3f}",
+        )
+        for row in rows
+        if row["frames"] > 1
+    ]
     for score in scores:
         name = f"{score.name}, seed {score.seed}"
         gates += [gate(score.name, name, passed, words) for words, passed in score.gates.items()]
         if own := score.seen.get(OWN_SSIM):
+            least = max(bound - OWN_SLACK, mean[FLOOR] + OWN_SHARE * (bound - mean[FLOOR]))
             words = f"SSIM {min(own):.3f}, and the best attack with the client's own features {bound:.3f}"
-            inverted = min(own) >= bound - OWN_SLACK
+            inverted = min(own) >= least
             gates.append(gate(score.name, f"{name}: its decoder inverts its own head", inverted, words))
         if score.name not in (FLOOR, MISALIGNED) and (value := float(score.ssim.mean())) < NEGATIVE:
             words = f"SSIM {value:.3f}: turned round they may be readable, so this low score proves nothing"
@@ -367,7 +381,8 @@ def _gates(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[d
     return gates
 
 
-def _verdict(rows: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _verdict(rows: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any]], some: str = "") -> dict[str, Any]:
+    """Returns the word and the sentence; ``some`` says which operators see what was attacked, if not all."""
     attacks = [row for row in rows if not row["control"]]
     worst = max(attacks, key=lambda row: row["ssim"]["mean"])
     value = worst["ssim"]["mean"]
@@ -382,6 +397,8 @@ def _verdict(rows: Sequence[Mapping[str, Any]], gates: Sequence[Mapping[str, Any
         word, what = "obscured", "No attack tried here recognises the images; stronger ones may."
     server = _server_alone([row for row in attacks if row["access"] == Access.QUERY_FREE], gates)
     sentence = f"{what} The strongest attack, {worst['name']}, reaches SSIM {value:.2f}.{server}"
+    if some:
+        sentence += f" That is with a part of what the device sends: operators {some}."
     return {"word": word, "sentence": sentence, "ssim": value, "attack": worst["name"]}
 
 

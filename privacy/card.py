@@ -23,7 +23,7 @@ from ensembler.edge_runtime.card import (
 )
 from ensembler.edge_runtime.signing import Signer
 from ensembler.privacy.parts import write_whole
-from ensembler.protocol.errors import BundleError, BundleMismatchError, DataError, GateFailedError
+from ensembler.protocol.errors import BundleError, BundleMismatchError, ConfigError, DataError, GateFailedError
 from ensembler.protocol.manifest import load_client
 
 FLOOR, ORACLE = "mean-image", "oracle-decoder"
@@ -131,6 +131,11 @@ def write_card(bundle: Path, document: Mapping[str, Any], signer: Signer | None 
 def _content(document: Mapping[str, Any]) -> dict[str, Any]:
     """Returns what a card tells of an audit. No path and no image: the card goes to every device."""
     try:
+        if not document["subject"].get("all_operators", True):
+            raise ConfigError(
+                f"the audit is of a part of what the device sends (operators {document['subject']['operators']}), and "
+                "a card is about all of it: audit without --operators"
+            )
         rows = {row["name"]: row for row in document["attacks"]}
         verdict = document["verdict"]
         alone = [row for row in rows.values() if row["access"] == SERVER]

@@ -317,6 +317,16 @@ def test_a_card_is_written_of_the_audited_files_alone(bundle):
     assert not (bundle / PRIVACY_NAME).exists()
 
 
+def test_an_audit_of_some_operators_makes_no_card(bundle):
+    document = audit_of(bundle)
+    document["subject"] |= {"operators": "1 of 2 share what they see", "all_operators": False}
+    with pytest.raises(ConfigError, match=r"operators 1 of 2 share what they see.*audit without --operators"):
+        write_card(bundle, document)
+    assert not (bundle / PRIVACY_NAME).exists()
+    document["subject"]["all_operators"] = True
+    write_card(bundle, document)
+
+
 @pytest.mark.parametrize("name", ["verdict", "attacks", "gates", "versions", "subject"])
 def test_what_is_no_audit_gives_no_card(name, bundle):
     audit = audit_of(bundle)

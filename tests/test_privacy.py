@@ -21,7 +21,7 @@ from ensembler.export.pipeline import ExportOptions, export
 from ensembler.privacy import audit as audits
 from ensembler.privacy import scene as scenes
 from ensembler.privacy.attacks import ATTACKS, matching
-from ensembler.privacy.attacks.base import AttackImpossibleError, Finding
+from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding
 from ensembler.privacy.attacks.eye import Colours, train_eye
 from ensembler.privacy.attacks.matching import Shadow, guessed_head, known_head, matched
 from ensembler.privacy.attacks.moments import Cleaner, Moments
@@ -432,6 +432,21 @@ def test_a_film_that_says_more_does_not_put_the_oracle_in_doubt():
     assert audits._verdict(rows, [])["attack"] == "frames-8"
 
 
+@pytest.mark.parametrize(("film", "passed"), [(0.6, True), (0.295, True), (0.28, False)])
+def test_a_film_that_says_less_than_one_image_puts_its_own_decoder_in_doubt(film, passed):
+    rows = [row(FLOOR, 0.1, 0), row(ORACLE, 0.3, Access.DEVICE), row("frames-8", film, Access.DEVICE, frames=8)]
+    (gate,) = (each for each in audits._gates(rows, []) if each["about"] == "frames-8")
+    assert gate["passed"] == passed
+
+
+def test_who_has_a_film_has_what_its_first_frame_says(scene):
+    view = scene.view(Access.DEVICE)
+    of_one, of_film = (ATTACKS[name].run(view, TINY).variants for name in (ORACLE, "frames-8"))
+    film = scene.film(8)
+    for name, reconstruct in of_one.items():
+        assert torch.equal(of_film[f"first frame, {name}"](film), reconstruct(film[:, 0]))
+
+
 @pytest.mark.parametrize("name", ["ina", "eina", "dina"])
 def test_an_inverse_net_reads_more_than_the_mean_image_from_what_crosses_the_wire(scene, name):
     plan = replace(TINY, effort=Effort(steps=DECODER_STEPS, check_every=20, width=16))
@@ -739,6 +754,23 @@ def test_reconstructions_that_are_negatives_put_their_low_figure_in_doubt(value,
     assert ("is inconclusive" in audits._verdict(rows, gates)["sentence"]) == doubted
 
 
+@pytest.mark.parametrize(
+    ("oracle", "own", "passed"),
+    [(0.9, 0.75, True), (0.9, 0.65, False), (0.22, 0.17, True), (0.22, 0.15, False), (0.22, 0.03, False)],
+)
+def test_a_decoder_that_does_no_better_than_the_mean_image_has_not_inverted_its_head(oracle, own, passed, scene):
+    score = audits._score(ATTACKS[FLOOR], scene, audits.Judge(scene), TINY, 0, audits.Silent())
+    score = replace(score, name="distribution-matching", seen={OWN_SSIM: [own]})
+    rows = [row(FLOOR, 0.12, 0), row(ORACLE, oracle, Access.DEVICE), row(score.name, 0.1)]
+    (gate,) = (each for each in audits._gates(rows, [score]) if "inverts its own head" in each["name"])
+    assert gate["passed"] == passed
+
+
+def test_a_verdict_about_some_operators_says_so():
+    rows = [row(FLOOR, 0.1, 0), row(ORACLE, 0.25, Access.DEVICE)]
+    assert "operators 1 of 2 share" in audits._verdict(rows, [], "1 of 2 share what they see")["sentence"]
+
+
 def test_an_attack_that_went_wrong_puts_what_a_server_reaches_in_doubt_and_not_the_oracle():
     rows = [row(FLOOR, 0.1, 0), row(ORACLE, 0.25, Access.DEVICE), row("distribution-matching", 0.15)]
     verdict = audits._verdict(rows, [failed("distribution-matching")])
@@ -770,6 +802,37 @@ def test_the_best_of_several_variants_counts_and_is_labelled(scene):
     assert score.seen["ssim_of_variants"][0] == pytest.approx(1)
     assert score.reidentified.all()
     assert score.same_class.all()
+
+
+def test_each_measure_is_of_the_variant_that_is_best_by_it(scene):
+    truth = pixels(scene.evaluated)
+    sharp = (truth + 0.4).clamp(0, 1)  # alike in structure, and far away
+
+    class Two:
+        NAME, ACCESS, SOURCE, WORDS = "two", Access.QUERY_FREE, "test", "test"
+
+        def ticks(self, plan):
+            return 0
+
+        def run(self, view, plan):
+            near = nn.functional.avg_pool2d(truth, 3, 1, 1)
+            return Finding(variants={"sharp": lambda f: sharp[: len(f)], "near": lambda f: near[: len(f)]})
+
+    score = audits._score(Two(), scene, audits.Judge(scene), TINY, 0, audits.Silent())
+    assert float(score.ssim.mean()) == pytest.approx(float(ssim(sharp, truth).mean()), abs=1e-4)
+    assert float(score.psnr_db.mean()) > float(psnr_db(sharp, truth).mean()) + 3
+
+
+def test_a_search_through_one_of_several_learned_tensors_takes_their_mean(scene):
+    view = scene.view(Access.WHITE_BOX)
+    several = copy.deepcopy(view.client)
+    several.perturbation = Perturbation(noise="learned", std=0.1, fresh=True)
+    several.noise = several.noise.expand(several.perturbation.tensors, *several.noise.shape).clone()
+    images = [
+        ATTACKS["mla"].run(replace(view, client=c), TINY).variants[""](scene.arrived[:2])
+        for c in (view.client, several)
+    ]
+    assert torch.allclose(*images, atol=1e-4)
 
 
 @pytest.mark.parametrize(

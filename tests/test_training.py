@@ -245,13 +245,15 @@ def test_auto_takes_4_bits_for_answers_that_cost_the_stage_1_nets_little(run, te
     assert fewest_answer_bits(nets, tensors.train_x, tensors.train_y, max_drop_points=-100.0) == 8
 
 
-def test_a_client_of_automatic_answers_keeps_the_wire_that_has_those_bits(run, settings, tmp_path):
-    wires = []
-    for folder, source in ((tmp_path / "first", run.path), (tmp_path / "second", tmp_path / "first")):
-        train(settings(answer_bits="auto", max_wire_drop_points=100.0), folder, stage1_from=source)
-        wires.append(RunFolder.open(folder).read_wire())
-    assert wires[0].spec.answer_bits == 4
-    assert wires[0] == wires[1]
+def test_a_further_client_with_automatic_bits_takes_those_of_its_server(run, settings, tmp_path):
+    automatic = {"wire_bits": "auto", "answer_bits": "auto", "max_wire_drop_points": 100.0}
+    train(settings(**automatic), tmp_path / "first")
+    first = RunFolder.open(tmp_path / "first").read_wire()
+    assert (first.spec.feature_codec.bits, first.spec.answer_bits) == (1, 4)
+    for source, wire in ((tmp_path / "first", first), (run.path, run.read_wire())):
+        further = tmp_path / f"of {source.name}"
+        train(settings(**automatic), further, stage1_from=source)
+        assert RunFolder.open(further).read_wire() == wire
 
 
 def test_a_client_with_other_bits_gets_a_wire_of_its_own_and_one_with_the_same_keeps_it(run, settings, tmp_path):

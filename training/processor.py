@@ -24,8 +24,9 @@ def has_bfloat16(capabilities: Mapping[str, Any] | None = None) -> bool:
     Args:
         capabilities: as ``torch.cpu.get_capabilities`` says them; None is this processor.
     """
-    known = torch.cpu.get_capabilities() if capabilities is None else capabilities
-    return any(known.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
+    if capabilities is None:  # older releases of torch cannot say
+        capabilities = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16", "sve_bf16"))
 
 
 def computes_narrow(precision: Computing, device: torch.device) -> bool:

@@ -362,16 +362,21 @@ def _run_stages(
 def _wire(config: TrainConfig, source: RunFolder | None, nets: Sequence[Stage1Net], data: Tensors) -> WireState:
     """Takes the wire of ``source`` where its codecs are the wanted ones, so that the client fits its server."""
     bottleneck = config.squeezed
+    given = None if source is None else source.read_wire()
     tried = (data.train_x[:BITS_IMAGES], data.train_y[:BITS_IMAGES], config.max_wire_drop_points)
+    # A further client takes what was found for the first: found again, on another machine, it might be another number.
     if bottleneck is not None:
         bits = bottleneck.bits
+    elif config.wire_bits == "auto":
+        bits = fewest_bits(nets, *tried) if given is None else given.spec.feature_codec.bits
     else:
-        bits = fewest_bits(nets, *tried) if config.wire_bits == "auto" else config.wire_bits
-    answer_bits = fewest_answer_bits(nets, *tried) if config.answer_bits == "auto" else config.answer_bits
-    if source is not None:
-        wire = source.read_wire()
-        if (wire.spec.feature_codec.bits, wire.spec.answer_bits) == (bits, answer_bits):
-            return wire
+        bits = config.wire_bits
+    if config.answer_bits == "auto":
+        answer_bits = fewest_answer_bits(nets, *tried) if given is None else given.spec.answer_bits
+    else:
+        answer_bits = config.answer_bits
+    if given is not None and (given.spec.feature_codec.bits, given.spec.answer_bits) == (bits, answer_bits):
+        return given
     return fix_wire(
         nets,
         data.train_x[:CALIBRATION_IMAGES],

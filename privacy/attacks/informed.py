@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ensembler.privacy.attacks.base import OWN_SSIM, Finding, Plan, decoder_of, needed
+from ensembler.privacy.attacks.matching import MATCHED
 from ensembler.privacy.attacks.moments import Cleaner, Moments
 from ensembler.privacy.attacks.shadow import Through, train_shadow
 from ensembler.privacy.decoder import CHUNK, painted
@@ -50,14 +51,16 @@ class Informed:
         accuracy = train_shadow(net, view, plan, plan.generator(1), unlike)
         decoder = decoder_of(lambda images: cleaner.clean(net.features(images)), view, plan, 2)
         own = [cleaner.clean(net.features(part)) for part in torch.split(view.auxiliary, CHUNK)]
+        distance = target.distance_of_all(own)
         return Finding(
             variants={"": lambda arrived: painted(decoder, cleaner.clean(arrived))},
             seen={
                 "train_accuracy": [round(100 * accuracy, 1)],
-                "distance": round(target.distance_of_all(own), 4),
+                "distance": round(distance, 4),
                 "chance": round(target.chance, 4),
                 OWN_SSIM: [round(decoder.own_ssim, 4)],
             },
+            gates={"the head has the statistics of what arrives": distance <= MATCHED * target.chance},
         )
 
 

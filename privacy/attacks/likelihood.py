@@ -44,9 +44,11 @@ class Likelihood:
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
         client = needed(view.client, "the device's weights")
+        # Of several tensors, of which the device draws one for each image, nobody else knows which: their mean.
+        noise = client.noise.mean(0) if client.perturbation.tensors else client.noise
 
         def features(images: Tensor) -> Tensor:
-            return fake_quantise(client.head(normalise(images * 255)) + client.noise, view.wire.feature_codec)
+            return fake_quantise(client.head(normalise(images * 255)) + noise, view.wire.feature_codec)
 
         def reconstruct(arrived: Tensor) -> Tensor:
             return search(

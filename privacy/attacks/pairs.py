@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding, Plan, decoder_of, needed
-from ensembler.privacy.decoder import Decoder, Reconstruct, painted, pixels
+from ensembler.privacy.decoder import Decoder, painted, pixels
 from ensembler.privacy.metrics import mse
 from ensembler.privacy.scene import Access, View
 
@@ -73,12 +73,21 @@ class Oracle:
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
-        send = needed(view.send, "a device")
-        variants: dict[str, Reconstruct] = {}
-        for name, weight in self.SIMILARITY_WEIGHTS.items():
-            tuned = replace(plan, effort=replace(plan.effort, ssim_weight=weight))
-            variants[name] = partial(painted, decoder_of(send, view, tuned, 0))
-        return Finding(variants=variants)
+        decoders = oracle_decoders(view, plan)
+        return Finding(variants={name: partial(painted, decoder) for name, decoder in decoders.items()})
+
+
+def oracle_decoders(view: View, plan: Plan) -> dict[str, Decoder]:
+    """Returns the oracle's decoders by what they are best at; noted, for the attacks that begin with them."""
+    send = needed(view.send, "a device")
+
+    def all_trained() -> dict[str, Decoder]:
+        return {
+            name: decoder_of(send, view, replace(plan, effort=replace(plan.effort, ssim_weight=weight)), 0)
+            for name, weight in Oracle.SIMILARITY_WEIGHTS.items()
+        }
+
+    return view.noted(("oracle", send, plan.identity), all_trained)
 
 
 class OtherDevice:
