@@ -2,12 +2,15 @@
 
 A linear map from each neighbourhood of features to the pixels under it, in closed form (ridge regression), and a
 residual network that learns what the linear map misses, trained until images that it was not trained on no longer
-improve. The warm start matters: a decoder that is not trained to its end makes a defence look better than it is.
+improve. The warm start matters: a decoder that is not trained to its end makes a defence look better than it is. So
+does the way up: of the few codes of a bottleneck, a network that paints in steps of twice the size reads more than one
+that paints all pixels of a cell at once (docs/privacy-presets.md has both).
 """
 
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -28,6 +31,9 @@ BATCH = 64
 LEARNING_RATE = 1e-3
 FLAT = 0.995  # a loss that is not below so much of the best one has not improved
 CHUNK = 256
+COOLING = 0.25  # the share of all steps, at their end, over which the learning rate falls, to COLD of what it was
+COLD = 0.02
+UPWARDS = 4  # pixels a side under one number of the map, from which on a decoder paints in steps
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +77,14 @@ class Decoder(nn.Module):
 
     Attributes:
         own_ssim: on images that it was not trained on, from the head that it was trained for; NaN before training.
+        steps: of its training; as many as were allowed, if it was not flat by then.
     """
 
     def __init__(self, feature_shape: tuple[int, ...], image_size: tuple[int, int], width: int) -> None:
         super().__init__()
         channels, height, width_cells = as_map(torch.empty(1, *feature_shape)).shape[1:]
         self.own_ssim = math.nan
+        self.steps = 0
         self.cell = (max(1, image_size[0] // height), max(1, image_size[1] // width_cells))
         self.image_size = image_size
         self.reach = next(
@@ -89,26 +97,35 @@ class Decoder(nn.Module):
         painted = 3 * self.cell[0] * self.cell[1]
         self.linear = nn.Conv2d(channels, painted, self.reach, padding=self.reach // 2, bias=False)
         self.bias = nn.Parameter(torch.zeros(painted))
-        self.enter = nn.Conv2d(channels + painted, width, 3, padding=1)
-        self.blocks = nn.ModuleList(_Residual(width) for _ in range(3))
-        self.leave = nn.Conv2d(width, painted, 3, padding=1)
-        last = nn.Conv2d(24, 3, 3, padding=1)
-        self.smooth = nn.Sequential(nn.Conv2d(6, 24, 3, padding=1), nn.ReLU(), last)
-        for silent in (self.leave, last):  # at first the linear map alone speaks
-            for parameter in silent.parameters():
-                nn.init.zeros_(parameter)
+        doublings = int(math.log2(min(self.cell))) if min(self.cell) >= UPWARDS else 0
+        self.upwards = _upwards(channels + painted, width, doublings) if doublings else None
+        if self.upwards is None:
+            self.enter = nn.Conv2d(channels + painted, width, 3, padding=1)
+            self.blocks = nn.ModuleList(_Residual(width) for _ in range(3))
+            self.leave = _silent(nn.Conv2d(width, painted, 3, padding=1))
+            self.smooth = nn.Sequential(
+                nn.Conv2d(6, 24, 3, padding=1), nn.ReLU(), _silent(nn.Conv2d(24, 3, 3, padding=1))
+            )
 
     def forward(self, features: Tensor) -> Tensor:
         """Returns images; not clamped while training, so that gradients reach pixels that overshoot."""
         x = (as_map(features) - self.mean) / self.scale
         linear = self.linear(x) + self.bias[:, None, None]
-        hidden = self.enter(torch.cat([x, linear], 1))
+        first = self._painted(linear)
+        images: Tensor = first + self._missed(torch.cat([x, linear], 1), first)
+        return images if self.training else images.clamp(0, 1)
+
+    def _missed(self, read: Tensor, first: Tensor) -> Tensor:
+        """Returns what the linear map's images ``first`` lack, from the features and the map's own numbers."""
+        if self.upwards is not None:
+            missed: Tensor = self.upwards(read)
+            return missed if missed.shape == first.shape else F.interpolate(missed, first.shape[-2:], mode="nearest")
+        hidden = self.enter(read)
         for block in self.blocks:
             hidden = block(hidden)
-        first, second = self._painted(linear), self._painted(self.leave(hidden))
-        images: Tensor = first + second
-        images = images + self.smooth(torch.cat([first, images], 1))
-        return images if self.training else images.clamp(0, 1)
+        second = self._painted(self.leave(hidden))
+        smoothed: Tensor = second + self.smooth(torch.cat([first, first + second], 1))
+        return smoothed
 
     def _painted(self, cells: Tensor) -> Tensor:
         """Lays out each position's pixels: ``(B, 3 r s, h, w)`` -> ``(B, 3, H, W)``."""
@@ -152,6 +169,25 @@ class Decoder(nn.Module):
         maps = as_map(features)
         self.mean.copy_(maps.mean((0, 2, 3), keepdim=True))
         self.scale.copy_(maps.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
+
+
+def _upwards(channels: int, width: int, doublings: int) -> nn.Sequential:
+    """Returns a network from a map ``(B, channels, h, w)`` to images of ``2 ** doublings`` times its size.
+
+    It has twice ``width`` channels at first, and two thirds, then half and half again, as the maps grow.
+    """
+    widths = [2 * width, *(max(8, 4 * width // 3 // 2**level) for level in range(doublings))]
+    layers: list[nn.Module] = [nn.Conv2d(channels, widths[0], 3, padding=1), _Residual(widths[0]), _Residual(widths[0])]
+    for wide, narrow in itertools.pairwise(widths):
+        layers += [nn.ReLU(), nn.Conv2d(wide, 4 * narrow, 3, padding=1), nn.PixelShuffle(2), _Residual(narrow)]
+    return nn.Sequential(*layers, nn.ReLU(), _silent(nn.Conv2d(widths[-1], 3, 3, padding=1)))
+
+
+def _silent(layer: nn.Conv2d) -> nn.Conv2d:
+    """Returns a layer that gives zeros until it has learned: at first the linear map alone speaks."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
+    return layer
 
 
 class _Residual(nn.Module):
@@ -199,7 +235,7 @@ def train_decoder(
             features = features_of(train[chosen])
         return _objective(decoder(features), pixels(train[chosen]), effort)
 
-    train_until_flat(decoder, loss, lambda: [_loss(decoder, held_features, held, effort)], effort, tick)
+    decoder.steps = train_until_flat(decoder, loss, lambda: [_loss(decoder, held_features, held, effort)], effort, tick)
     decoder.own_ssim = float(ssim(painted(decoder, held_features), pixels(held)).mean())
     return decoder
 
@@ -227,8 +263,12 @@ def train_until_flat(
     optimizer = torch.optim.Adam(decoder.parameters(), LEARNING_RATE)
     best = list(_held(decoder, held))
     best_state = _copied(decoder)
-    stale, falls, step = 0, 0, 0
+    stale, falls, step, rate = 0, 0, 0, LEARNING_RATE
     for step in range(1, effort.steps + 1):
+        # Who ends because there are no more steps ends with small ones, as who is flat does.
+        left = (effort.steps - step + 1) / (COOLING * effort.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = rate * min(1.0, max(COLD, left))
         decoder.train()
         value = loss()
         optimizer.zero_grad(set_to_none=True)
@@ -246,8 +286,7 @@ def train_until_flat(
                 falls, stale = falls + 1, 0
                 if falls == 2:
                     break
-                for group in optimizer.param_groups:
-                    group["lr"] /= 4
+                rate /= 4
     decoder.load_state_dict(best_state)
     decoder.eval()
     return step

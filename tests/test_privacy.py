@@ -259,11 +259,25 @@ def test_the_linear_map_inverts_what_is_linear(random):
     assert float(mse(painted(decoder.eval(), features), pixels(images)).max()) < 1e-4
 
 
-def test_training_improves_on_the_linear_map_and_never_ends_worse(random):
+@pytest.mark.parametrize(
+    ("feature_shape", "image_size"),
+    [((3, 4, 4), (24, 24)), ((3, 3, 5), (24, 40)), ((7, 1, 1), (32, 32)), ((5, 8, 8), (64, 64)), ((5, 8, 8), (16, 16))],
+)
+def test_a_decoder_begins_with_the_linear_map_alone_whatever_the_sizes(feature_shape, image_size):
+    decoder = Decoder(feature_shape, image_size, 12).train()
+    images = decoder(torch.ones(2, *feature_shape))
+    assert images.shape == (2, 3, *image_size)
+    with torch.no_grad():
+        decoder.linear.weight.zero_()
+    assert not decoder(torch.ones(2, *feature_shape)).any()
+
+
+@pytest.mark.parametrize("pool", [2, 4])
+def test_training_improves_on_the_linear_map_and_never_ends_worse(random, pool):
     coarse = torch.rand(200, 3, 4, 4, generator=random)
     images = (255 * nn.functional.interpolate(coarse, (16, 16), mode="bilinear")).to(torch.uint8)
     torch.manual_seed(0)
-    head = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    head = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(pool))
 
     @torch.no_grad()
     def features(batch):
@@ -273,7 +287,7 @@ def test_training_improves_on_the_linear_map_and_never_ends_worse(random):
     scores = []
     for steps in (0, DECODER_STEPS):
         effort = Effort(steps=steps, check_every=10, width=16)
-        decoder = train_decoder(features, owned, (8, 8, 8), effort, torch.Generator().manual_seed(0))
+        decoder = train_decoder(features, owned, (8, 16 // pool, 16 // pool), effort, torch.Generator().manual_seed(0))
         scores.append(float(ssim(painted(decoder, features(held)), pixels(held)).mean()))
     assert scores[1] > scores[0]
 

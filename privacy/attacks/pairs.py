@@ -74,7 +74,10 @@ class Oracle:
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
         decoders = oracle_decoders(view, plan)
-        return Finding(variants={name: partial(painted, decoder) for name, decoder in decoders.items()})
+        return Finding(
+            variants={name: partial(painted, decoder) for name, decoder in decoders.items()},
+            seen={"steps": [decoder.steps for decoder in decoders.values()], "steps_at_most": plan.effort.steps},
+        )
 
 
 def oracle_decoders(view: View, plan: Plan) -> dict[str, Decoder]:
