@@ -95,6 +95,7 @@ load: $(INSTALLED) peers
 speed: $(INSTALLED)
 	$(BIN)/python benchmarks/table3.py
 	$(BIN)/python benchmarks/occupancy.py
+	$(BIN)/python benchmarks/integers.py
 
 # The other servers have an environment of their own; none of them is a dependency.
 peers: $(PEERS)/.installed

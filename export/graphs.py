@@ -13,7 +13,7 @@ import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -132,6 +132,7 @@ def quantised(
     *,
     input_codec: AffineCodec | None = None,
     output_codec: AffineCodec | None = None,
+    weight_bits: Literal[7, 8] = 8,
 ) -> onnx.ModelProto:
     """Returns the graph with static 8-bit quantisation: unsigned activations, signed weights per channel.
 
@@ -142,6 +143,8 @@ def quantised(
         output_codec: pins the scale of the output; None leaves the output in float. What is added at the end and is not
             made of ``x``, a client's noise, is added in float: onnxruntime's integer addition multiplies and adds in
             one step on ARM and in two on x86-64, which now and then rounds to another code; float addition does not.
+        weight_bits: with 7 no sum of two products saturates 16 bits, so that x86-64 without VNNI need not take a slower
+            way to be exact (``protocol.integers``).
     """
     overrides: dict[str, list[dict[str, Any]]] = {}
     if input_codec is not None:
@@ -162,6 +165,7 @@ def quantised(
             _Samples(calibration),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
+            reduce_range=weight_bits == 7,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.Percentile,

@@ -333,3 +333,10 @@ def test_the_processor_and_the_machine_are_said_in_words(tmp_path):
     assert processor(tmp_path) == f"{cores} cores of Abacus 3000"
     assert machine(tmp_path).startswith(f"{cores} cores of Abacus 3000, 4 GiB, Python 3.")
     assert machine(tmp_path / "none").startswith(f"{cores} cores of ")
+    for line, told in {
+        "flags\t\t: fpu avx2 avx512_vnni": " with VNNI",
+        "flags\t\t: fpu avx2 avx512_vnni_not": "",
+        "Features\t: fp asimd asimddp": " with dot products",
+    }.items():
+        (tmp_path / "cpuinfo").write_text(f"processor: 0\nmodel name\t: Abacus 3000\n{line}\nmodel name\t: Other\n")
+        assert processor(tmp_path) == f"{cores} cores of Abacus 3000{told}"

@@ -985,6 +985,30 @@ OTHER_CLIENTS = {
 }
 
 
+def largest_weight(server):
+    """Returns the largest of all int8 weights of a server bundle, as a magnitude."""
+    found = [numpy_helper.to_array(each) for graph in graphs_in(server).values() for each in graph.graph.initializer]
+    return max(int(np.abs(each.astype(int)).max()) for each in found if each.dtype == np.int8 and each.ndim > 1)
+
+
+def test_bodies_with_weights_of_7_bits_cannot_saturate_and_serve_the_same_clients(tiny, tmp_path):
+    exported(tiny.run, tmp_path / "out", server_precision="int8", server_weight_bits=7)
+    narrow, whole = load_server(tmp_path / "out" / "server"), load_server(tiny.server)
+    assert narrow.precision == "int8"
+    assert narrow.wire.bodies_id == whole.wire.bodies_id
+    assert largest_weight(tmp_path / "out" / "server") <= 64
+    assert largest_weight(tiny.server) > 64
+
+
+@pytest.mark.parametrize(
+    "options", [{"server_format": "torch"}, {"server_precision": "float32"}, {"server_bundles": (Path("server"),)}]
+)
+def test_weights_of_7_bits_are_of_int8_bodies_that_are_made_now(tiny, tmp_path, options):
+    with pytest.raises(ConfigError, match="--server-weight-bits 7 is of int8 bodies that are made now"):
+        exported(tiny.run, tmp_path / "out", server_weight_bits=7, **options)
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", OTHER_CLIENTS)
 def test_what_a_client_does_to_its_features_goes_all_the_way(kind, tiny, tiny_images, tmp_path):
     changes, told, inputs = OTHER_CLIENTS[kind]

@@ -113,6 +113,7 @@ def export_crypto(
         "--parties": options.parties,
         "--quantize none": options.quantize != "int8",
         "--server-precision": options.server_precision != "auto",
+        "--server-weight-bits": options.server_weight_bits != 8,
         "a second --server-key": len(options.server_key) > 1,
     }
     if unused := [name for name, value in given.items() if value]:
