@@ -6,7 +6,6 @@ import os
 import platform
 from pathlib import Path
 
-
 # What int8 nets are fast by; processors of one name have it or not, also as a virtual machine shows them.
 _DOT_PRODUCTS = {"avx512_vnni": "VNNI", "avx_vnni": "VNNI", "asimddp": "dot products"}
 
