@@ -2,9 +2,11 @@
 
 A linear map from each neighbourhood of features to the pixels under it, in closed form (ridge regression), and a
 residual network that learns what the linear map misses, trained until images that it was not trained on no longer
-improve. The warm start matters: a decoder that is not trained to its end makes a defence look better than it is. So
-does the way up: of the few codes of a bottleneck, a network that paints in steps of twice the size reads more than one
-that paints all pixels of a cell at once (docs/privacy-presets.md has both).
+improve. The warm start matters: a decoder that is not trained to its end makes a defence look better than it is.
+
+The network paints all pixels under one number at once, or in steps of twice the size. Which of them reads more depends
+on the client: in steps what a trained net's own features say, at once what a loss against information has left, which
+the other learns too slowly. The oracle has both.
 """
 
 from __future__ import annotations
@@ -33,7 +35,7 @@ FLAT = 0.995  # a loss that is not below so much of the best one has not improve
 CHUNK = 256
 COOLING = 0.25  # the share of all steps, at their end, over which the learning rate falls, to COLD of what it was
 COLD = 0.02
-UPWARDS = 4  # pixels a side under one number of the map, from which on a decoder paints in steps
+STEPWISE = 4  # pixels a side under one number of the map, from which on painting in steps is another way
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,15 +74,29 @@ def pixels(images: Tensor) -> Tensor:
     return images.float() / 255
 
 
+def is_small(feature_shape: tuple[int, ...], image_size: tuple[int, int]) -> bool:
+    """Returns whether a map is so small that a decoder may paint in steps."""
+    height, width = as_map(torch.empty(1, *feature_shape)).shape[2:]
+    return min(image_size[0] // height, image_size[1] // width) >= STEPWISE
+
+
 class Decoder(nn.Module):
     """Linear map plus residual network; ``(B, *feature_shape)`` -> images ``(B, 3, H, W)`` in [0, 1].
+
+    Args:
+        feature_shape: of one image.
+        image_size: height and width in pixels.
+        width: channels of the residual network.
+        stepwise: it paints in steps, where a number of the map stands for ``STEPWISE`` pixels a side or more.
 
     Attributes:
         own_ssim: on images that it was not trained on, from the head that it was trained for; NaN before training.
         steps: of its training; as many as were allowed, if it was not flat by then.
     """
 
-    def __init__(self, feature_shape: tuple[int, ...], image_size: tuple[int, int], width: int) -> None:
+    def __init__(
+        self, feature_shape: tuple[int, ...], image_size: tuple[int, int], width: int, *, stepwise: bool = False
+    ) -> None:
         super().__init__()
         channels, height, width_cells = as_map(torch.empty(1, *feature_shape)).shape[1:]
         self.own_ssim = math.nan
@@ -97,7 +113,7 @@ class Decoder(nn.Module):
         painted = 3 * self.cell[0] * self.cell[1]
         self.linear = nn.Conv2d(channels, painted, self.reach, padding=self.reach // 2, bias=False)
         self.bias = nn.Parameter(torch.zeros(painted))
-        doublings = int(math.log2(min(self.cell))) if min(self.cell) >= UPWARDS else 0
+        doublings = int(math.log2(min(self.cell))) if stepwise and is_small(feature_shape, image_size) else 0
         self.upwards = _upwards(channels + painted, width, doublings) if doublings else None
         if self.upwards is None:
             self.enter = nn.Conv2d(channels + painted, width, 3, padding=1)
@@ -208,6 +224,8 @@ def train_decoder(
     effort: Effort,
     generator: torch.Generator,
     tick: Callable[[], None] = lambda: None,
+    *,
+    stepwise: bool = False,
 ) -> Decoder:
     """Returns a decoder for the head ``features_of``, trained on ``images`` until it is flat.
 
@@ -218,12 +236,13 @@ def train_decoder(
         effort: how hard.
         generator: of the beginning and of shuffling.
         tick: called after every step.
+        stepwise: see ``Decoder``.
     """
     kept = max(1, min(500, len(images) // 10))
     held, train = images[:kept], images[kept:]
     size = (images.shape[-2], images.shape[-1])
     torch.manual_seed(generator.initial_seed())
-    decoder = placed(Decoder(feature_shape, size, effort.width), images.device)
+    decoder = placed(Decoder(feature_shape, size, effort.width, stepwise=stepwise), images.device)
     with torch.no_grad():
         some = train[:2000]
         decoder.fit_linear(torch.cat([features_of(part) for part in torch.split(some, CHUNK)]), some)

@@ -28,7 +28,7 @@ from ensembler.privacy.attacks.moments import Cleaner, Moments
 from ensembler.privacy.attacks.shadow import ShadowHead
 from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
 from ensembler.privacy.card import require_ssim
-from ensembler.privacy.decoder import Decoder, Effort, as_map, painted, pixels, train_decoder
+from ensembler.privacy.decoder import Decoder, Effort, as_map, is_small, painted, pixels, train_decoder
 from ensembler.privacy.film import BRIGHTNESS, SHIFT_PIXELS, frames_of
 from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import entropy_bits, mse, psnr_db, ssim
@@ -259,12 +259,13 @@ def test_the_linear_map_inverts_what_is_linear(random):
     assert float(mse(painted(decoder.eval(), features), pixels(images)).max()) < 1e-4
 
 
+@pytest.mark.parametrize("stepwise", [False, True])
 @pytest.mark.parametrize(
     ("feature_shape", "image_size"),
     [((3, 4, 4), (24, 24)), ((3, 3, 5), (24, 40)), ((7, 1, 1), (32, 32)), ((5, 8, 8), (64, 64)), ((5, 8, 8), (16, 16))],
 )
-def test_a_decoder_begins_with_the_linear_map_alone_whatever_the_sizes(feature_shape, image_size):
-    decoder = Decoder(feature_shape, image_size, 12).train()
+def test_a_decoder_begins_with_the_linear_map_alone_whatever_the_sizes(feature_shape, image_size, stepwise):
+    decoder = Decoder(feature_shape, image_size, 12, stepwise=stepwise).train()
     images = decoder(torch.ones(2, *feature_shape))
     assert images.shape == (2, 3, *image_size)
     with torch.no_grad():
@@ -287,7 +288,10 @@ def test_training_improves_on_the_linear_map_and_never_ends_worse(random, pool):
     scores = []
     for steps in (0, DECODER_STEPS):
         effort = Effort(steps=steps, check_every=10, width=16)
-        decoder = train_decoder(features, owned, (8, 16 // pool, 16 // pool), effort, torch.Generator().manual_seed(0))
+        shape = (8, 16 // pool, 16 // pool)
+        decoder = train_decoder(
+            features, owned, shape, effort, torch.Generator().manual_seed(0), stepwise=is_small(shape, (16, 16))
+        )
         scores.append(float(ssim(painted(decoder, features(held)), pixels(held)).mean()))
     assert scores[1] > scores[0]
 

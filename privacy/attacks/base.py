@@ -122,7 +122,7 @@ def nets_name(nets: Sequence[int]) -> str:
     return "nets " + ", ".join(str(index + 1) for index in sorted(nets))
 
 
-def decoder_of(features_of: Features, view: View, plan: Plan, *part: int) -> Decoder:
+def decoder_of(features_of: Features, view: View, plan: Plan, *part: int, stepwise: bool = False) -> Decoder:
     """Returns the decoder of a head, trained on the attacker's images; ``part`` tells its randomness apart."""
     return train_decoder(
         features_of,
@@ -131,4 +131,5 @@ def decoder_of(features_of: Features, view: View, plan: Plan, *part: int) -> Dec
         plan.effort,
         plan.generator(*part),
         lambda: plan.tick("decoder"),
+        stepwise=stepwise,
     )

@@ -39,7 +39,7 @@ class Frames:
 
     def ticks(self, plan: Plan) -> int:
         """See ``Attack``."""
-        return 2 * len(Oracle.SIMILARITY_WEIGHTS) * plan.effort.steps
+        return (1 + 2 * len(Oracle.SIMILARITY_WEIGHTS)) * plan.effort.steps
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""

@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding, Plan, decoder_of, needed
-from ensembler.privacy.decoder import Decoder, painted, pixels
+from ensembler.privacy.decoder import Decoder, is_small, painted, pixels
 from ensembler.privacy.metrics import mse
 from ensembler.privacy.scene import Access, View
 
@@ -55,21 +55,22 @@ class KnownPairs:
 class Oracle:
     """Decoders trained on pairs of all the images, until they are flat: one for each measure of likeness.
 
-    Where little is to be seen they differ: what is closest in squares is blurred, and SSIM wants edges.
+    Where little is to be seen they differ: what is closest in squares is blurred, and SSIM wants edges. Of a small map
+    another one for squares paints in steps (``decoder``).
     """
 
     NAME = "oracle-decoder"
     ACCESS = Access.DEVICE
     SOURCE = "bound; He et al. 2019"
     WORDS = (
-        "trains two decoders on all the attacker's images, sent through the same device, for least squared error and "
-        "for most similarity: the bound"
+        "trains decoders on all the attacker's images, sent through the same device, for least squared error and for "
+        "most similarity, of a small map also one that paints in steps: the bound"
     )
     SIMILARITY_WEIGHTS: ClassVar = {"squared error": 0.0, "similarity": 1.0}
 
     def ticks(self, plan: Plan) -> int:
         """See ``Attack``."""
-        return len(self.SIMILARITY_WEIGHTS) * plan.effort.steps
+        return (1 + len(self.SIMILARITY_WEIGHTS)) * plan.effort.steps
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
@@ -84,11 +85,15 @@ def oracle_decoders(view: View, plan: Plan) -> dict[str, Decoder]:
     """Returns the oracle's decoders by what they are best at; noted, for the attacks that begin with them."""
     send = needed(view.send, "a device")
 
+    def trained(weight: float, *, patience: int = 1, stepwise: bool = False) -> Decoder:
+        effort = replace(plan.effort, ssim_weight=weight, patience=patience * plan.effort.patience)
+        return decoder_of(send, view, replace(plan, effort=effort), 0, stepwise=stepwise)
+
     def all_trained() -> dict[str, Decoder]:
-        return {
-            name: decoder_of(send, view, replace(plan, effort=replace(plan.effort, ssim_weight=weight)), 0)
-            for name, weight in Oracle.SIMILARITY_WEIGHTS.items()
-        }
+        decoders = {name: trained(weight) for name, weight in Oracle.SIMILARITY_WEIGHTS.items()}
+        if is_small(view.wire.feature_shape, view.arch.image_size):  # it learns slowly at first
+            decoders["squared error, in steps"] = trained(0.0, patience=2, stepwise=True)
+        return decoders
 
     return view.noted(("oracle", send, plan.identity), all_trained)
 
