@@ -1,6 +1,6 @@
 """What few bits cost at the paper's cut in full width, 64x16x16 features and 512 answers; into speed.json.
 
-    python benchmarks/paper_cut.py --data cifar10:PATH [--arch benchmarks.nets:resnet10] [--epochs 5]
+    python benchmarks/paper_cut.py --data cifar10:PATH [--arch benchmarks.nets:resnet10_ends] [--epochs 5]
 
 An undefended net in float32, and a client whose features are 2-bit codes from the first step of its training on, 4,096
 bytes of an image, taught by the undefended net and with the paper's noise. The client is exported with answers of 4
