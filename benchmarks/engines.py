@@ -60,7 +60,7 @@ def write_bundles(folder: Path, arch: str, num_nets: int) -> None:
         ("float32", template, "float32"),
         ("torch", None, "float32"),
     ):
-        pipeline._write_server(folder / name, graph, bodies, wire, samples, precision, name, print)
+        pipeline.write_server(folder / name, graph, bodies, wire, samples, pipeline.Numbers(precision), name, print)
 
 
 def measure(folder: Path, threads: int, device: str, batch: int, rounds: int) -> dict[str, list[float]]:

@@ -386,11 +386,11 @@ def party_wires(bodies: Sequence[nn.Module], wire: WireSpec, sizes: Sequence[int
 # --- the server bundles: stage 1 only ---
 
 
-class _Numbers(NamedTuple):
+class Numbers(NamedTuple):
     """What bodies compute with; ``weight_bits`` is of int8 alone."""
 
     precision: Precision
-    weight_bits: Literal[7, 8]
+    weight_bits: Literal[7, 8] = 8
 
 
 @torch.inference_mode()
@@ -413,7 +413,7 @@ def _make_servers(
     else:
         template = graphs.from_torch(held(bodies[0]), [torch.zeros(2, *wires[0].feature_shape)])
     for precision in ("int8", "float32") if wanted == "auto" else (wanted,):
-        numbers = _Numbers(precision, options.server_weight_bits)
+        numbers = Numbers(precision, options.server_weight_bits)
         servers, left = [], list(bodies)
         for folder, wire in zip(folders, wires, strict=True):
             shutil.rmtree(folder, ignore_errors=True)
@@ -421,7 +421,7 @@ def _make_servers(
             label = "server" if len(folders) == 1 else folder.name
             received = heard(mine[0], samples)
             inner = [held(body) for body in mine]
-            servers.append((folder, _write_server(folder, template, inner, wire, received, numbers, label, progress)))
+            servers.append((folder, write_server(folder, template, inner, wire, received, numbers, label, progress)))
         stages = parity.measure_bodies(bodies, servers, held_out)
         required_db = stages[-1].required_db(options.gates.min_sqnr_db)
         if stages[-1].sqnr_db >= required_db:
@@ -431,13 +431,13 @@ def _make_servers(
     return servers, stages
 
 
-def _write_server(
+def write_server(
     folder: Path,
     template: onnx.ModelProto | None,
     bodies: Sequence[nn.Module],
     wire: WireSpec,
     samples: Tensor,
-    numbers: _Numbers,
+    numbers: Numbers,
     label: str,
     progress: Callable[[str], None],
 ) -> ServerManifest:
@@ -465,7 +465,7 @@ def _write_graphs(
     bodies: Sequence[nn.Module],
     wire: WireSpec,
     samples: Tensor,
-    numbers: _Numbers,
+    numbers: Numbers,
     label: str,
     progress: Callable[[str], None],
 ) -> tuple[str, ...]:

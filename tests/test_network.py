@@ -321,6 +321,52 @@ def test_a_line_that_was_refused_says_so_again_and_takes_no_request(tiny, runnin
     transport.close()
 
 
+def test_a_transport_ends_while_other_threads_take_lines_of_it(tmp_path):
+    """Each way of losing that race left a socket open, for which the context waited for ever, or killed the process."""
+    for _ in range(300):
+        errors = errors_of_taking_lines_while_it_ends(f"ipc://{tmp_path}/nobody")
+        assert ["closed while it was in use" in str(error) for error in errors] == [True] * 3
+
+
+def errors_of_taking_lines_while_it_ends(endpoint):
+    transport = ZmqTransport(endpoint, server_key=None, keys=None)
+    start, errors = threading.Barrier(4, timeout=60), []
+
+    def take():
+        start.wait()
+        try:
+            while True:
+                transport.connect().close()
+        except TransportError as error:
+            errors.append(error)  # with its traceback, which keeps what its frames hold
+
+    def end():
+        start.wait()
+        transport.close()
+
+    threads = [threading.Thread(target=each, daemon=True) for each in (take, take, take, end)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    assert not any(thread.is_alive() for thread in threads)
+    return errors
+
+
+def test_a_line_of_a_transport_that_is_being_closed_is_not_usable(tmp_path):
+    transport = ZmqTransport(f"ipc://{tmp_path}/nobody", server_key=None, keys=None)
+    connection = transport.connect()
+    closing = threading.Thread(target=transport.close, daemon=True)
+    closing.start()
+    deadline = time.monotonic() + 60
+    with pytest.raises(TransportError, match="closed while it was in use"):
+        connection.receive(lambda _: None, deadline)
+    assert not connection.usable()
+    connection.close()
+    closing.join(60)
+    assert not closing.is_alive()
+
+
 def test_plaintext_gets_no_answer_from_an_encrypted_server(tiny, running, tiny_images):
     with client(tiny, running, plaintext=True, timeout_ms=1500) as edge, pytest.raises(TransportError):
         edge.predict(tiny_images[0])

@@ -55,7 +55,8 @@ def test_an_operators_part_of_the_bodies_answers_as_it_does_among_all(tiny, tmp_
     wire = pipeline.party_wires(bodies, whole, [2, 1])[1]
     folder = tmp_path / "server_1"
     samples = torch.zeros(1, *wire.feature_shape)
-    manifest = pipeline._write_server(folder, None, bodies[2:], wire, samples, "float32", "server_1", lambda _: None)
+    numbers = pipeline.Numbers("float32")
+    manifest = pipeline.write_server(folder, None, bodies[2:], wire, samples, numbers, "server_1", lambda _: None)
     assert load_server(folder) == manifest
     engine = TorchEngine(folder, threads=1)
     np.testing.assert_allclose(engine.run(codes).astype(int), answers_in_float[:, 2:], rtol=0, atol=1)

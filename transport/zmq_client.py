@@ -61,6 +61,7 @@ class ZmqTransport:
         self._server_key = server_key
         self._keys = keys
         self._lock = threading.Lock()
+        self._closed = False
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             # A malformed endpoint is refused now, not at the first image, whose handshake is done by then.
@@ -81,11 +82,16 @@ class ZmqTransport:
             return self._open()
 
     def _open(self) -> ZmqConnection:
-        socket = self._context.socket(zmq.DEALER)
+        # Libzmq may crash when a socket is made while its context ends. Of one that ends later, the context waits for
+        # every socket, so that none may be left open in an error, which lives on in whoever holds its traceback.
+        with self._lock:
+            if self._closed:
+                raise zmq.ContextTerminated
+            socket = self._context.socket(zmq.DEALER)
         try:
             return self._connected(socket)
         except BaseException:
-            socket.close(linger=0)  # one that is left open would keep the context from ending
+            socket.close(linger=0)
             raise
 
     def _connected(self, socket: zmq.Socket[bytes]) -> ZmqConnection:
@@ -97,22 +103,30 @@ class ZmqTransport:
             socket.curve_serverkey = self._server_key.encode()
             socket.curve_publickey = self._keys.public.encode()
             socket.curve_secretkey = self._keys.secret.encode()
-        connection = ZmqConnection(socket, socket.get_monitor_socket(_EVENTS), self.endpoint)
+        monitor = self._context.socket(zmq.PAIR)
+        connection = ZmqConnection(socket, monitor, self.endpoint)
         try:
+            events = f"inproc://monitor.{socket.FD}"
+            socket.monitor(events, _EVENTS)
+            monitor.connect(events)
             socket.connect(self.endpoint)
+        except zmq.ContextTerminated:
+            connection.close()
+            raise
         except zmq.ZMQError as error:
             connection.close()
             raise ConfigError(
                 f"the server address {self.endpoint!r} is not usable ({error.strerror}); give tcp://host:port"
             ) from None  # the cause's traceback would show the socket options
         except BaseException:
-            connection.close()  # its monitor, left open, would keep the context from ending
+            connection.close()
             raise
         return connection
 
     def close(self) -> None:
         """See ``Transport``."""
         with self._lock:
+            self._closed = True
             first, self._first = self._first, None
         if first is not None:
             first.close()
@@ -161,8 +175,10 @@ class ZmqConnection:
 
     def usable(self) -> bool:
         """See ``Connection``."""
-        with mapped_errors(self._endpoint):
+        try:
             self._look()
+        except zmq.ZMQError:  # the transport is being closed, and waits until this line is
+            return False
         return self._lost is None
 
     def send(self, request: Frames) -> None:
