@@ -49,7 +49,7 @@ class Identifier:
         """Returns the answers of the selected nets, flattened, and the classes."""
         answers, classes = [], []
         for part in torch.split(images, CHUNK):
-            features = self._client.head(normalise(255 * part))
+            features = self._client.referred(self._client.head(normalise(255 * part)))
             answers.append(torch.stack([body(features) for body in self._bodies], 1))
             classes.append(self._client.combine(answers[-1]).argmax(1))
         return torch.cat(answers).flatten(1), torch.cat(classes)

@@ -309,8 +309,8 @@ def make_scene(
         raise too_few(data or config.data, held_out, 4 * FEWEST)
     judged, seen, owned = np.split(shuffled(held_out, seed), [evaluated, evaluated + observed])
     if auxiliary == "train":
-        limit = config.train_limit
-        owned_x, owned_y = images.train_x[:limit], images.train_y[:limit]
+        limit, trained = config.train_limit, images if data is None else data_sets.load(config.data)
+        owned_x, owned_y = trained.train_x[:limit], trained.train_y[:limit]
     else:
         owned_x, owned_y = images.test_x[owned], images.test_y[owned]
 

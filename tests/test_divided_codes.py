@@ -16,6 +16,8 @@ from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.export.pipeline import export
 from ensembler.privacy.attacks import ATTACKS
 from ensembler.privacy.attacks.base import AttackImpossibleError
+from ensembler.privacy.decoder import pixels
+from ensembler.privacy.identity import Identifier
 from ensembler.privacy.scene import Access, make_scene
 from ensembler.protocol.errors import BundleError, ConfigError
 from ensembler.protocol.manifest import load_client, load_server, parse_client, to_json
@@ -270,6 +272,18 @@ def test_an_attack_works_with_a_part_of_the_channels(scenes, name):
         return
     for reconstruct in finding.variants.values():
         assert reconstruct(scene.film(finding.frames)[:3]).shape == (3, 3, 16, 16)
+
+
+def test_who_judges_what_was_read_sees_the_codes_of_the_bottleneck_alone(run, out, audit_images):
+    scene = make_scene(run.path, out / "client", data=audit_images, observed=128, evaluated=32)
+    truth = pixels(scene.evaluated)
+    found, _ = Identifier(scene).judge(truth)
+    assert found.float().mean() > 0.9
+    codec = scene.client.wire.feature_codec
+    coarse = replace(codec, scale=float(np.float32(1e6 * codec.scale)))
+    scene.client.wire = replace(scene.client.wire, feature_codec=coarse)  # which tells no two images apart
+    found, _ = Identifier(scene).judge(truth)
+    assert found.sum() <= 1
 
 
 @pytest.mark.parametrize("coalition", [[], [2], [0, 0], [1, 0], [-1]])

@@ -138,7 +138,9 @@ def test_the_parts_of_the_images_have_nothing_in_common(scene, tiny):
 
 
 def test_with_aux_train_the_attacker_owns_what_trained_the_victim(tiny, audit_images):
-    owned = make_scene(tiny.run, tiny.client, data=audit_images, auxiliary="train").everything.auxiliary
+    held_out = audit_images.split(",")[1]
+    scene = make_scene(tiny.run, tiny.client, data=f"npz:{held_out},{held_out}", auxiliary="train")
+    owned = scene.everything.auxiliary
     with np.load(tiny.data.removeprefix("npz:").split(",")[0]) as stored:
         assert {image.tobytes() for image in owned.numpy()} == {image.tobytes() for image in stored["x"]}
 
