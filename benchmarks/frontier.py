@@ -5,8 +5,8 @@
 Every cell is one net that is trained with the lever (``--defense single``, taught by the undefended net), exported with
 8-bit head, and attacked by the oracle of the standard budget on the very images that trained it. Stages 2 and 3 and the
 other attacks are left out: no attack on a client of N nets reads more than an oracle on such a head. A cell takes about
-ten minutes of two cores, and what is there is not made again. ``--thorough`` attacks the clients of cells that are there
-once more, with the thorough budget: more than half an hour each.
+ten minutes of two cores, and what is there is not made again. ``--thorough`` attacks the clients of cells that are
+there once more, with the thorough budget: more than half an hour each.
 """
 
 from __future__ import annotations
