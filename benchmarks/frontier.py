@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from product import exported, is_about, trained
+from product import clearest_psnr_db, exported, is_about, trained
 
 from ensembler.cli.console import Console, ProgressReporter
 from ensembler.privacy.audit import audit
@@ -88,13 +88,8 @@ def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     noise = () if "--noise-std" in given else ("--noise-std", "0")
     run = trained(options.runs / folder, *common, "--defense", "single", *noise, *given, "--teacher", str(teacher))
     out = exported(run, options.out / folder, options.data, *GATES)
-    report = options.out / folder / "audit.html"
-    reporter = ProgressReporter(Console(as_json=False))
-    document = audit(
-        run, out / "client", report, budget="standard", attacks=(), auxiliary="train", seeds=1, reporter=reporter
-    )
+    document = attacked(options, folder, out / "client", options.out / folder / "audit.html", "standard")
     rows = {row["name"]: row for row in document["attacks"]}
-    (seen,) = rows[ORACLE]["seen"].values()
     opened = RunFolder.open(run)
     undefended = json.loads((teacher / "summary.json").read_text(encoding="utf-8"))["accuracy_wire"]
     accuracy = json.loads((out / "parity.json").read_text(encoding="utf-8"))["accuracy_artifact"]
@@ -104,8 +99,7 @@ def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "options": " ".join(given),
         "accuracy": round(accuracy, 2),
         "undefended": round(undefended, 2),
-        "oracle_ssim": rows[ORACLE]["ssim"]["mean"],
-        "oracle_psnr_db": max(rows[ORACLE]["psnr_db"]["mean"], seen["best_by_psnr"]["psnr_db"]),
+        **read_by_the_oracle(rows[ORACLE]),
         "floor_ssim": rows[FLOOR]["ssim"]["mean"],
         "bytes_up": document["sent"]["bytes"],
         "bytes_of_entropy_at_most": document["sent"]["bytes_of_entropy_at_most"],
@@ -122,28 +116,30 @@ def thorough(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Attacks the client of a cell that is there with the thorough budget."""
     folder = folder_of(name)
     bundle, report = options.out / folder / "client", options.out / folder / "thorough.html"
-    if not is_about(report.with_suffix(".json"), bundle):
-        reporter = ProgressReporter(Console(as_json=False))
-        audit(
-            options.runs / folder,
-            bundle,
-            report,
-            budget="thorough",
-            attacks=(),
-            auxiliary="train",
-            seeds=1,
-            reporter=reporter,
-        )
-    rows = {row["name"]: row for row in json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))["attacks"]}
-    (seen,) = rows[ORACLE]["seen"].values()
+    if is_about(report.with_suffix(".json"), bundle):
+        document = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
+    else:
+        document = attacked(options, folder, bundle, report, "thorough")
+    (oracle,) = (row for row in document["attacks"] if row["name"] == ORACLE)
+    (seen,) = oracle["seen"].values()
     return {
-        "oracle_ssim": rows[ORACLE]["ssim"]["mean"],
-        "oracle_psnr_db": max(rows[ORACLE]["psnr_db"]["mean"], seen["best_by_psnr"]["psnr_db"]),
+        **read_by_the_oracle(oracle),
         "steps": seen["steps"],
         "steps_at_most": seen["steps_at_most"],
         "machine": results.machine(),
         "date": datetime.now(UTC).date().isoformat(),
     }
+
+
+def attacked(options: argparse.Namespace, folder: str, bundle: Path, report: Path, budget: str) -> dict[str, Any]:
+    """Has the oracle attack a cell's client on the images that trained it."""
+    reporter, run = ProgressReporter(Console(as_json=False)), options.runs / folder
+    return audit(run, bundle, report, budget=budget, attacks=(), auxiliary="train", seeds=1, reporter=reporter)
+
+
+def read_by_the_oracle(row: dict[str, Any]) -> dict[str, float]:
+    """Returns what stands in a cell of the oracle's row."""
+    return {"oracle_ssim": row["ssim"]["mean"], "oracle_psnr_db": clearest_psnr_db(row)}
 
 
 def folder_of(name: str) -> str:

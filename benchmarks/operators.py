@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import results
-from product import exported, is_about, trained
+from product import clearest_psnr_db, exported, is_about, trained
 
 from ensembler.cli.console import Console, ProgressReporter
 from ensembler.privacy.audit import audit
@@ -45,12 +45,6 @@ def attacked(run: Path, bundle: Path, report: Path, coalition: Sequence[int] | N
         )
     document = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
     return {row["name"]: row for row in document["attacks"]} | {"sent": document["sent"]}
-
-
-def clearest(row: dict[str, Any]) -> float:
-    """Returns the PSNR in dB of the decoder that has the highest."""
-    (variants,) = row["seen"].values()
-    return float(max(row["psnr_db"]["mean"], variants["best_by_psnr"]["psnr_db"]))
 
 
 def main() -> None:
@@ -84,7 +78,7 @@ def main() -> None:
     def seen(figure: str, name: str, whos: Sequence[str], words: str) -> list[dict[str, Any]]:
         of = [rows[name, who] for who in whos]
         ssim = [one[ORACLE]["ssim"]["mean"] for one in of]
-        psnr = [clearest(one[ORACLE]) for one in of]
+        psnr = [clearest_psnr_db(one[ORACLE]) for one in of]
         said = f"{words}; {', '.join(f'{value:.3f}' for value in ssim)}; mean image {of[0][FLOOR]['ssim']['mean']:.3f}"
         return [
             results.figure(f"{figure}_oracle_ssim", round(float(np.mean(ssim)), 4), "ssim", "", said),

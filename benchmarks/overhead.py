@@ -147,7 +147,8 @@ def measure(folder: Path, endpoint: str, batch: int, rounds: int) -> dict[str, f
     echo = Bare(ECHO, str(answers.nbytes))
     files = [str(folder / "server" / name) for name in engine.manifest.bodies]
     shape_text = "x".join(map(str, wire.feature_shape))
-    header, warm_up = bytes(120), rounds // 4
+    header = bytes(120)
+    warm_up = max(1, rounds // 4)
     with (
         EdgeClient(folder / "client", endpoint, timeout_ms=60_000) as client,
         ThreadPoolExecutor(engine.threads) as pool,

@@ -25,7 +25,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import results
-from product import is_about, right_in_torch
+from product import clearest_psnr_db, is_about, right_in_torch
 
 from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
@@ -161,7 +161,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
     figures = [
         figure("floor_ssim", floor, "ssim", "the mean image"),
         figure("oracle_ssim", of(knowing, _ssim), "ssim", f"the best of {', '.join(knowing)}; most often {bound}"),
-        figure("oracle_psnr_db", of(knowing, _psnr_db), "dB", "the clearest of the same", 2),
+        figure("oracle_psnr_db", of(knowing, clearest_psnr_db), "dB", "the clearest of the same", 2),
         figure("bytes_of_entropy_at_most", of(["sent"], lambda row: row["bytes_of_entropy_at_most"]), "bytes", "", 1),
         figure("bytes_up", [run.read_wire().spec.bytes_up for run in victims], "bytes", "codes of one image", 0),
         figure("head_macs_share", [head_share(run.arch) for run in victims], "of 1", "of the undefended net's"),
@@ -169,7 +169,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
     if films := sorted({row["name"] for row in every if "access" in row and _frames(row) > 1}):
         words = f"{', '.join(films)}: of one scene, by a hand-held camera"
         figures.append(figure("frames_ssim", of(films, _ssim), "ssim", words))
-        figures.append(figure("frames_psnr_db", of(films, _psnr_db), "dB", words, 2))
+        figures.append(figure("frames_psnr_db", of(films, clearest_psnr_db), "dB", words, 2))
     alone = {row["name"] for row in every if row.get("access") == Access.QUERY_FREE}
     if alone:
         name, _ = strongest(lambda access: access == Access.QUERY_FREE)
@@ -177,7 +177,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
             figure("worst_query_free_ssim", of(sorted(alone), _ssim), "ssim", f"most often {described(name)}"),
             figure(
                 "worst_query_free_psnr_db",
-                of(sorted(alone), _psnr_db),
+                of(sorted(alone), clearest_psnr_db),
                 "dB",
                 "the clearest of all query-free attacks",
                 2,
@@ -275,12 +275,6 @@ def _frames(row: Row) -> int:
 
 def _ssim(row: Row) -> float:
     return float(row["ssim"]["mean"])
-
-
-def _psnr_db(row: Row) -> float:
-    """The clearest variant's, where an attack has several."""
-    clearest = [seen["best_by_psnr"]["psnr_db"] for seen in row["seen"].values() if "best_by_psnr" in seen]
-    return max([float(row["psnr_db"]["mean"]), *clearest])
 
 
 def main() -> None:

@@ -6,6 +6,7 @@ import json
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -54,6 +55,12 @@ def is_about(report: Path, bundle: Path) -> bool:
         return False
     digests = json.loads(report.read_text(encoding="utf-8"))["subject"]["digests"]
     return bool(digests == file_digests(bundle, load_client_manifest(bundle)))
+
+
+def clearest_psnr_db(row: dict[str, Any]) -> float:
+    """Returns the PSNR of an attack's row in a report: the clearest variant's, where it has several."""
+    clearest = [seen["best_by_psnr"]["psnr_db"] for seen in row["seen"].values() if "best_by_psnr" in seen]
+    return max([float(row["psnr_db"]["mean"]), *clearest])
 
 
 @dataclass(frozen=True, eq=False)

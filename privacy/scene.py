@@ -309,8 +309,8 @@ def make_scene(
         raise too_few(data or config.data, held_out, 4 * FEWEST)
     judged, seen, owned = np.split(shuffled(held_out, seed), [evaluated, evaluated + observed])
     if auxiliary == "train":
-        limit, trained = config.train_limit, images if data is None else data_sets.load(config.data)
-        owned_x, owned_y = trained.train_x[:limit], trained.train_y[:limit]
+        trained = images if data is None else data_sets.load(config.data)
+        owned_x, owned_y = trained.train_x[: config.train_limit], trained.train_y[: config.train_limit]
     else:
         owned_x, owned_y = images.test_x[owned], images.test_y[owned]
 

@@ -109,15 +109,7 @@ class ZmqTransport:
             events = f"inproc://monitor.{socket.FD}"
             socket.monitor(events, _EVENTS)
             monitor.connect(events)
-            socket.connect(self.endpoint)
-        except zmq.ContextTerminated:
-            connection.close()
-            raise
-        except zmq.ZMQError as error:
-            connection.close()
-            raise ConfigError(
-                f"the server address {self.endpoint!r} is not usable ({error.strerror}); give tcp://host:port"
-            ) from None  # the cause's traceback would show the socket options
+            _dial(socket, self.endpoint)
         except BaseException:
             connection.close()
             raise
@@ -131,6 +123,17 @@ class ZmqTransport:
         if first is not None:
             first.close()
         self._context.term()
+
+
+def _dial(socket: zmq.Socket[bytes], endpoint: str) -> None:
+    try:
+        socket.connect(endpoint)
+    except zmq.ContextTerminated:
+        raise
+    except zmq.ZMQError as error:
+        raise ConfigError(
+            f"the server address {endpoint!r} is not usable ({error.strerror}); give tcp://host:port"
+        ) from None  # the cause's traceback would show the socket options
 
 
 def _check(endpoint: str) -> None:
