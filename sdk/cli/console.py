@@ -12,6 +12,7 @@ from typing import Any, NoReturn, Protocol
 
 from ensembler import __version__
 from ensembler.protocol.errors import EnsemblerError, InvalidInputError, MissingExtraError
+from ensembler.protocol.manifest import is_curve_key
 
 EXIT_FAILED = 1
 EXIT_BAD_INPUT = 2
@@ -79,7 +80,7 @@ def run_command(program: str, verbs: Sequence[Any], arguments: list[str] | None)
         sub.add_argument("--json", action="store_true", help="one JSON document on standard output, for scripts")
         verb.add_arguments(sub)
         by_name[verb.NAME] = verb
-    options = parser.parse_args(given)
+    options = parser.parse_args(_keys_joined(given))
     console = Console(as_json=options.json)
     try:
         status: int = by_name[options.verb].run(options, console)
@@ -98,6 +99,17 @@ def run_command(program: str, verbs: Sequence[Any], arguments: list[str] | None)
         console.error("KeyboardInterrupt", "; ".join(["interrupted", *map(str, interrupt.args)]))
         return EXIT_INTERRUPTED
     return status
+
+
+def _keys_joined(arguments: Sequence[str]) -> list[str]:
+    """Returns the arguments with each key as ``--server-key=KEY``: one in 82 begins with a dash, as options do."""
+    joined: list[str] = []
+    for argument in arguments:
+        if joined and joined[-1] == "--server-key" and is_curve_key(argument):
+            joined[-1] += f"={argument}"
+        else:
+            joined.append(argument)
+    return joined
 
 
 def need(packages: Sequence[str], extra: str, purpose: str) -> None:
