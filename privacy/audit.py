@@ -78,7 +78,7 @@ BUDGETS: dict[str, Budget] = {
     ),
     "standard": Budget(
         attacks=tuple(ATTACKS),
-        plan=Plan(effort=Effort(steps=1200, width=48), steps=1000, restarts=6),
+        plan=Plan(effort=Effort(steps=1200, width=48), bound_length=2, steps=1000, restarts=6),
         seeds=2,
     ),
     "thorough": Budget(
@@ -154,15 +154,7 @@ def audit(
         BundleError: see ``make_scene``.
     """
     reporter = reporter or Silent()
-    if budget not in BUDGETS:
-        raise ConfigError(f"--budget {budget}: choose {', '.join(BUDGETS)}")
-    if out.suffix != ".html":
-        raise ConfigError(f"--out {out}: give a name that ends in .html; the JSON comes beside it")
-    chosen = BUDGETS[budget]
-    names = _ordered(chosen.attacks if attacks is None else (FLOOR, ORACLE, *attacks))
-    count = chosen.seeds if seeds is None else seeds
-    if count < 1:
-        raise ConfigError(f"--seeds {count}: at least one")
+    chosen, names, count = chosen_attacks(out, budget=budget, attacks=attacks, seeds=seeds)
     started = time.monotonic()
     scene = make_scene(
         run,
@@ -233,6 +225,25 @@ def audit(
     write_whole(out.with_suffix(".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
     parts.remove()
     return document
+
+
+def chosen_attacks(
+    out: Path, *, budget: str, attacks: Sequence[str] | None, seeds: int | None
+) -> tuple[Budget, list[str], int]:
+    """Returns what ``audit`` runs: the budget, the names of its attacks, the number of seeds; arguments as there.
+
+    Raises:
+        ConfigError: an unknown name, an impossible number, or a report that is no HTML.
+    """
+    if budget not in BUDGETS:
+        raise ConfigError(f"--budget {budget}: choose {', '.join(BUDGETS)}")
+    if out.suffix != ".html":
+        raise ConfigError(f"--out {out}: give a name that ends in .html; the JSON comes beside it")
+    chosen = BUDGETS[budget]
+    count = chosen.seeds if seeds is None else seeds
+    if count < 1:
+        raise ConfigError(f"--seeds {count}: at least one")
+    return chosen, _ordered(chosen.attacks if attacks is None else (FLOOR, ORACLE, *attacks)), count
 
 
 def _ordered(names: Sequence[str]) -> list[str]:

@@ -341,6 +341,14 @@ def test_the_same_seed_gives_the_same_images_and_another_one_others(scene, name)
     assert not torch.equal(images(0), images(1))
 
 
+@pytest.mark.parametrize("name", ["oracle-decoder", "frames-8"])
+def test_the_bound_may_take_longer_than_other_decoders(scene, name):
+    attack, plan, steps = ATTACKS[name], replace(TINY, bound_length=3), []
+    finding = attack.run(scene.view(attack.ACCESS), replace(plan, tick=steps.append))
+    assert attack.ticks(plan) == 3 * attack.ticks(TINY) >= len(steps) > attack.ticks(TINY)
+    assert finding.seen.get("steps_at_most", 12) == 12
+
+
 def test_a_shadow_drops_what_the_device_drops(scene):
     view = replace(scene.view(Access.QUERY_FREE), dropout=0.4)
     head = ShadowHead(view).eval()
@@ -898,3 +906,21 @@ def test_audit_of_a_bundle_names_what_it_needs(tiny, tmp_path, capsys):
     assert "ends in .html" in capsys.readouterr().err
     assert main(["audit", str(tmp_path)]) == 2
     assert "is not a run folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("option", "words"),
+    [
+        (("--budget", "hasty"), "--budget hasty: choose"),
+        (("--attack", "telepathy"), "--attack telepathy: choose"),
+        (("--seeds", "0"), "--seeds 0: at least one"),
+        (("--operators", "one"), "--operators one: give numbers"),
+        (("--device", "abacus"), "abacus"),
+        (("--out", "report.pdf"), "ends in .html"),
+    ],
+)
+def test_audit_refuses_what_is_wrong_before_it_exports_the_run(tiny, capsys, option, words):
+    assert main(["audit", str(tiny.run), *option]) == 2
+    printed = capsys.readouterr()
+    assert words in printed.err
+    assert "exporting" not in printed.out + printed.err

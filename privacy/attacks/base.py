@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, TypeVar
 
 import torch
@@ -28,6 +28,7 @@ class Plan:
 
     Attributes:
         effort: of decoders.
+        bound_length: times as many steps as that, at most, for the oracle's: one that was cut short bounds nothing.
         steps: of what an attack optimises itself: shadow nets, moments, images.
         restarts: at most, of attacks that may end in a wrong minimum.
         num_nets: N of the scene, for what an attack does once for each.
@@ -36,6 +37,7 @@ class Plan:
     """
 
     effort: Effort = field(default_factory=Effort)
+    bound_length: int = 1
     steps: int = 400
     restarts: int = 6
     num_nets: int = 1
@@ -45,7 +47,12 @@ class Plan:
     @property
     def identity(self) -> Hashable:
         """What tells the findings of two plans apart."""
-        return self.effort, self.steps, self.restarts, self.num_nets, self.seed
+        return self.effort, self.bound_length, self.steps, self.restarts, self.num_nets, self.seed
+
+    @property
+    def bound_effort(self) -> Effort:
+        """Of the decoders that are the bound."""
+        return replace(self.effort, steps=self.bound_length * self.effort.steps)
 
     def generator(self, *parts: int) -> torch.Generator:
         """Returns a generator on the CPU for one piece of the attack."""

@@ -39,7 +39,7 @@ class Frames:
 
     def ticks(self, plan: Plan) -> int:
         """See ``Attack``."""
-        return (1 + 2 * len(Oracle.SIMILARITY_WEIGHTS)) * plan.effort.steps
+        return (1 + 2 * len(Oracle.SIMILARITY_WEIGHTS)) * plan.bound_effort.steps
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
@@ -60,7 +60,7 @@ class Frames:
                 watched,
                 view.auxiliary,
                 (3 * channels, *cells),
-                replace(plan.effort, ssim_weight=weight),
+                replace(plan.bound_effort, ssim_weight=weight),
                 plan.generator(0),
                 lambda: plan.tick("decoder"),
             )

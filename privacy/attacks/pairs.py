@@ -70,14 +70,14 @@ class Oracle:
 
     def ticks(self, plan: Plan) -> int:
         """See ``Attack``."""
-        return (1 + len(self.SIMILARITY_WEIGHTS)) * plan.effort.steps
+        return (1 + len(self.SIMILARITY_WEIGHTS)) * plan.bound_effort.steps
 
     def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
         decoders = oracle_decoders(view, plan)
         return Finding(
             variants={name: partial(painted, decoder) for name, decoder in decoders.items()},
-            seen={"steps": [decoder.steps for decoder in decoders.values()], "steps_at_most": plan.effort.steps},
+            seen={"steps": [decoder.steps for decoder in decoders.values()], "steps_at_most": plan.bound_effort.steps},
         )
 
 
@@ -86,7 +86,7 @@ def oracle_decoders(view: View, plan: Plan) -> dict[str, Decoder]:
     send = needed(view.send, "a device")
 
     def trained(weight: float, *, patience: int = 1, stepwise: bool = False) -> Decoder:
-        effort = replace(plan.effort, ssim_weight=weight, patience=patience * plan.effort.patience)
+        effort = replace(plan.bound_effort, ssim_weight=weight, patience=patience * plan.effort.patience)
         return decoder_of(send, view, replace(plan, effort=effort), 0, stepwise=stepwise)
 
     def all_trained() -> dict[str, Decoder]:

@@ -43,13 +43,17 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(options: argparse.Namespace, console: Console) -> int:
     """Audits."""
     need_export()
-    from ensembler.privacy.audit import audit
+    from ensembler.privacy.audit import audit, chosen_attacks
     from ensembler.privacy.card import table
     from ensembler.training.fit import pick_device
     from ensembler.training.processor import keep_freed_memory
 
     keep_freed_memory()
     subject: Path = options.subject
+    # Before a run is exported, which takes its time.
+    chosen_attacks(options.out, budget=options.budget, attacks=options.attack, seeds=options.seeds)
+    coalition = None if options.operators is None else _coalition(options.operators)
+    device = pick_device(options.device)
     reporter = ProgressReporter(console)
     with tempfile.TemporaryDirectory(prefix="ensembler-audit-") as folder:
         if (subject / "manifest.json").is_file():
@@ -77,9 +81,9 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 data=options.data,
                 auxiliary=options.aux,
                 other_device=options.other_device,
-                coalition=None if options.operators is None else _coalition(options.operators),
+                coalition=coalition,
                 seeds=options.seeds,
-                device=pick_device(options.device),
+                device=device,
                 command=shlex.join(["ensembler", *sys.argv[1:]]),
                 reporter=reporter,
                 secret=secret_finder(**bundle_secret(options)),
