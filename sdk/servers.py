@@ -8,9 +8,7 @@ from pathlib import Path
 from typing import TypeAlias
 
 from ensembler.protocol.errors import ConfigError
-from ensembler.protocol.manifest import is_curve_key
-from ensembler.protocol.options import expanded
-from ensembler.transport.keys import load_public
+from ensembler.transport.keys import public_of
 
 Servers: TypeAlias = str | Sequence[str | Sequence[str]]
 ServerKey: TypeAlias = str | os.PathLike[str]
@@ -66,9 +64,9 @@ def server_keys(
     if server_key is None:
         given = {}
     elif isinstance(server_key, Mapping):
-        given = {address: _key(key) for address, key in server_key.items()}
+        given = {address: public_of(key) for address, key in server_key.items()}
     else:
-        given = dict.fromkeys(known, _key(server_key))
+        given = dict.fromkeys(known, public_of(server_key))
     for address in given:
         if address not in known:
             raise ConfigError(f"a server_key was given for {address!r}, which is none of {', '.join(known)}")
@@ -86,9 +84,3 @@ def _replicas(entry: object) -> tuple[str, ...]:
         return ()
     addresses = tuple(several)
     return tuple(each.strip() for each in addresses) if all(isinstance(each, str) for each in addresses) else ()
-
-
-def _key(given: ServerKey) -> str:
-    path = expanded("server_key", given)
-    # Every character of a key may be in a path too.
-    return str(given) if is_curve_key(str(given)) and not path.is_file() else load_public(path)

@@ -52,6 +52,7 @@ from ensembler.training.stage1 import load_stage1
 from ensembler.training.stages import load_bodies, train
 from ensembler.training.stages import load_client as load_trained
 from ensembler.transport.inprocess import InProcessTransport
+from ensembler.transport.keys import load_public
 
 OPEN = Gates(min_sqnr_db=0.0, max_accuracy_drop_points=100.0)
 OUT_OF_REACH_OF_INT8 = Gates(min_sqnr_db=70.0, max_accuracy_drop_points=100.0)
@@ -434,10 +435,12 @@ def test_every_graph_is_valid_onnx_by_itself(kind, every_bundle):
 # --- a client fits its server only ---
 
 
-def test_a_client_can_be_made_for_a_server_that_runs_already(tiny, tmp_path, capsys):
+@pytest.mark.parametrize("form", ["file", "text"])
+def test_a_client_can_be_made_for_a_server_that_runs_already(tiny, tmp_path, capsys, form):
     out = tmp_path / "out"
     gates = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100")
-    server = ("--server-bundle", tiny.server, "--server-key", tiny.keys / "server.key")
+    public = tiny.keys / "server.key"
+    server = ("--server-bundle", tiny.server, "--server-key", public if form == "file" else load_public(public))
     assert main(command(tiny.run, out, *server, *gates, "--json")) == 0
     document = json.loads(capsys.readouterr().out)
     assert document == {"client": str(out / "client"), "parity": str(out / "parity.json")}

@@ -79,6 +79,18 @@ def load_public(path: Path) -> str:
     return _load(path)[0]
 
 
+def public_of(given: str | os.PathLike[str]) -> str:
+    """Returns a public key that somebody gave: a file of it, or its 40 characters.
+
+    Raises:
+        ConfigError: neither text nor a path.
+        KeyFileError: see ``load_public``.
+    """
+    path = expanded("server_key", given)
+    # Every character of a key may be in a path too.
+    return str(given) if is_curve_key(str(given)) and not path.is_file() else load_public(path)
+
+
 def load_pair(path: Path) -> KeyPair:
     """Reads a pair from its secret file.
 

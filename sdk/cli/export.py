@@ -74,10 +74,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--server-key",
-        type=Path,
         action="append",
         default=[],
-        help="the server's public key file, to pin in the client; once for each operator",
+        metavar="KEY",
+        help="the server's public key to pin in the client, a file or its 40 characters; once for each operator",
     )
     parser.add_argument(
         "--plaintext", action="store_true", help="pin no key and make none: unencrypted connections only"
@@ -281,7 +281,7 @@ def _keys_to_pin(options: argparse.Namespace) -> Iterator[tuple[str, ...] | None
     public: tuple[str, ...] | None = None
     names = ["server"]
     if options.server_key:
-        public = tuple(keys.load_public(path) for path in options.server_key)
+        public = tuple(keys.public_of(given) for given in options.server_key)
     elif is_new:
         # Keys take their time: not for a run or a number of operators that the export would refuse.
         if options.protocol != "c2pi":  # which has one server
