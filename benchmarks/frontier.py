@@ -32,6 +32,7 @@ from ensembler.training.runs import RunFolder
 ARCH = "resnet10_half"
 # Of the oracle's decoders: 1 painted at once, 2 in steps, 3 is both, the better of which counts.
 DECODER = 3
+FORMER_STEPS = 1200  # at most, of cells that do not say so
 # Gates of no cell: a head that misses one is part of the result.
 GATES = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100", "--plaintext")
 ENCODED = ("--encoder", "40,80", "--bottleneck")
@@ -121,11 +122,8 @@ def thorough(name: str, options: argparse.Namespace) -> dict[str, Any]:
     else:
         document = attacked(options, folder, bundle, report, "thorough")
     (oracle,) = (row for row in document["attacks"] if row["name"] == ORACLE)
-    (seen,) = oracle["seen"].values()
     return {
         **read_by_the_oracle(oracle),
-        "steps": seen["steps"],
-        "steps_at_most": seen["steps_at_most"],
         "machine": results.machine(),
         "date": datetime.now(UTC).date().isoformat(),
     }
@@ -137,9 +135,15 @@ def attacked(options: argparse.Namespace, folder: str, bundle: Path, report: Pat
     return audit(run, bundle, report, budget=budget, attacks=(), auxiliary="train", seeds=1, reporter=reporter)
 
 
-def read_by_the_oracle(row: dict[str, Any]) -> dict[str, float]:
+def read_by_the_oracle(row: dict[str, Any]) -> dict[str, Any]:
     """Returns what stands in a cell of the oracle's row."""
-    return {"oracle_ssim": row["ssim"]["mean"], "oracle_psnr_db": clearest_psnr_db(row)}
+    (seen,) = row["seen"].values()
+    return {
+        "oracle_ssim": row["ssim"]["mean"],
+        "oracle_psnr_db": clearest_psnr_db(row),
+        "steps": seen["steps"],
+        "steps_at_most": seen["steps_at_most"],
+    }
 
 
 def folder_of(name: str) -> str:
@@ -160,6 +164,7 @@ accuracies, machine and date of each are in [frontier.json](frontier.json). {arc
 
 - lost: points of accuracy, of the exported client, against the undefended net that taught it
 - SSIM, dB: of the oracle's decoders, the larger; the mean image has an SSIM of {floor:.3f}
+- steps: of the decoders' training, at most
 - thorough: the same with the thorough budget, of the cells where that was tried
 - bytes, entropy: of an image, and how many of them can say anything at most
 - head: its share of the undefended net's multiply-accumulates
@@ -185,7 +190,7 @@ def is_current(cell: dict[str, Any]) -> bool:
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """Returns the cells for people, the least readable first."""
-    rows = [("lever", "cell", "lost", "SSIM", "dB", "thorough", "bytes", "entropy", "head")]
+    rows = [("lever", "cell", "lost", "SSIM", "dB", "steps", "thorough", "bytes", "entropy", "head")]
     for name, one in sorted(cells.items(), key=lambda item: float(item[1]["oracle_ssim"])):
         longer = one.get("thorough")
         rows.append(
@@ -195,6 +200,7 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
                 f"{one['undefended'] - one['accuracy']:.2f}",
                 f"{one['oracle_ssim']:.3f}",
                 f"{one['oracle_psnr_db']:.1f}",
+                str(one.get("steps_at_most", FORMER_STEPS)),
                 f"{longer['oracle_ssim']:.3f}, {longer['oracle_psnr_db']:.1f}" if longer else "",
                 str(one["bytes_up"]),
                 f"{one['bytes_of_entropy_at_most']:.0f}",
