@@ -280,6 +280,17 @@ def test_a_codec_ignores_single_outliers_and_refuses_what_is_not_finite():
         codec_for(torch.zeros(10), 1e-4)
 
 
+def test_a_further_client_needs_a_finished_stage_1_and_no_finished_client(copied, settings, tmp_path):
+    for name in ("summary.json", RunFolder.CLIENT_FILE):
+        (copied / name).unlink()
+    train(settings(), tmp_path / "further", stage1_from=copied)
+    assert RunFolder.open(tmp_path / "further").read_wire() == RunFolder.open_stage1(copied).read_wire()
+    (copied / "wire.json").unlink()
+    with pytest.raises(DataError, match="stage 1 was not finished; ensembler train --resume"):
+        train(settings(), tmp_path / "another", stage1_from=copied)
+    assert not (tmp_path / "another").exists()
+
+
 def test_nothing_of_the_wire_depends_on_the_selector(run, settings, tmp_path):
     secrets_drawn = {run.read_secret().selector}
     for k in range(2):

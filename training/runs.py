@@ -146,6 +146,18 @@ class RunFolder:
         return run
 
     @classmethod
+    def open_stage1(cls, path: Path) -> RunFolder:
+        """Opens a run for its nets and its wire, whose own client may still be in training.
+
+        Raises:
+            DataError: not a run folder, of another version, or its stage 1 was not finished.
+        """
+        run = cls._of_this_version(path)
+        if not run.has("wire.json"):
+            raise DataError(f"{path}: stage 1 was not finished; ensembler train --resume {path} continues it")
+        return run
+
+    @classmethod
     def open_unfinished(cls, path: Path) -> RunFolder:
         """Opens a run whose training was interrupted.
 

@@ -254,7 +254,8 @@ def train(
     Args:
         config: the options.
         out: must not exist, or be empty.
-        stage1_from: take stage 1 and the wire of this finished run, so that the new client fits the same server.
+        stage1_from: take stage 1 and the wire of this run, so that the new client fits the same server; the run's own
+            client may still be in training.
         reporter: told of the progress.
         pool: the machines that train the nets of stage 1; None is this one. All else is always done here.
 
@@ -267,7 +268,7 @@ def train(
     """
     reporter = reporter or Silent()
     device = pick_device(config.device)
-    source = RunFolder.open(stage1_from) if stage1_from is not None else None
+    source = RunFolder.open_stage1(stage1_from) if stage1_from is not None else None
     dataset = data_sets.load(config.data)
     arch = config.arch_spec(dataset.image_size, len(dataset.labels))
     if source is not None:
@@ -335,7 +336,7 @@ def _run_stages(
         _require_stage1(run, config)
         nets = stage1(run, config, arch, data, reporter, pool)
     else:
-        source = RunFolder.open(run.stage1_source) if run.stage1_source is not None else None
+        source = RunFolder.open_stage1(run.stage1_source) if run.stage1_source is not None else None
         if source is not None:
             run.copy_stage1(source)
         nets = stage1(run, config, arch, data, reporter, pool)
