@@ -227,16 +227,18 @@ def chance_of(nets: int, selected: int, victims: int, ways: int, auc: float) -> 
     return 1 - (1 - far) ** ways
 
 
-def accuracy(prefix: str, mine: Sequence[npt.NDArray[np.bool_]], theirs: Sequence[npt.NDArray[np.bool_]]) -> list[Row]:
-    """Returns the figures of what is right, with the defence and without."""
+def accuracy(
+    prefix: str, mine: Sequence[npt.NDArray[np.bool_]], theirs: Sequence[npt.NDArray[np.bool_]], trained: str
+) -> list[Row]:
+    """Returns the figures of what is right, with the defence and without; ``trained`` says for how long."""
     pairs = [100 * (b.astype(float) - a) for a, b in itertools.product(mine, theirs)]
     drops = [float(pair.mean()) for pair in pairs]
     error = float(np.mean([pair.std() / np.sqrt(len(pair)) for pair in pairs]))
     accuracies = ", ".join(f"{100 * right.mean():.2f}" for right in mine)
     reference = ", ".join(f"{100 * right.mean():.2f}" for right in theirs)
     words = (
-        f"clients {accuracies}; undefended {reference}; each with each: {min(drops):.2f} to {max(drops):.2f}, "
-        f"standard error of one comparison {error:.2f}"
+        f"{trained}; clients {accuracies}; undefended {reference}; each with each: {min(drops):.2f} to "
+        f"{max(drops):.2f}, standard error of one comparison {error:.2f}"
     )
     if len(mine) == len(theirs) > 1:
         by_seed = [100 * float(np.mean(b) - np.mean(a)) for a, b in zip(mine, theirs, strict=True)]
@@ -305,8 +307,12 @@ def main() -> None:
     data, engine = data_sets.load(runs[0].config.data), OnnxEngine(options.server)
     mine = [served(bundle, engine, data) for _, bundle in victims]
     engine.close()
-    theirs = [right_in_torch(RunFolder.open(run), data) for run in options.undefended]
-    figures = [*figures_of(options.preset, found, runs), *accuracy(options.preset, mine, theirs)]
+    undefended = [RunFolder.open(run) for run in options.undefended]
+    theirs = [right_in_torch(run, data) for run in undefended]
+    stages = sorted({f"{run.config.epochs_stage1} + {run.config.epochs_stage3}" for run in runs})
+    epochs = sorted({str(run.config.epochs_stage1) for run in undefended})
+    trained = f"epochs of the clients' stages {', '.join(stages)}, of the undefended nets {', '.join(epochs)}"
+    figures = [*figures_of(options.preset, found, runs), *accuracy(options.preset, mine, theirs, trained)]
     if options.local is not None:
         figures += local(options.preset, RunFolder.open(options.local), runs[0], data)
     given = [part for each in options.victim for part in ("--victim", each)]
