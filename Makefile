@@ -155,7 +155,7 @@ presets: $(INSTALLED)
 	test -d out/bal_0 || $(BIN)/ensembler export runs/bal_0 --out out/bal_0 $(PUBLISH)
 	test -d out/bal_1 || $(BIN)/ensembler export runs/bal_1 --out out/bal_1 $(PUBLISH) --server-bundle out/bal_0/server
 	$(BIN)/python benchmarks/presets.py balanced $(foreach i,0 1,--victim runs/bal_$(i)=out/bal_$(i)/client) \
-		--local runs/local_half --server out/bal_0/server $(foreach kind,oracle servers,--kind $(kind)) \
+		--local runs/local_half --server out/bal_0/server $(foreach kind,oracle devices servers,--kind $(kind)) \
 		$(foreach i,0 1 2,--undefended runs/none_$(i))
 	test -f runs/obf_0/summary.json || $(BIN)/ensembler train $(PRESET) --arch resnet10_half --preset obfuscate -N 4 -P 2 \
 		--epochs-stage3 8 --out runs/obf_0
