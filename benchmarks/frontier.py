@@ -105,7 +105,7 @@ def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "bytes_up": document["sent"]["bytes"],
         "bytes_of_entropy_at_most": document["sent"]["bytes_of_entropy_at_most"],
         "head_macs_share": round(head_share(opened.arch), 4),
-        "epochs": options.epochs,
+        "epochs": opened.config.epochs_stage1,
         "seed": opened.config.seed,
         "machine": results.machine(),
         "date": datetime.now(UTC).date().isoformat(),

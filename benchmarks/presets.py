@@ -133,7 +133,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         return [max(values) for values in of_each if values]
 
     def figure(name: str, values: Sequence[float], unit: str, words: str = "", digits: int = 4) -> Row:
-        each = ", ".join(f"{value:.{digits}f}".rstrip("0") for value in values)
+        each = ", ".join(f"{round(value, digits):g}" for value in values)
         note = f"{words}; " if words else ""
         return results.figure(
             name if prefix == "strong" and name in UNPREFIXED else f"{prefix}_{name}",
@@ -216,14 +216,16 @@ def chance_of(nets: int, selected: int, victims: int, ways: int, auc: float) -> 
 
     The rankings are taken as independent, which those of one audit are not quite.
     """
-    one: list[float] = []
+    pairs = selected * (nets - selected)
+    one = np.zeros(pairs + 1)  # in how many rankings so many pairs of nets are in order
     for places in itertools.combinations(range(nets), selected):
         others = [place for place in range(nets) if place not in places]
-        one.append(float(np.mean([mine < other for mine in places for other in others])))
-    sums = [0.0]
+        one[sum(mine < other for mine in places for other in others)] += 1
+    sums = np.ones(1)
     for _ in range(victims):
-        sums = [total + each for total in sums for each in one]
-    far = float(np.mean(np.abs(np.array(sums) / victims - 0.5) >= abs(auc - 0.5) - 1e-9))
+        sums = np.convolve(sums, one / one.sum())
+    aucs = np.arange(len(sums)) / (pairs * victims)
+    far = float(sums[np.abs(aucs - 0.5) >= abs(auc - 0.5) - 1e-9].sum())
     return 1 - (1 - far) ** ways
 
 

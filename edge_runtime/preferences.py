@@ -67,6 +67,9 @@ def load() -> Preferences:
         try:
             if not path.is_file():  # a pipe might never end to be read
                 continue
+        except PermissionError:  # in a folder that is another user's
+            continue
+        try:
             with path.open("rb") as stream:
                 data = stream.read(MAX_BYTES + 1)
         except OSError as error:

@@ -182,7 +182,8 @@ def audit(
         subject["other_device"] = file_digests(other_device, load_client(other_device))
     # Not where it lies: a run is exported anew, into another folder, whenever the audit goes on.
     content = {name: value for name, value in subject.items() if name not in ("run", "bundle")}
-    parts = _Parts(out.with_suffix(".parts"), {"subject": content, "images": images, "budget": budget})
+    effort = {"budget": budget, "plan": repr(chosen.plan.identity), "version": metadata.version("ensembler-edge")}
+    parts = _Parts(out.with_suffix(".parts"), {"subject": content, "images": images, **effort})
     judge = Judge(scene)
     scores: list[Score] = []
     not_run: dict[str, str] = {}

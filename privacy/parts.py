@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import shutil
+import zipfile
+import zlib
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -43,12 +46,12 @@ class Parts:
     def read(self, name: str) -> tuple[dict[str, Any], Arrays] | None:
         """Returns a piece's values and arrays; one that is missing, damaged or of another identity is None."""
         try:
-            with np.load(self._path(name), allow_pickle=False) as stored:
+            with self._path(name).open("rb") as stream, np.load(stream, allow_pickle=False) as stored:
                 values = json.loads(str(stored["texts"]))
                 if values.pop("identity") != self._identity:
                     return None
                 return values, {key: stored[key] for key in stored.files if key != "texts"}
-        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError):
+        except (OSError, ValueError, KeyError, TypeError, AttributeError, EOFError, zipfile.BadZipFile, zlib.error):
             return None
 
     def write(self, name: str, values: Mapping[str, Any], arrays: Arrays) -> None:
@@ -68,6 +71,8 @@ class Parts:
         try:
             with temporary.open("wb") as stream:
                 np.savez(stream, **stored)
+                stream.flush()
+                os.fsync(stream.fileno())
             temporary.replace(path)
         except OSError as error:
             raise DataError(f"{path} cannot be written: {error.strerror}; make room, then start again") from error

@@ -101,6 +101,19 @@ def test_a_pipe_in_its_place_does_not_hang(config):
     assert preferences.load() == Preferences()
 
 
+def test_a_place_in_a_folder_of_another_user_is_passed_over(config, monkeypatch):
+    preferences.save(Preferences(threads=2))
+    is_file = Path.is_file
+
+    def asked(path):
+        if path == config:
+            raise PermissionError(13, "Permission denied", str(path))
+        return is_file(path)
+
+    monkeypatch.setattr(Path, "is_file", asked)
+    assert preferences.load() == Preferences()
+
+
 def test_a_place_that_cannot_be_written_is_named(config):
     config.parent.parent.write_text("in the way")
     with pytest.raises(ConfigError, match=r"device\.json: cannot be written: "):

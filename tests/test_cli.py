@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,23 @@ def test_predict_prints_label_times_and_bytes(tiny, serve, photo):
     assert len(document["predictions"]) == 2
     assert document["predictions"][0]["label"] in done.stdout
     assert set(document["predictions"][0]["timings_ms"]) == {"head", "queue", "server", "network", "tail", "total"}
+
+
+def test_predict_gives_the_answers_that_came_before_an_error_whatever_the_files_are_called(
+    tiny, serve, photo, tmp_path
+):
+    strange = os.fsencode(tmp_path) + b"/\xff.png"
+    shutil.copy(photo, strange)
+    missing, ascii_only = tmp_path / "missing.jpg", {**os.environ, "PYTHONIOENCODING": "ascii"}
+    with serve(tiny.server) as (endpoint, _):
+        done = run("predict", tiny.client, os.fsdecode(strange), missing, "--server", endpoint, "--json")
+        text = run("predict", tiny.client, os.fsdecode(strange), "--server", endpoint, env=ascii_only)
+    assert done.returncode == 2
+    (answered,) = json.loads(done.stdout)["predictions"]
+    assert os.fsencode(answered["image"]) == strange
+    assert "missing.jpg" in json.loads(done.stderr)["error"]["message"]
+    assert text.returncode == 0, text.stderr
+    assert r"\udcff.png: " in text.stdout
 
 
 def test_keys_new_makes_a_pair_and_refuses_to_overwrite_it(tmp_path):

@@ -697,8 +697,11 @@ def test_a_session_that_is_idle_for_long_ends_and_its_client_notices_nothing(
 
 
 def parties_of(process):
-    found = psutil.Process(process if isinstance(process, int) else process.pid).children()
-    return [each for each in found if "ensembler.crypto.party" in each.cmdline()]
+    found = []
+    for each in psutil.Process(process if isinstance(process, int) else process.pid).children():
+        with suppress(psutil.NoSuchProcess):  # it may end while it is looked at
+            found += [each] if "ensembler.crypto.party" in each.cmdline() else []
+    return found
 
 
 def test_a_servers_engine_that_dies_is_an_error_and_the_next_call_works(out, running, tiny_images, plain_logits):

@@ -29,6 +29,7 @@ from ensembler.protocol.errors import (
     ShuttingDownError,
     UnknownBodiesError,
 )
+from ensembler.protocol.manifest import is_curve_key
 from ensembler.protocol.messages import ERROR, Message, decode, encode
 from ensembler.transport import keys
 from ensembler.transport.inprocess import InProcessTransport
@@ -491,6 +492,20 @@ def test_the_command_line_takes_replicas_and_their_keys(tiny, running, new_key, 
     assert len(json.loads(capsys.readouterr().out)["predictions"]) == 1
     only = ("--server", running[1], "--server-key", key)
     assert main(["predict", str(tiny.client), str(tmp_path / "image.png"), *only]) == 0
+
+
+@pytest.mark.parametrize(
+    ("given", "file"),
+    [
+        ("tcp://192.168.1.20:5555=keys/server1.key", "keys/server1.key"),
+        ("/home/pi/ensembler/keys/server/porch.key", "/home/pi/ensembler/keys/server/porch.key"),
+    ],
+)
+def test_a_file_whose_name_has_the_length_and_signs_of_a_key_is_a_file(tiny, capsys, given, file):
+    assert is_curve_key(given)
+    server = ("--server", "tcp://192.168.1.20:5555", "--server-key", given)
+    assert main(["predict", str(tiny.client), "image.png", *server]) == 2
+    assert f"the key file {file} cannot be read" in capsys.readouterr().err
 
 
 def test_server_keys_that_contradict_each_other_are_refused(tiny, new_key, tmp_path, capsys):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import logging
 import os
 import signal
@@ -75,6 +76,15 @@ def test_an_error_while_connecting_closes_what_was_opened(monkeypatch):
     thread.start()
     thread.join(30)
     assert found == ["not a ZMQError"]
+
+
+def test_a_system_without_descriptors_is_an_error_of_this_package(monkeypatch):
+    def full(self, kind):
+        raise zmq.ZMQError(errno.EMFILE)
+
+    monkeypatch.setattr(zmq.Context, "socket", full)
+    with pytest.raises(ServerUnreachableError, match="Too many open files"):
+        ZmqTransport("tcp://127.0.0.1:9", server_key=None, keys=None)
 
 
 @pytest.mark.parametrize(

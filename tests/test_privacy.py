@@ -32,6 +32,7 @@ from ensembler.privacy.decoder import Decoder, Effort, as_map, is_small, painted
 from ensembler.privacy.film import BRIGHTNESS, SHIFT_PIXELS, frames_of
 from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import entropy_bits, mse, psnr_db, ssim
+from ensembler.privacy.parts import Parts
 from ensembler.privacy.scene import Access, make_scene
 from ensembler.privacy.selector import auc, rankings
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError, GateFailedError
@@ -743,6 +744,31 @@ def test_parts_of_another_audit_are_not_taken(run_audit, scene, tmp_path):
     (tmp_path / "report.parts" / f"{ORACLE}-0.npz").write_bytes(b"damaged")
     document = run_audit(tmp_path / "report.html")
     assert len(document["attacks"]) >= 4
+
+
+@pytest.mark.parametrize("share", [0.0, 0.001, 0.5, 0.99])
+def test_a_part_that_was_cut_short_is_made_again(tmp_path, share):
+    parts = Parts(tmp_path / "parts", {"of": "this"})
+    parts.write("piece", {"a": 1}, {"numbers": np.arange(1000)})
+    path = tmp_path / "parts" / "piece.npz"
+    whole = path.read_bytes()
+    assert parts.read("piece")[0] == {"a": 1}
+    path.write_bytes(whole[: int(share * len(whole))])
+    assert parts.read("piece") is None
+
+
+def test_what_was_done_with_another_effort_is_not_taken(run_audit, tmp_path, monkeypatch):
+    out, ran = tmp_path / "report.html", []
+    with monkeypatch.context() as patch:
+        patch.setattr(audits, "write_report", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            run_audit(out)
+    longer = {name: replace(each, plan=replace(each.plan, bound_length=2)) for name, each in audits.BUDGETS.items()}
+    monkeypatch.setattr(audits, "BUDGETS", longer)
+    original = audits._score
+    monkeypatch.setattr(audits, "_score", lambda attack, *rest: (ran.append(attack.NAME), original(attack, *rest))[1])
+    run_audit(out)
+    assert ORACLE in ran
 
 
 def row(name, value, access=1, frames=1):

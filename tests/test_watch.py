@@ -247,6 +247,22 @@ def test_the_waits_grow_and_are_bounded_and_the_image_is_read_once(inbox, tiny_i
     ]
 
 
+def test_a_late_failure_of_a_call_from_before_the_last_answer_says_nothing(inbox, tiny_images, capfd):
+    first, second = (Arrival(path=put(inbox, f"{n}.png", tiny_images[n]), mtime_ns=1) for n in range(2))
+
+    class Slow(Moody):
+        def predict(self, pixels):
+            if self.errors:
+                error = self.errors.pop()
+                assert service.answer(second).result.label == "red"  # another thread's, while this one waits
+                raise error
+            return super().predict(pixels)
+
+    service = _Service(Slow(ServerUnreachableError("no server")), Console(as_json=False), Waits())
+    assert service.answer(first).result.label == "red"
+    assert capfd.readouterr().err == ""
+
+
 def test_what_trying_again_does_not_cure_stops_the_service(inbox, tiny_images):
     for error in (AuthenticationError("refused"), UnknownBodiesError("other nets"), InternalError("broken")):
         stop = Waits()

@@ -86,9 +86,10 @@ def public_of(given: str | os.PathLike[str]) -> str:
         ConfigError: neither text nor a path.
         KeyFileError: see ``load_public``.
     """
-    path = expanded("server_key", given)
-    # Every character of a key may be in a path too.
-    return str(given) if is_curve_key(str(given)) and not path.is_file() else load_public(path)
+    path, text = expanded("server_key", given), str(given)
+    # Every character of a key may be in a path too: what is named as key files are is one, there or not.
+    is_text = is_curve_key(text) and not text.endswith(PUBLIC_SUFFIX) and not _is_file(path)
+    return text if is_text else load_public(path)
 
 
 def load_pair(path: Path) -> KeyPair:
@@ -127,10 +128,20 @@ def find(argument: str | os.PathLike[str] | None, variable: str, candidates: Ite
     if named:
         source = "the key argument" if argument is not None else f"the environment variable {variable}"
         path = expanded(source, named)
-        if not path.is_file():
-            raise KeyFileError(f"{source} names {path}, which is not a file; ensembler keys new makes keys")
+        if not _is_file(path):
+            raise KeyFileError(
+                f"{source} names {path}, which is not a file that this user may see; ensembler keys new makes keys"
+            )
         return path
-    return next((path for path in candidates if path.is_file()), None)
+    return next((path for path in candidates if _is_file(path)), None)
+
+
+def _is_file(path: Path) -> bool:
+    """Returns whether there is a file; what lies in another user's folder is not there."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return False
 
 
 def standard_places(name: str) -> list[Path]:

@@ -53,6 +53,7 @@ class ZmqTransport:
 
     Raises:
         ConfigError: the endpoint is malformed.
+        ServerUnreachableError: the system has no descriptors left.
     """
 
     def __init__(self, endpoint: str, *, server_key: str | None, keys: KeyPair | None) -> None:
@@ -65,7 +66,8 @@ class ZmqTransport:
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         try:
             # A malformed endpoint is refused now, not at the first image, whose handshake is done by then.
-            self._first: ZmqConnection | None = self._open()
+            with mapped_errors(endpoint):
+                self._first: ZmqConnection | None = self._open()
         except BaseException:
             self._context.term()
             raise

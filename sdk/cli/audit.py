@@ -11,7 +11,7 @@ from pathlib import Path
 from ensembler.cli.console import Console, ProgressReporter, need_export
 from ensembler.cli.predict import add_bundle_secret, bundle_secret
 from ensembler.client import refuse_idle_secret, secret_finder
-from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.protocol.manifest import load_client
 
 NAME = "audit"
@@ -69,7 +69,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 if getattr(options, name) is not None:
                     option = name.replace("_", "-")
                     raise ConfigError(f"audit {subject}: --{option} goes with a client bundle, and this is none")
-            run_path, bundle = subject, _exported(subject, Path(folder), console)
+            run_path, bundle = subject, _exported(subject, Path(folder), console, options.data)
             shown_as = "an int8 client of the run, exported for this audit and not kept"
         try:
             document = audit(
@@ -107,14 +107,26 @@ def _coalition(text: str) -> list[int]:
     return sorted(int(part) - 1 for part in parts)
 
 
-def _exported(run_path: Path, folder: Path, console: Console) -> Path:
-    """Exports the run as ``ensembler-export`` does and returns its client bundle; gates do not matter here."""
+def _exported(run_path: Path, folder: Path, console: Console, given: str | None) -> Path:
+    """Exports the run as ``ensembler-export`` does and returns its client bundle; gates do not matter here.
+
+    Calibrated on the run's own data, as what ships is; on what was given if that is no longer where it was.
+    """
     from ensembler.export.parity import Gates
     from ensembler.export.pipeline import ExportOptions, export
+    from ensembler.training import data
     from ensembler.training.runs import RunFolder
 
-    RunFolder.open(run_path)
+    source = RunFolder.open(run_path).config.data
+    moved = None
+    try:
+        data.load(source)
+    except DataError:
+        if given is None:
+            raise
+        console.say(f"{source} is not there any more: exporting with --data {given}")
+        moved = given
     console.say("exporting the run, since what ships is what is attacked")
     gates = Gates(min_sqnr_db=-1000.0, max_accuracy_drop_points=100.0)
-    export(run_path, folder / "bundles", ExportOptions(gates=gates))
+    export(run_path, folder / "bundles", ExportOptions(gates=gates, data=moved))
     return folder / "bundles" / "client"

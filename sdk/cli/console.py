@@ -8,7 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
-from typing import Any, NoReturn, Protocol
+from typing import Any, NoReturn, Protocol, TextIO
 
 from ensembler import __version__
 from ensembler.protocol.errors import EnsemblerError, InvalidInputError, MissingExtraError
@@ -40,11 +40,15 @@ class Console:
 
     def say(self, text: str) -> None:
         """Tells a person; goes to standard error when a script reads standard output."""
-        print(text, file=sys.stderr if self.as_json else sys.stdout, flush=True)
+        _print(text, sys.stderr if self.as_json else sys.stdout)
 
     def result(self, document: dict[str, Any], text: str) -> None:
         """Gives the outcome, as JSON or as text."""
-        print(json.dumps(document, ensure_ascii=False) if self.as_json else text, flush=True)
+        if self.as_json:
+            text = json.dumps(document, ensure_ascii=False)
+            if _escaped(text, sys.stdout) != text:
+                text = json.dumps(document)
+        _print(text, sys.stdout)
 
     def error(self, kind: str, message: str) -> None:
         """Tells what went wrong, on standard error."""
@@ -52,6 +56,16 @@ class Console:
         if self.as_json:
             text = json.dumps({"error": {"type": kind, "message": message}}, ensure_ascii=False)
         print(text, file=sys.stderr, flush=True)
+
+
+def _escaped(text: str, stream: TextIO) -> str:
+    """Returns ``text`` with what the stream's encoding lacks as escapes: a file's name may be no text at all."""
+    encoding = stream.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
+
+
+def _print(text: str, stream: TextIO) -> None:
+    print(_escaped(text, stream), file=stream, flush=True)
 
 
 class _Parser(argparse.ArgumentParser):

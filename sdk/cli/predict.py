@@ -15,7 +15,7 @@ from ensembler.client import BUNDLE_KEY_VARIABLE, EdgeClient
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.backends import BACKENDS
 from ensembler.protocol.errors import ConfigError
-from ensembler.protocol.manifest import is_curve_key, of_crypto
+from ensembler.protocol.manifest import of_crypto
 
 NAME = "predict"
 HELP = "classify images with a client bundle and a server"
@@ -107,8 +107,8 @@ def _server_key(given: list[str] | None) -> str | dict[str, str] | None:
     """Returns the argument of ``EdgeClient`` for what ``--server-key`` said."""
     if not given:
         return None
-    # A key may have the same signs in it as an address before it.
-    pairs = [("", each) if is_curve_key(each) or "://" not in each else _split(each) for each in given]
+    # A key may have the same signs in it as an address before it, and both together may look like a key.
+    pairs = [_split(each) if each.startswith(("tcp://", "ipc://")) else ("", each) for each in given]
     if len(pairs) == 1 and not pairs[0][0]:
         return pairs[0][1]
     addresses = [address for address, _ in pairs]
@@ -124,8 +124,10 @@ def _split(pair: str) -> tuple[str, str]:
 
 def run(options: argparse.Namespace, console: Console) -> int:
     """Predicts one image after the other."""
-    documents, lines = [], []
+    documents: list[dict[str, Any]] = []
+    lines: list[str] = []
     with (
+        _told(console, documents, lines),
         _bar(options.bundle) as more,
         client_of(options, backend=options.backend, top_k=options.top_k, **more) as client,
     ):
@@ -149,8 +151,17 @@ def run(options: argparse.Namespace, console: Console) -> int:
                     "bytes_down": result.bytes_down,
                 }
             )
-    console.result({"predictions": documents}, "\n".join(lines))
     return 0
+
+
+@contextmanager
+def _told(console: Console, documents: list[dict[str, Any]], lines: list[str]) -> Iterator[None]:
+    """Gives the answers at the end; where that is an error, those that came before it."""
+    try:
+        yield
+    finally:
+        if documents:
+            console.result({"predictions": documents}, "\n".join(lines))
 
 
 @contextmanager

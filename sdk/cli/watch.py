@@ -72,6 +72,7 @@ class _Service:
         self._client, self._console, self._stop = client, console, stop
         self._lock = threading.Lock()
         self._away = False
+        self._answered = 0.0
 
     def answer(self, image: Arrival | Frame) -> _Outcome | None:
         """Returns what becomes of an image; None if the service was stopped before the server answered.
@@ -96,12 +97,13 @@ class _Service:
         read_ms = 1000 * (time.monotonic() - begun)
         wait_s = FIRST_WAIT_S
         while True:
+            asked = time.monotonic()
             try:
                 result = self._client.predict(pixels)
             except EnsemblerError as error:
                 if not cloud_is_away(error):
                     raise
-                self._tell(error)
+                self._tell(error, asked)
                 busy_s = error.retry_after_ms / 1000 if isinstance(error, BusyError) else 0.0
                 stopped = self._stop.wait(min(max(wait_s, busy_s), LONGEST_WAIT_S))
                 if not isinstance(image, Arrival):  # the next frame is worth more than another try
@@ -110,12 +112,21 @@ class _Service:
                     return None
                 wait_s *= 2
             else:
-                self._tell(None)
+                self._tell(None, asked)
                 return _Outcome(image=image, read_ms=read_ms, result=result)
 
-    def _tell(self, error: EnsemblerError | None) -> None:
-        """Says on standard error that the server went or came back, once for each."""
+    def _tell(self, error: EnsemblerError | None, asked: float) -> None:
+        """Says on standard error that the server went or came back, once for each.
+
+        Args:
+            error: of a call that failed; None for one that was answered.
+            asked: when the call began. One that began before another was answered says nothing of the server any more.
+        """
         with self._lock:
+            if error is None:
+                self._answered = time.monotonic()
+            elif asked < self._answered:
+                return
             if self._away == (error is not None):
                 return
             self._away = error is not None
