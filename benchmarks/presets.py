@@ -31,7 +31,7 @@ from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.privacy.audit import audit
-from ensembler.privacy.card import FLOOR
+from ensembler.privacy.card import AUDIT, FLOOR
 from ensembler.privacy.scene import Access
 from ensembler.training import data as data_sets
 from ensembler.training.data import Dataset
@@ -100,7 +100,7 @@ def attacked(
                 )
             document = json.loads(report.read_text(encoding="utf-8"))
             for row in document["attacks"]:
-                passed = all(gate["passed"] for gate in document["gates"] if gate["about"] == row["name"])
+                passed = all(gate["passed"] for gate in document["gates"] if gate["about"] in (row["name"], AUDIT))
                 rows.append(row | {"doubted": not passed})
             rows += [{"name": f"selector, {way}", **facts} for way, facts in document["selector"].items()]
             rows.append({"name": "sent", **document["sent"]})
@@ -160,7 +160,12 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
     knowing = sorted({row["name"] for row in every if row.get("access", 0) >= Access.DEVICE and _frames(row) == 1})
     figures = [
         figure("floor_ssim", floor, "ssim", "the mean image"),
-        figure("oracle_ssim", of(knowing, _ssim), "ssim", f"the best of {', '.join(knowing)}; most often {bound}"),
+        figure(
+            "oracle_ssim",
+            of(knowing, _ssim),
+            "ssim",
+            f"the best of {', '.join(knowing)}; most often {described(bound)}",
+        ),
         figure("oracle_psnr_db", of(knowing, clearest_psnr_db), "dB", "the clearest of the same", 2),
         figure("bytes_of_entropy_at_most", of(["sent"], lambda row: row["bytes_of_entropy_at_most"]), "bytes", "", 1),
         figure("bytes_up", [run.read_wire().spec.bytes_up for run in victims], "bytes", "codes of one image", 0),

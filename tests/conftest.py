@@ -10,7 +10,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
@@ -26,6 +26,12 @@ from ensembler.transport.zmq_server import ServerSocket
 
 # The nets here are so small that threads only wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+with suppress(ImportError):  # the runtimes' own environments have none
+    from hypothesis import settings as examples
+
+    examples.register_profile("ensembler", deadline=None)  # a machine may be busy with anything
+    examples.load_profile("ensembler")
 
 # A shell starts what runs in the background with Ctrl-C ignored, and every process below inherits that.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
