@@ -33,14 +33,16 @@ class Terse:
     Attributes:
         head_share: of the net's multiply-accumulates, at most, on the device.
         channels: of the map that is sent.
+        information_weight: of what the codes tell beyond the class.
     """
 
     head_share: float
     channels: int
+    information_weight: float
 
 
-STRONG = Terse(head_share=0.25, channels=16)  # 64 bytes
-BALANCED = Terse(head_share=0.5, channels=32)  # 128 bytes
+STRONG = Terse(head_share=0.25, channels=16, information_weight=0.1)  # 64 bytes
+BALANCED = Terse(head_share=0.5, channels=32, information_weight=0.05)  # 128 bytes
 
 
 def preset_options(name: str, arch: ArchSpec) -> dict[str, Any]:
@@ -89,7 +91,7 @@ def _terse(arch: ArchSpec, *, name: str, terse: Terse) -> dict[str, Any]:
     return {
         "bottleneck": (terse.channels, 1, BITS),
         "encoder": encoder(widths[allowed - 1]),
-        "information_weight": 0.05,
+        "information_weight": terse.information_weight,
         # Noise that never changes is undone by whoever sees a few messages, and heads unlike others keep nothing back.
         "noise_std": 0.0,
         "reg_weight": 0.0,
