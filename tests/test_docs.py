@@ -36,8 +36,8 @@ DOCUMENTS = [
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "examples" / "README.md",
 ]
-# Their snippets train and export many times.
-TRAINING = ("ml-engineer.md", "privacy-audit.md")
+# Their snippets train, export or build many times.
+SLOW = ("crypto.md", "ml-engineer.md", "privacy-audit.md", "privacy-presets.md", "raspberry-pi.md")
 # Trainings in documents are shortened; what comes last on a command line counts.
 BRIEF = ["--epochs", "1", "--batch-size", "16"]
 OPEN_GATES = ["--min-sqnr-db", "0", "--max-accuracy-drop", "100"]
@@ -280,7 +280,7 @@ def endpoint(tiny, serve) -> Iterator[str]:
 
 @pytest.mark.parametrize(
     "path",
-    [pytest.param(path, marks=[pytest.mark.slow] if path.name in TRAINING else []) for path in DOCUMENTS],
+    [pytest.param(path, marks=[pytest.mark.slow] if path.name in SLOW else []) for path in DOCUMENTS],
     ids=lambda path: str(path.relative_to(ROOT)),
 )
 def test_every_snippet_runs_when_it_is_pasted(
