@@ -14,7 +14,7 @@ from pathlib import Path
 from ensembler.edge_runtime.backends import AUTO, BACKENDS, MAX_THREADS, installed
 from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import ModelFormat
-from ensembler.protocol.options import config_folders
+from ensembler.protocol.options import config_folders, is_visible_file
 
 NAME = "device.json"
 MAX_BYTES = 4096
@@ -65,11 +65,8 @@ def load() -> Preferences:
     """
     for path in places():
         try:
-            if not path.is_file():  # a pipe might never end to be read
+            if not is_visible_file(path):  # a pipe might never end to be read
                 continue
-        except PermissionError:  # in a folder that is another user's
-            continue
-        try:
             with path.open("rb") as stream:
                 data = stream.read(MAX_BYTES + 1)
         except OSError as error:

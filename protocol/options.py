@@ -39,6 +39,14 @@ def config_folders() -> list[Path]:
     return [users, machine]
 
 
+def is_visible_file(path: Path) -> bool:
+    """Returns whether there is a file; what lies in a folder of another user's is not there."""
+    try:
+        return path.is_file()
+    except PermissionError:
+        return False
+
+
 def whole(name: str, value: object, low: int, high: int | None = None) -> int:
     """Returns a whole number from ``low`` to ``high``, both included.
 

@@ -149,6 +149,22 @@ def brief_plan():
 
 
 @pytest.fixture
+def shut_away(monkeypatch):
+    """``shut_away(path)`` has a file lie in another user's folder, also for root, who may look everywhere."""
+    is_file = Path.is_file
+
+    def shut(closed):
+        def asked(path):
+            if path == closed:
+                raise PermissionError(13, "Permission denied", str(path))
+            return is_file(path)
+
+        monkeypatch.setattr(Path, "is_file", asked)
+
+    return shut
+
+
+@pytest.fixture
 def tiny_budget(monkeypatch):
     """Every budget of the audit takes a handful of steps and one seed."""
     from ensembler.privacy.audit import BUDGETS

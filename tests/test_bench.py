@@ -101,16 +101,9 @@ def test_a_pipe_in_its_place_does_not_hang(config):
     assert preferences.load() == Preferences()
 
 
-def test_a_place_in_a_folder_of_another_user_is_passed_over(config, monkeypatch):
+def test_a_place_in_a_folder_of_another_user_is_passed_over(config, shut_away):
     preferences.save(Preferences(threads=2))
-    is_file = Path.is_file
-
-    def asked(path):
-        if path == config:
-            raise PermissionError(13, "Permission denied", str(path))
-        return is_file(path)
-
-    monkeypatch.setattr(Path, "is_file", asked)
+    shut_away(config)
     assert preferences.load() == Preferences()
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import stat
-from pathlib import Path
 
 import pytest
 import zmq.auth
@@ -113,17 +112,10 @@ def test_authorized_devices_are_the_public_keys_of_a_folder(tmp_path):
         keys.load_authorized(tmp_path / "missing")
 
 
-def test_a_place_in_another_users_folder_is_passed_over_and_named_it_is_an_error(tmp_path, monkeypatch):
+def test_a_place_in_another_users_folder_is_passed_over_and_named_it_is_an_error(tmp_path, shut_away):
     _, place = keys.create(tmp_path, "place")
     closed = tmp_path / "closed" / "device.key_secret"
-    is_file = Path.is_file
-
-    def asked(path):
-        if path == closed:
-            raise PermissionError(13, "Permission denied", str(path))
-        return is_file(path)
-
-    monkeypatch.setattr(Path, "is_file", asked)
+    shut_away(closed)
     assert keys.find(None, "SOME_KEY", [closed, place]) == place
     with pytest.raises(KeyFileError, match=r"the key argument names .*closed.* that this user may see"):
         keys.find(closed, "SOME_KEY", [place])

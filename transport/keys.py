@@ -18,7 +18,7 @@ import zmq.auth
 
 from ensembler.protocol.errors import ConfigError, KeyFileError
 from ensembler.protocol.manifest import is_curve_key
-from ensembler.protocol.options import config_folders, expanded
+from ensembler.protocol.options import config_folders, expanded, is_visible_file
 
 PUBLIC_SUFFIX = ".key"
 SECRET_SUFFIX = ".key_secret"  # noqa: S105 (a file name)
@@ -88,7 +88,7 @@ def public_of(given: str | os.PathLike[str]) -> str:
     """
     path, text = expanded("server_key", given), str(given)
     # Every character of a key may be in a path too: what is named as key files are is one, there or not.
-    is_text = is_curve_key(text) and not text.endswith(PUBLIC_SUFFIX) and not _is_file(path)
+    is_text = is_curve_key(text) and not text.endswith(PUBLIC_SUFFIX) and not is_visible_file(path)
     return text if is_text else load_public(path)
 
 
@@ -128,20 +128,12 @@ def find(argument: str | os.PathLike[str] | None, variable: str, candidates: Ite
     if named:
         source = "the key argument" if argument is not None else f"the environment variable {variable}"
         path = expanded(source, named)
-        if not _is_file(path):
+        if not is_visible_file(path):
             raise KeyFileError(
                 f"{source} names {path}, which is not a file that this user may see; ensembler keys new makes keys"
             )
         return path
-    return next((path for path in candidates if _is_file(path)), None)
-
-
-def _is_file(path: Path) -> bool:
-    """Returns whether there is a file; what lies in another user's folder is not there."""
-    try:
-        return path.is_file()
-    except PermissionError:
-        return False
+    return next((path for path in candidates if is_visible_file(path)), None)
 
 
 def standard_places(name: str) -> list[Path]:
