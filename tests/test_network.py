@@ -87,6 +87,38 @@ def test_a_system_without_descriptors_is_an_error_of_this_package(monkeypatch):
         ZmqTransport("tcp://127.0.0.1:9", server_key=None, keys=None)
 
 
+RESOLVER = "127.83.71.9"
+SILENT_S = 30
+CLOSES = """
+import time
+from ensembler.transport.zmq_client import ZmqTransport
+transport = ZmqTransport("tcp://cloud.example.org:5555", server_key=None, keys=None)
+transport.connect().close()
+begun = time.monotonic()
+transport.close()
+print(time.monotonic() - begun)
+"""
+
+
+def test_a_client_and_its_process_end_while_the_systems_resolver_is_silent(tmp_path):
+    settings = tmp_path / "resolv.conf"
+    settings.write_text(f"nameserver {RESOLVER}\noptions timeout:{SILENT_S} attempts:1\n")
+    shell = 'mount --bind "$1" /etc/resolv.conf && shift && exec "$@"'
+    alone = ["unshare", "--mount", "sh", "-c", shell, "sh", str(settings)]
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as silent:
+        try:
+            silent.bind((RESOLVER, 53))
+            subprocess.run([*alone, "true"], check=True, capture_output=True)
+        except (OSError, subprocess.CalledProcessError):
+            pytest.skip("needs port 53 and a mount namespace")
+        done = subprocess.run(
+            [*alone, sys.executable, "-c", CLOSES], capture_output=True, text=True, timeout=SILENT_S / 2, check=True
+        )
+        silent.setblocking(False)
+        assert silent.recv(512)  # the name was really looked up
+    assert float(done.stdout) < SILENT_S / 2
+
+
 @pytest.mark.parametrize(
     "address", ["tcp://\udcff:5555", "ipc://\udcff", "tcp://höst:5555", "tcp://a\0b:5555", "tcp://host:５５５５"]
 )

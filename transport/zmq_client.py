@@ -29,6 +29,7 @@ T = TypeVar("T")
 # an attempt failed by saying when it tries again, so it is told to try, in an hour.
 RECONNECT_MS = 3_600_000
 HANDSHAKE_MS = 5000
+CLOSE_S = 1.0  # that a transport's end is waited for at most
 # A peer that vanished without a word (power, cable) is noticed after the timeout.
 HEARTBEAT_MS = 2000
 HEARTBEAT_TIMEOUT_MS = 6000
@@ -124,7 +125,11 @@ class ZmqTransport:
             first, self._first = self._first, None
         if first is not None:
             first.close()
-        self._context.term()
+        # Where a resolver is silent, libzmq's thread sits in the look-up of the name for as long as the system lets it,
+        # and the context waits for that thread; nobody need wait for the context.
+        ending = threading.Thread(target=self._context.term, name=f"closing {self.endpoint}", daemon=True)
+        ending.start()
+        ending.join(CLOSE_S)
 
 
 def _dial(socket: zmq.Socket[bytes], endpoint: str) -> None:
