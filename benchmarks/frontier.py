@@ -19,10 +19,8 @@ from pathlib import Path
 from typing import Any
 
 import results
-from product import clearest_psnr_db, exported, is_about, trained
+from product import audited, clearest_psnr_db, exported, trained
 
-from ensembler.cli.console import Console, ProgressReporter
-from ensembler.privacy.audit import audit
 from ensembler.privacy.card import FLOOR, ORACLE
 from ensembler.protocol.text import aligned
 from ensembler.training.plots import blank_figure
@@ -35,6 +33,8 @@ DECODER = 3
 FORMER_STEPS = 1200  # at most, of cells that do not say so
 # Gates of no cell: a head that misses one is part of the result.
 GATES = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100", "--plaintext")
+# The oracle alone, on the images that trained a cell's client.
+ON_ITS_OWN_IMAGES: dict[str, Any] = {"attacks": (), "auxiliary": "train", "seeds": 1}
 ENCODED = ("--encoder", "40,80", "--bottleneck")
 WIDER = ("--encoder", "64,128", "--bottleneck")  # twice the work on the device
 STRONG = (*ENCODED, "16,1,2", "--information-weight", "0.05")
@@ -89,7 +89,8 @@ def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     noise = () if "--noise-std" in given else ("--noise-std", "0")
     run = trained(options.runs / folder, *common, "--defense", "single", *noise, *given, "--teacher", str(teacher))
     out = exported(run, options.out / folder, options.data, *GATES)
-    document = attacked(options, folder, out / "client", options.out / folder / "audit.html", "standard")
+    report = options.out / folder / "audit.html"
+    document = audited(run, out / "client", report, budget="standard", **ON_ITS_OWN_IMAGES)
     rows = {row["name"]: row for row in document["attacks"]}
     opened = RunFolder.open(run)
     undefended = json.loads((teacher / "summary.json").read_text(encoding="utf-8"))["accuracy_wire"]
@@ -117,22 +118,13 @@ def thorough(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Attacks the client of a cell that is there with the thorough budget."""
     folder = folder_of(name)
     bundle, report = options.out / folder / "client", options.out / folder / "thorough.html"
-    if is_about(report.with_suffix(".json"), bundle):
-        document = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
-    else:
-        document = attacked(options, folder, bundle, report, "thorough")
+    document = audited(options.runs / folder, bundle, report, budget="thorough", **ON_ITS_OWN_IMAGES)
     (oracle,) = (row for row in document["attacks"] if row["name"] == ORACLE)
     return {
         **read_by_the_oracle(oracle),
         "machine": results.machine(),
         "date": datetime.now(UTC).date().isoformat(),
     }
-
-
-def attacked(options: argparse.Namespace, folder: str, bundle: Path, report: Path, budget: str) -> dict[str, Any]:
-    """Has the oracle attack a cell's client on the images that trained it."""
-    reporter, run = ProgressReporter(Console(as_json=False)), options.runs / folder
-    return audit(run, bundle, report, budget=budget, attacks=(), auxiliary="train", seeds=1, reporter=reporter)
 
 
 def read_by_the_oracle(row: dict[str, Any]) -> dict[str, Any]:

@@ -19,10 +19,8 @@ from typing import Any
 
 import numpy as np
 import results
-from product import clearest_psnr_db, exported, is_about, trained
+from product import audited, clearest_psnr_db, exported, trained
 
-from ensembler.cli.console import Console, ProgressReporter
-from ensembler.privacy.audit import audit
 from ensembler.privacy.card import FLOOR, ORACLE
 from ensembler.training.runs import RunFolder
 
@@ -31,19 +29,8 @@ GATES = ("--plaintext", "--max-accuracy-drop", "1")
 
 def attacked(run: Path, bundle: Path, report: Path, coalition: Sequence[int] | None) -> dict[str, dict[str, Any]]:
     """Returns the oracle's row and the mean image's, by name."""
-    if not is_about(report.with_suffix(".json"), bundle):
-        audit(
-            run,
-            bundle,
-            report,
-            budget="standard",
-            attacks=(),
-            auxiliary="train",
-            seeds=1,
-            coalition=coalition,
-            reporter=ProgressReporter(Console(as_json=False)),
-        )
-    document = json.loads(report.with_suffix(".json").read_text(encoding="utf-8"))
+    given: dict[str, Any] = {"attacks": (), "auxiliary": "train", "seeds": 1, "coalition": coalition}
+    document = audited(run, bundle, report, budget="standard", **given)
     return {row["name"]: row for row in document["attacks"]} | {"sent": document["sent"]}
 
 

@@ -16,7 +16,6 @@ from __future__ import annotations
 
 import argparse
 import itertools
-import json
 import shlex
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -25,12 +24,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 import results
-from product import clearest_psnr_db, is_about, right_in_torch
+from product import audited, clearest_psnr_db, is_about, right_in_torch
 
-from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.edge_runtime.runtime import EdgeRuntime
-from ensembler.privacy.audit import audit
 from ensembler.privacy.card import AUDIT, FLOOR
 from ensembler.privacy.scene import Access
 from ensembler.training import data as data_sets
@@ -85,20 +82,9 @@ def attacked(
         for kind in kinds:
             options = KINDS[kind] | ({"other_device": other} if kind == "devices" else {})
             out = folder / f"{run.parent.name}-{run.name}-{kind}.html"
-            report = out.with_suffix(".json")
-            if not is_about(report, bundle):
-                if not make:
-                    continue
-                reporter = ProgressReporter(Console(as_json=False))
-                audit(
-                    run,
-                    bundle,
-                    out,
-                    reporter=reporter,
-                    command=shlex.join(["benchmarks/presets.py", str(run)]),
-                    **options,
-                )
-            document = json.loads(report.read_text(encoding="utf-8"))
+            if not make and not is_about(out.with_suffix(".json"), bundle, options["budget"]):
+                continue
+            document = audited(run, bundle, out, command=shlex.join(["benchmarks/presets.py", str(run)]), **options)
             for row in document["attacks"]:
                 passed = all(gate["passed"] for gate in document["gates"] if gate["about"] in (row["name"], AUDIT))
                 rows.append(row | {"doubted": not passed})

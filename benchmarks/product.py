@@ -14,8 +14,10 @@ import torch
 
 from ensembler import EdgeClient
 from ensembler.cli import main as ensembler
+from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cli.demo import server_process
 from ensembler.edge_runtime.card import file_digests
+from ensembler.privacy.audit import audit
 from ensembler.protocol.manifest import load_client as load_client_manifest
 from ensembler.training.data import Dataset
 from ensembler.training.fit import EVALUATION_BATCH
@@ -49,12 +51,30 @@ def exported(run: Path, out: Path, data: str, *arguments: str) -> Path:
     return out
 
 
-def is_about(report: Path, bundle: Path) -> bool:
-    """Returns whether an audit's JSON is there and of the files of a client bundle, which may have been made anew."""
+def is_about(report: Path, bundle: Path, budget: str) -> bool:
+    """Returns whether there is an audit's JSON of that budget and of a bundle's files, which may be made anew."""
     if not report.is_file():
         return False
-    digests = json.loads(report.read_text(encoding="utf-8"))["subject"]["digests"]
-    return bool(digests == file_digests(bundle, load_client_manifest(bundle)))
+    document = json.loads(report.read_text(encoding="utf-8"))
+    digests = file_digests(bundle, load_client_manifest(bundle))
+    return (document["budget"], document["subject"]["digests"]) == (budget, digests)
+
+
+def audited(run: Path, bundle: Path, report: Path, *, budget: str, **options: Any) -> dict[str, Any]:
+    """Returns an audit's JSON, which is made if it is not there.
+
+    Args:
+        run: that trained the client.
+        bundle: the client.
+        report: the HTML, beside which the JSON is.
+        budget: see ``ensembler audit``.
+        options: further ones of ``audit``.
+    """
+    document = report.with_suffix(".json")
+    if not is_about(document, bundle, budget):
+        audit(run, bundle, report, budget=budget, reporter=ProgressReporter(Console(as_json=False)), **options)
+    found: dict[str, Any] = json.loads(document.read_text(encoding="utf-8"))
+    return found
 
 
 def clearest_psnr_db(row: dict[str, Any]) -> float:

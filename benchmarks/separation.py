@@ -18,10 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import results
-from product import exported, is_about, trained
+from product import audited, exported, trained
 
-from ensembler.cli.console import Console, ProgressReporter
-from ensembler.privacy.audit import audit
 from ensembler.privacy.card import FLOOR, ORACLE
 from ensembler.training.runs import RunFolder
 
@@ -52,17 +50,7 @@ def main() -> None:
         out, report = options.out / name, options.out / f"{name}.html"
         if not (out / "parity.json").is_file():
             exported(run, out, options.data, *GATES)
-        if not is_about(report.with_suffix(".json"), out / "client"):
-            audit(
-                run,
-                out / "client",
-                report,
-                budget="standard",
-                attacks=ATTACKS,
-                seeds=options.seeds,
-                reporter=ProgressReporter(Console(as_json=False)),
-            )
-        document = json.loads(report.with_suffix(".json").read_text("utf-8"))
+        document = audited(run, out / "client", report, budget="standard", attacks=ATTACKS, seeds=options.seeds)
         rows = {row["name"]: row for row in document["attacks"]}
         doubted = sorted({gate["about"] for gate in document["gates"] if not gate["passed"]} & set(ATTACKS))
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
