@@ -37,6 +37,9 @@ with suppress(ImportError):  # the runtimes' own environments have none
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
+# A server that a test stops and starts again finds its port free: each process of the suite has an address of its own.
+LOOPBACK = f"127.0.{1 + int(os.environ.get('PYTEST_XDIST_WORKER', 'gw0')[2:])}.1"
+
 LABELS = ("red", "grün", "blue")  # one is not ASCII on purpose
 SIZE = 16
 
@@ -268,7 +271,9 @@ def serve():
 
 
 @contextmanager
-def _serving(bundle: Path, *arguments: str, bind: str = "tcp://127.0.0.1:*") -> Iterator[tuple[str, subprocess.Popen]]:
+def _serving(
+    bundle: Path, *arguments: str, bind: str = f"tcp://{LOOPBACK}:*"
+) -> Iterator[tuple[str, subprocess.Popen]]:
     command = [sys.executable, "-m", "ensembler.cli", "serve", str(bundle), "--bind", bind, "--json", *arguments]
     with subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         try:

@@ -133,12 +133,10 @@ class Link:
             return
         near = self.ends[0]
         try:
-            far, _ = await self.relay.loop.create_connection(
-                lambda: End(self, self.flows["down"]), "127.0.0.1", self.relay.target_port
-            )
+            far, _ = await self.relay.loop.create_connection(lambda: End(self, self.flows["down"]), *self.relay.target)
             if self.relay.duplicating:
                 self.flows["up"].twin, _ = await self.relay.loop.create_connection(
-                    lambda: End(self, None), "127.0.0.1", self.relay.target_port
+                    lambda: End(self, None), *self.relay.target
                 )
         except OSError:  # nobody listens: neither does this relay, then
             self.cut(reset=True)
@@ -164,11 +162,12 @@ class Relay:
     """Listens on ``endpoint`` and passes everything on to a server on this machine. A context manager.
 
     Args:
-        target: ``tcp://127.0.0.1:port`` of the server, which need not run.
+        target: ``tcp://host:port`` of the server, which need not run.
     """
 
     def __init__(self, target: str) -> None:
-        self.target_port = int(target.rsplit(":", 1)[1])
+        host, port = target.removeprefix("tcp://").rsplit(":", 1)
+        self.target = (host, int(port))
         self.links: list[Link] = []
         self.tasks: list[asyncio.Task[None]] = []
         self.delay_s = 0.0

@@ -446,7 +446,7 @@ def test_nothing_of_the_image_features_or_keys_is_in_the_clear_on_the_wire(tiny,
     """A relay between client and server sees neither the codes nor a secret key."""
     codes = EdgeRuntime(tiny.client).encode(tiny_images[:1]).tobytes()
     seen, relay = bytearray(), socket.create_server(("127.0.0.1", 0))
-    port = int(running.rsplit(":", 1)[1])
+    host, port = running.removeprefix("tcp://").rsplit(":", 1)
 
     def pump(source, target):
         while data := source.recv(65536):
@@ -456,7 +456,7 @@ def test_nothing_of_the_image_features_or_keys_is_in_the_clear_on_the_wire(tiny,
 
     def accept():
         near, _ = relay.accept()
-        far = socket.create_connection(("127.0.0.1", port))
+        far = socket.create_connection((host, int(port)))
         threads = [threading.Thread(target=pump, args=pair) for pair in ((near, far), (far, near))]
         for thread in threads:
             thread.start()
