@@ -128,8 +128,8 @@ privacy: $(INSTALLED)
 	$(BIN)/python benchmarks/audit.py $(SLIM)_0=out/wire/bits_8_0/client --attack distribution-matching-critic \
 		--attack generative-prior --attack distribution-matching-blind
 
-# The preset strong: three clients of one server, three undefended nets, and what attacks read; two clients of balanced, and
-# one of obfuscate. Hours on two cores.
+# The presets strong and balanced: three clients of one server each, three undefended nets, and what attacks read; and one
+# client of obfuscate. Hours on two cores.
 PRESET = --data "$(CIFAR10)" --precision fast --epochs-stage1 8
 TERSE = -N 4 -P 2 --epochs-stage3 10 --teacher runs/none_0
 STRONG = --arch resnet10_half --preset strong $(TERSE)
@@ -151,10 +151,12 @@ presets: $(INSTALLED)
 	test -f runs/local_half/summary.json || $(BIN)/ensembler train $(PRESET) --arch benchmarks.nets:resnet10_22 \
 		--head-end stem --defense none --teacher runs/none_0 --out runs/local_half
 	test -f runs/bal_0/summary.json || $(BIN)/ensembler train $(PRESET) $(BALANCED) --jobs 2 --out runs/bal_0
-	test -f runs/bal_1/summary.json || $(BIN)/ensembler train $(PRESET) $(BALANCED) --stage1 runs/bal_0 --out runs/bal_1
+	for i in 1 2; do test -f runs/bal_$$i/summary.json || \
+		$(BIN)/ensembler train $(PRESET) $(BALANCED) --stage1 runs/bal_0 --out runs/bal_$$i || exit 1; done
 	test -d out/bal_0 || $(BIN)/ensembler export runs/bal_0 --out out/bal_0 $(PUBLISH)
-	test -d out/bal_1 || $(BIN)/ensembler export runs/bal_1 --out out/bal_1 $(PUBLISH) --server-bundle out/bal_0/server
-	$(BIN)/python benchmarks/presets.py balanced $(foreach i,0 1,--victim runs/bal_$(i)=out/bal_$(i)/client) \
+	for i in 1 2; do test -d out/bal_$$i || $(BIN)/ensembler export runs/bal_$$i --out out/bal_$$i $(PUBLISH) \
+		--server-bundle out/bal_0/server || exit 1; done
+	$(BIN)/python benchmarks/presets.py balanced $(foreach i,0 1 2,--victim runs/bal_$(i)=out/bal_$(i)/client) \
 		--local runs/local_half --server out/bal_0/server $(foreach kind,oracle devices servers,--kind $(kind)) \
 		$(foreach i,0 1 2,--undefended runs/none_$(i))
 	test -f runs/obf_0/summary.json || $(BIN)/ensembler train $(PRESET) --arch resnet10_half --preset obfuscate -N 4 -P 2 \

@@ -52,6 +52,14 @@ def test_what_is_not_trained_is_not_planned(settings):
     assert "stage 1   not trained" in plan.text()
 
 
+def test_a_tail_that_learns_after_its_head_is_planned_beside_it(settings):
+    plan = make_plan(settings(head_for="all"))
+    tail = plan.stages["tail"]
+    assert (tail.trained_parameters, tail.epochs, tail.steps_per_epoch) == (2 * 128 * 3 + 3, 1, 12)
+    assert plan.time_s == pytest.approx(sum(stage.time_s for stage in plan.stages.values()))
+    assert "tail      after its head: 1 epochs of 12 steps" in plan.text()
+
+
 def test_nets_behind_one_head_are_planned_as_one_piece(settings):
     plan = make_plan(settings(defense="joint"))
     stage = plan.stages["stage1"]

@@ -57,6 +57,17 @@ def test_learned_noise_and_nets_behind_one_head_are_drawn_too(copied, defense):
         assert picture.size[0] == 3 * 5 * 150  # a column for each of the two stages, and one for the noise
 
 
+def test_a_tail_that_learned_after_its_head_has_a_bar_and_curves_of_its_own(copied):
+    document = json.loads((copied / "config.json").read_text())
+    document["config"] |= {"head_for": "all"}
+    (copied / "config.json").write_text(json.dumps(document))
+    with (copied / "metrics.jsonl").open("a") as stream:
+        stream.write(json.dumps({"stage": "tail", "epoch": 1, "loss": 1.0, "train_accuracy": 50.0}) + "\n")
+    assert len(draw(copied)) == 3
+    with Image.open(copied / CURVES_FILE) as picture:
+        assert picture.size[0] == 3 * 5 * 150
+
+
 @pytest.mark.parametrize("classes", [2, 100, 130])
 def test_any_number_of_classes_and_any_name_is_drawn(copied, classes):
     rename(copied, ["$5 $", "鳥" * 200, *(f"class {i}" for i in range(2, classes))])

@@ -47,8 +47,8 @@ def test_what_is_sent_is_small_and_the_head_as_wide_as_its_share_of_the_work_all
     assert head_share(squeezed(arch, name, encoder=encoder)) > allowed.head_share
 
 
-def test_strong_sends_64_bytes_and_balanced_twice_as_much():
-    assert [each.channels * 4 * 4 * 2 // 8 for each in (STRONG, BALANCED)] == [64, 128]
+def test_strong_sends_64_bytes_and_balanced_half_as_much_again():
+    assert [each.channels * 4 * 4 * 2 // 8 for each in (STRONG, BALANCED)] == [64, 96]
 
 
 def test_the_share_of_a_head_is_its_part_of_the_undefended_nets_work():

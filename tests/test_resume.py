@@ -194,6 +194,17 @@ def test_other_defences_are_resumed_too(settings, drawn, tmp_path, changes, piec
         assert contents(out) == contents(tmp_path / "whole")
 
 
+def test_a_client_whose_tail_learns_after_its_head_is_resumed_in_either(settings, drawn, tmp_path):
+    config = settings(head_for="all", noise_mode="fresh", num_selected=N)
+    train(config, tmp_path / "whole")
+    of_tail = config.epochs_of_tail * STEPS + 2
+    for calls in range(PIECES * PIECE - 1, PIECES * PIECE + of_tail):  # from the end of the head to that of the tail
+        out = tmp_path / f"run{calls}"
+        cut_after(config, out, calls)
+        resume(out)
+        assert contents(out) == contents(tmp_path / "whole")
+
+
 def test_a_second_client_cut_while_stage_1_is_copied_is_resumed(settings, whole, tmp_path, monkeypatch):
     config, out = settings(), tmp_path / "run"
 

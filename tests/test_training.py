@@ -28,6 +28,7 @@ from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Silent, Tensors, accuracy, augment, batches, derived_seed, pick_device
 from ensembler.training.fixing import fewest_answer_bits, fewest_bits, fix_wire, mixed_features
 from ensembler.training.hiding import Adversary, Hiding, distance_correlation, information_bits
+from ensembler.training.impartial import Impartial
 from ensembler.training.losses import classification_loss, max_cosine, max_linear_overlap, stage3_loss
 from ensembler.training.models import ArchSpec, build_net, feature_shape, normalise
 from ensembler.training.perturbation import LEARNED_TENSORS, Perturbation
@@ -422,6 +423,39 @@ def test_a_head_for_all_nets_does_not_depend_on_the_selector_and_its_tail_does(r
     assert not same("selected")
     tails = [clients["all", selector].tail.fc.weight for selector in ((0, 1), (0, 2))]
     assert not torch.equal(*tails)
+
+
+@pytest.mark.parametrize(("images", "asked"), [(7, 3), (6, 3), (5, 2), (3, 1), (1, 1)])
+def test_an_impartial_head_asks_one_net_for_each_image_and_none_for_a_single_one_of_several(images, asked):
+    torch.manual_seed(0)
+    impartial = Impartial(ArchSpec(name="resnet10_slim", image_size=(SIZE, SIZE), num_classes=2), 3)
+    features, seen = torch.arange(images).float()[:, None].expand(images, 128), []
+
+    def ask(part, net):
+        seen.append((net, part[:, 0].tolist()))
+        return part
+
+    logits = impartial.logits(features, ask)
+    assert len({net for net, _ in seen}) == len(seen) == asked
+    assert [image for _, part in seen for image in part] == list(range(images))
+    assert images == 1 or min(len(part) for _, part in seen) > 1
+    for net, part in seen:
+        rows = [int(image) for image in part]
+        torch.testing.assert_close(logits[rows], impartial.tails[net](features[rows]))
+
+
+def test_over_the_batches_an_impartial_head_asks_every_net_as_often():
+    torch.manual_seed(0)
+    impartial = Impartial(ArchSpec(name="resnet10_slim", image_size=(SIZE, SIZE), num_classes=2), 5)
+    counts = torch.zeros(5)
+
+    def ask(part, net):
+        counts[net] += len(part)
+        return part
+
+    for _ in range(400):
+        impartial.logits(torch.zeros(4, 128), ask)  # fewer than two images for each
+    assert float((counts / counts.mean() - 1).abs().max()) < 0.25
 
 
 def test_combine_scales_by_one_over_p_concatenates_and_applies_the_tail(run):

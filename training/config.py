@@ -31,6 +31,7 @@ CHOICES: dict[str, tuple[str, ...]] = {
     "precision": get_args(Computing),
 }
 MAX_NETS = 1024
+TAIL_SHARE = 4  # a tail that learns after its head has one epoch for so many of the head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,8 +62,8 @@ class TrainConfig:
         reg_kind: what Eq. 3 keeps low: the ``cosine`` of the paper, or what a ``linear`` map of the new head's channels
             gives of a previous head's, see ``losses``.
         reg_over: the maximum of Eq. 3 runs over the heads of ``all`` N nets, or of the P ``selected``.
-        head_for: whose answers the head learns from: the P ``selected`` nets' (Eq. 3), or those of ``all`` N alike, so
-            that it does not depend on the selector; see ``impartial``.
+        head_for: whose answers the head learns from: the P ``selected`` nets' (Eq. 3), or those of ``all`` N alike, one
+            for each image, so that it does not depend on the selector; see ``impartial``.
         information_weight: of ``hiding.information_bits`` in the loss of both stages.
         information_noise: the deviation of the noise that it reckons with.
         nopeek_weight: of ``hiding.distance_correlation``.
@@ -74,7 +75,8 @@ class TrainConfig:
         answer_bits: of one code of the answers, 8 or 4; ``auto`` takes 4 under the same condition.
         max_wire_drop_points: what ``auto`` may cost.
         epochs_stage1: passes over the data for each stage-1 net.
-        epochs_stage3: passes over the data for the client.
+        epochs_stage3: passes over the data for the client; with ``head_for`` all for its head, and ``epochs_of_tail``
+            more for its tail.
         batch_size: images in a step.
         learning_rate: the peak of the one-cycle schedule.
         weight_decay: of SGD.
@@ -220,6 +222,11 @@ class TrainConfig:
     def is_ensemble(self) -> bool:
         """Whether stages 2 and 3 run; a baseline ends with the net or nets of stage 1."""
         return self.defense == "ensembler"
+
+    @property
+    def epochs_of_tail(self) -> int:
+        """Passes over the data for a client's tail once its head is there; 0 where both learn together."""
+        return -(-self.epochs_stage3 // TAIL_SHARE) if self.head_for == "all" else 0
 
     @property
     def trained_nets(self) -> int:

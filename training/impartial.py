@@ -1,9 +1,10 @@
 """A head that does not depend on the selector: stage 3 with all N nets, each of which has a tail that is thrown away.
 
 Eq. 3 trains the head on the P selected nets and on no other, so that what it sends fits those better, and a server that
-looks at its own nets' batch norms finds them. Here every net's answers are finished by a tail of its own and count
-alike, and the client's tail learns beside them from answers that hand no gradient on. Whatever P of the N are selected,
-the head is the same: what is sent says nothing of the selector, whoever looks and however.
+looks at its own nets' batch norms finds them. Here the images of a batch are dealt out among all N nets, whose answers
+tails of their own finish, so that the head learns from all alike; the client's tail learns from the P selected ones
+once the head is there. Whatever P of the N are selected, the head is the same: what is sent says nothing of the
+selector, whoever looks and however. An image asks one net, not N or P: it is the cheapest way to train a head, too.
 """
 
 from __future__ import annotations
@@ -32,12 +33,15 @@ class Impartial(nn.Module):
         """What a checkpoint has to keep."""
         return {f"impartial.{name}": tensor for name, tensor in self.state_dict().items()}
 
-    def loss(self, answers: Tensor, classification: Callable[[Tensor], Tensor]) -> Tensor:
-        """Returns the mean over the nets of what each would lose if it were the only one.
+    def logits(self, features: Tensor, ask: Callable[[Tensor, int], Tensor]) -> Tensor:
+        """Returns what one net, drawn for each image, makes of it: ``(B, K)``, in the batch's order.
 
         Args:
-            answers: of all N nets, ``(B, N, F)``.
-            classification: from logits ``(B, K)`` to a loss.
+            features: of a shuffled batch, ``(B, C, h, w)``.
+            ask: from the features of some images and a net's position to its answers ``(b, F)``.
         """
-        pairs = zip(self.tails, answers.unbind(1), strict=True)
-        return torch.stack([classification(tail(answer)) for tail, answer in pairs]).mean()
+        # Batch norm in a tail cannot train on one image.
+        shares = max(1, min(len(self.tails), len(features) // 2))
+        turns = torch.randperm(len(self.tails))[:shares].tolist()
+        parts = features.tensor_split(shares)
+        return torch.cat([self.tails[net](ask(part, net)) for net, part in zip(turns, parts, strict=True)])

@@ -36,7 +36,7 @@ class StagePlan:
     """One stage that trains.
 
     Attributes:
-        pieces: nets of stage 1 (1 where they train together), or the one client of stage 3, or its noise.
+        pieces: nets of stage 1 (1 where they train together), or the one client of stage 3, its tail, or its noise.
         trained_parameters: of one piece.
         epochs: passes over the data.
         steps_per_epoch: batches.
@@ -67,7 +67,7 @@ class Plan:
         num_nets: N, or 1 for a baseline of one net.
         num_selected: P, or all nets of a baseline.
         parameters: of one net: head, body, tail.
-        stages: by name, ``stage1``, ``stage3`` and ``noise``; the one that is not trained is absent.
+        stages: by name, ``stage1``, ``stage3``, ``tail`` and ``noise``; the one that is not trained is absent.
         stage1_other: stage 1 with the ``jobs`` that were not asked for: 1, or as many as there are threads; None
             where there is no choice.
         time_s: all stages, in seconds.
@@ -124,6 +124,12 @@ class Plan:
                         f"          --jobs {other.jobs} is {faster} here: {duration(other.time_s)}, measured now"
                     )
                 lines.append(f"stage 2   a secret {self.num_selected} of {self.num_nets}")
+        tail = self.stages.get("tail")
+        if tail is not None:
+            lines.append(
+                f"tail      after its head: {tail.epochs} epochs of {tail.steps_per_epoch} steps of "
+                f"{tail.step_ms:.0f} ms: {duration(tail.time_s)}"
+            )
         noise = self.stages.get("noise")
         if noise is not None:
             lines.append(
@@ -221,6 +227,9 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
             client = stage3(run, replace(config, epochs_stage3=1), arch, brief, nets, wire, secret, clock)
             # The summary evaluates twice: in float and through the wire.
             stages["stage3"] = _stage3(config, _parameters(client), steps, 2 * evaluation, clock.step_s(1))
+            if epochs := config.epochs_of_tail:
+                of_tail = replace(config, epochs_stage3=epochs)
+                stages["tail"] = _stage3(of_tail, _parameters(client.tail), steps, 0, clock.step_s(2))
         if config.noise == "learned":
             values = config.perturbation.start(feature_shape(arch), 0).numel()
             stages["noise"] = _stage3(config, values, steps, 0, clock.step_s(-1))

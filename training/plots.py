@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from ensembler.protocol.errors import MissingExtraError
-from ensembler.training.runs import CONFUSION_FILE, NOISE_STAGE, RunFolder
+from ensembler.training.runs import CONFUSION_FILE, NOISE_STAGE, TAIL_STAGE, RunFolder
 
 PLAN_PICTURE = "plan.png"
 CURVES_FILE = "curves.png"
@@ -80,11 +80,12 @@ def _plan(run: RunFolder) -> Any:
     nets, pieces = config.trained_nets, config.stage1_pieces
     rows = [f"net {index + 1}" for index in range(pieces)] if pieces == nets else [f"{nets} nets"]
     learned = ["noise"] if config.noise == "learned" else []
-    late = ["client", *learned] if config.is_ensemble else []
+    client = ["head", "tail"] if config.epochs_of_tail else ["client"]
+    late = [*client, *learned] if config.is_ensemble else []
     rows += [] if config.is_ensemble else learned
     steps = [first] * pieces + [last] * (len(rows) - pieces)
     fixed = sum(steps)
-    steps += [last] * len(late)
+    steps += [config.epochs_of_tail * per_epoch if row == "tail" else last for row in late]
     figure = blank_figure(9.0, min(2.2 + 0.28 * (nets + 1), 12.0))
     axis = figure.subplots()
     for index, row in enumerate([*rows, *late]):
@@ -94,9 +95,11 @@ def _plan(run: RunFolder) -> Any:
     axis.text(fixed, -0.7, "wire fixed, then the selector drawn ", ha="right", color=HELD_OUT, fontsize=9)
     axis.set_ylim(len(rows) - 0.4, -1.1)  # the first net on top, and room for the text above it
     axis.tick_params(axis="y", labelsize=9 if nets <= 32 else 4)
+    long = [row for row in rows[pieces:] if row != "tail"]
     axis.set_xlabel(
         f"training steps of {config.batch_size} images: {config.epochs_stage1} epochs a net"
-        + (f", {config.epochs_stage3} for {' and '.join(rows[pieces:])}" if len(rows) > pieces else "")
+        + (f", {config.epochs_stage3} for {' and '.join(long)}" if long else "")
+        + (f", {config.epochs_of_tail} for the tail" if "tail" in rows else "")
     )
     shape = "x".join(map(str, summary["feature_shape"]))
     cut = f" cut after {config.head_end}" if config.head_end else ""
@@ -110,7 +113,12 @@ def _plan(run: RunFolder) -> Any:
 def _curves(run: RunFolder) -> Any:
     """Loss above, accuracy below; stage 1 on the left, then stage 3, then learned noise."""
     records = run.read_metrics()
-    titles = {3: "stage 3: the client", NOISE_STAGE: "the noise"}
+    after_head = run.config.epochs_of_tail > 0
+    titles = {
+        3: "stage 3: the client's head" if after_head else "stage 3: the client",
+        TAIL_STAGE: "stage 3: the client's tail",
+        NOISE_STAGE: "the noise",
+    }
     stages = [stage for stage in (1, *titles) if any(r.get("stage") == stage and "epoch" in r for r in records)]
     figure = blank_figure(5.0 * len(stages), 6.0)
     axes = figure.subplots(2, len(stages), squeeze=False, sharex="col", sharey="row")

@@ -42,7 +42,7 @@ class Terse:
 
 
 STRONG = Terse(head_share=0.25, channels=16, information_weight=0.1)  # 64 bytes
-BALANCED = Terse(head_share=0.5, channels=32, information_weight=0.05)  # 128 bytes
+BALANCED = Terse(head_share=0.5, channels=24, information_weight=0.1)  # 96 bytes
 
 
 def preset_options(name: str, arch: ArchSpec) -> dict[str, Any]:

@@ -45,7 +45,9 @@ RUN_VERSION = 2
 CONFIG_FILE = "config.json"
 METRICS_FILE = "metrics.jsonl"
 CONFUSION_FILE = "confusion.json"
-NOISE_STAGE = "noise"  # of learned noise, in metrics.jsonl
+# In metrics.jsonl, beside 1 and 3:
+NOISE_STAGE = "noise"  # learned noise
+TAIL_STAGE = "tail"  # a tail that learns after its head
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -232,6 +234,7 @@ class RunFolder:
 
     CLIENT_FILE = "client/client.safetensors"
     CLIENT_CHECKPOINT = "client/client.checkpoint.safetensors"
+    TAIL_CHECKPOINT = "client/tail.checkpoint.safetensors"
     NOISE_CHECKPOINT = "client/noise.checkpoint.safetensors"
     SECRET_FILE = "client/secret.json"  # noqa: S105 (a file name)
 
@@ -323,7 +326,7 @@ class RunFolder:
 
     def remove_checkpoints(self) -> None:
         """Removes the client's checkpoints, once the run is finished."""
-        for name in (self.CLIENT_CHECKPOINT, self.NOISE_CHECKPOINT):
+        for name in (self.CLIENT_CHECKPOINT, self.TAIL_CHECKPOINT, self.NOISE_CHECKPOINT):
             self.remove(name)
 
     def save_tensors(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> None:

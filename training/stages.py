@@ -8,9 +8,8 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +49,7 @@ from ensembler.training.perturbation import Draw, Perturbation
 from ensembler.training.ray_pool import RayPool
 from ensembler.training.runs import (
     CONFUSION_FILE,
+    TAIL_STAGE,
     ClientSecret,
     RunFolder,
     WireState,
@@ -122,9 +122,13 @@ class Client(nn.Module):
                 bottleneck quantises: it is a part of the net.
         """
         if through_wire:
-            return self.combine(self.asked(features, selected, [self.wire.answer_codecs[i] for i in self.selector]))
+            return self.combine(self.answers(features, selected))
         sent = self.referred(self.perturbed(features))
         return self.combine(torch.stack([body(sent) for body in selected], dim=1))
+
+    def answers(self, features: Tensor, selected: Sequence[nn.Module]) -> Tensor:
+        """Returns what the P selected bodies answer to the head's own ``features``: ``asked`` with their codecs."""
+        return self.asked(features, selected, [self.wire.answer_codecs[i] for i in self.selector])
 
     def asked(self, features: Tensor, bodies: Sequence[nn.Module], codecs: Sequence[AffineCodec]) -> Tensor:
         """Returns what bodies answer to the head's own ``features``, through the wire: ``(B, number of bodies, F)``."""
@@ -161,7 +165,8 @@ def stage3(
 ) -> Client:
     """Trains a new head and tail from scratch on the frozen bodies, through the fake-quantised wire (Eq. 3).
 
-    The head learns from the P selected ones, or from all N, see ``impartial``; the tail always from the P.
+    The head learns from the P selected ones, or from all N, see ``impartial``, and then the tail, which always learns
+    from the P, comes after it.
     """
     device = data.train_x.device
     torch.manual_seed(derived_seed(secret.seed, 3, 0))
@@ -181,18 +186,13 @@ def stage3(
     hiding = Hiding(config, arch, device)
     impartial = placed(Impartial(arch, len(bodies)), device) if config.head_for == "all" else None
 
+    def ask(features: Tensor, net: int) -> Tensor:
+        return client.asked(features, [bodies[net]], [wire.spec.answer_codecs[net]])[:, 0]
+
     def step(x: Tensor, targets: Tensor) -> StepResult:
         features = client.head(x)
-        taught = teacher(x)
-        classification = partial(classification_loss, targets=targets, taught=taught, weight=config.teacher_weight)
-        if impartial is None:
-            logits = client.finish(features, selected)
-            loss = classification(logits)
-        else:
-            answers = client.asked(features, bodies, wire.spec.answer_codecs)
-            logits = client.combine(answers[:, list(client.selector)].detach())
-            loss = impartial.loss(answers, classification) + classification(logits)
-        loss = loss + hiding.loss(x, features, targets)
+        logits = client.finish(features, selected) if impartial is None else impartial.logits(features, ask)
+        loss = classification(x, logits, targets) + hiding.loss(x, features, targets)
         if not config.reg_weight:  # N heads cost as much as all the rest
             return StepResult(loss, logits)
         with torch.no_grad():
@@ -200,20 +200,26 @@ def stage3(
         overlap = OVERLAPS[config.reg_kind](features, others)
         return StepResult(stage3_loss(loss, overlap, config.reg_weight), logits, overlap)
 
+    def classification(x: Tensor, logits: Tensor, targets: Tensor) -> Tensor:
+        return classification_loss(logits, targets=targets, taught=teacher(x), weight=config.teacher_weight)
+
     client.train()
+    trained = list(client.parameters() if impartial is None else [*client.head.parameters(), *impartial.parameters()])
     beside = {**hiding.state(), **(impartial.train().state() if impartial is not None else {})}
     for metrics in fit(
-        [*client.parameters(), *hiding.parameters(), *(impartial.parameters() if impartial is not None else ())],
+        [*trained, *hiding.parameters()],
         step,
         data,
         config,
         epochs=config.epochs_stage3,
         seed=derived_seed(secret.seed, 3, 2),
         reporter=reporter,
-        label="stage 3, the client",
+        label="stage 3, the client" if impartial is None else "stage 3, the client's head",
         checkpoint=Checkpoint(run, run.CLIENT_CHECKPOINT, {**module_tensors("client", client), **beside}, {"stage": 3}),
     ):
         run.append_metrics({"stage": 3, **asdict(metrics)})
+    if impartial is not None:
+        _learn_tail(run, config, client, selected, classification, data, secret.seed, reporter)
     client.eval()
     if is_learned:
         client.requires_grad_(False)
@@ -226,6 +232,42 @@ def stage3(
         noise = learn(run, config, perturbation, shape, with_noise, data, seed=seed, reporter=reporter)
         client = Client(net, noise, wire.spec, secret.selector, perturbation).eval()
     return client
+
+
+def _learn_tail(
+    run: RunFolder,
+    config: TrainConfig,
+    client: Client,
+    selected: Sequence[nn.Module],
+    classification: Callable[[Tensor, Tensor, Tensor], Tensor],
+    data: Tensors,
+    seed: int,
+    reporter: Reporter,
+) -> None:
+    """Trains the client's tail on what the selected bodies answer to its head, which no longer changes."""
+    client.eval()
+    client.tail.train()
+
+    def step(x: Tensor, targets: Tensor) -> StepResult:
+        with torch.no_grad():
+            answers = client.answers(client.head(x), selected)
+        logits = client.combine(answers)
+        return StepResult(classification(x, logits, targets), logits)
+
+    torch.manual_seed(derived_seed(seed, 3, 5))
+    piece = {"stage": TAIL_STAGE}
+    for metrics in fit(
+        client.tail.parameters(),
+        step,
+        data,
+        config,
+        epochs=config.epochs_of_tail,
+        seed=derived_seed(seed, 3, 6),
+        reporter=reporter,
+        label="stage 3, the client's tail",
+        checkpoint=Checkpoint(run, run.TAIL_CHECKPOINT, module_tensors("tail", client.tail), piece),
+    ):
+        run.append_metrics({**piece, **asdict(metrics)})
 
 
 def _baseline_client(nets: Sequence[Stage1Net], wire: WireState, secret: ClientSecret) -> Client:
