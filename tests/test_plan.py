@@ -7,7 +7,7 @@ import json
 import pytest
 
 from ensembler.cli import main
-from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training.plan import duration, make_plan
 from ensembler.training.stages import train
 
@@ -45,11 +45,22 @@ def test_the_planned_disk_holds_the_run(settings, tmp_path):
     assert used <= plan.disk_mib <= 3 * used
 
 
-def test_what_is_not_trained_is_not_planned(settings):
+def test_what_is_not_trained_is_not_planned(settings, tmp_path):
     assert make_plan(settings(defense="none")).stages.keys() == {"stage1"}
-    plan = make_plan(settings(), stage1_is_given=True)
+    train(settings(epochs_stage1=1, epochs_stage3=1), tmp_path / "run")
+    (tmp_path / "run" / "summary.json").unlink()  # its client may still be in training
+    plan = make_plan(settings(), stage1_from=tmp_path / "run")
     assert plan.stages.keys() == {"stage3"}
     assert "stage 1   not trained" in plan.text()
+
+
+def test_what_training_would_refuse_is_not_planned(settings, tmp_path):
+    train(settings(epochs_stage1=1, epochs_stage3=1), tmp_path / "run")
+    with pytest.raises(ConfigError, match="give the same --arch"):
+        make_plan(settings(num_nets=4), stage1_from=tmp_path / "run")
+    (tmp_path / "run" / "wire.json").unlink()
+    with pytest.raises(DataError, match="stage 1 was not finished"):
+        make_plan(settings(), stage1_from=tmp_path / "run")
 
 
 def test_a_tail_that_learns_after_its_head_is_planned_beside_it(settings):

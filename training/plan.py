@@ -22,7 +22,7 @@ from ensembler.training.fixing import CALIBRATION_IMAGES, fix_wire
 from ensembler.training.models import build_net, feature_shape
 from ensembler.training.runs import ClientSecret, RunFolder
 from ensembler.training.stage1 import Stage1Net, stage1
-from ensembler.training.stages import stage3
+from ensembler.training.stages import Client, open_stage1, stage3
 
 MEASURED_STEPS = 4  # of each stage; the first one warms up and does not count
 WIRE_IMAGES = 32
@@ -178,20 +178,22 @@ class _Clock:
         return statistics.median(steps[1:] or steps)
 
 
-def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
+def make_plan(config: TrainConfig, *, stage1_from: Path | None = None) -> Plan:
     """Measures a few steps of what ``config`` asks for; nothing of it stays.
 
     Args:
         config: the options.
-        stage1_is_given: another run's stage 1 is taken (``--stage1``).
+        stage1_from: the run whose stage 1 is taken.
 
     Raises:
         ConfigError: an impossible option.
-        DataError: the data.
+        DataError: the data, or the run ``stage1_from``.
     """
     device = pick_device(config.device)
     dataset = data_sets.load(config.data)
     arch = config.arch_spec(dataset.image_size, len(dataset.labels))
+    if stage1_from is not None:
+        open_stage1(stage1_from, config, arch, dataset.labels)
     net = build_net(arch)
     data = Tensors.of(dataset, device, config.train_limit)
     selected = config.used_nets
@@ -204,13 +206,13 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
     tried = replace(config, epochs_stage1=1, epochs_stage3=1, num_nets=at_once, num_selected=1, parties=1)
     stages: dict[str, StagePlan] = {}
     other = None
-    jobs = 1 if stage1_is_given else min(config.jobs, pieces)
+    jobs = 1 if stage1_from is not None else min(config.jobs, pieces)
     with tempfile.TemporaryDirectory(prefix="ensembler-plan-") as folder:
         run = RunFolder.create(Path(folder) / "run", tried, arch, dataset.labels)
         clock = _Clock()
         nets = stage1(run, tried, arch, brief, clock) * pieces
         evaluation = len(data.test_x) / config.batch_size * EVALUATION_SHARE
-        if not stage1_is_given:
+        if stage1_from is None:
             trained = _parameters(net.head) + at_once * (_parameters(net.body) + _parameters(net.tail))
             stages["stage1"] = _stage1(config, trained, steps, evaluation, clock.step_s(0))
             several = jobs if jobs > 1 else min(torch.get_num_threads(), pieces)
@@ -225,14 +227,10 @@ def make_plan(config: TrainConfig, *, stage1_is_given: bool = False) -> Plan:
             wire = fix_wire(nets, brief.train_x[:WIRE_IMAGES])
             secret = ClientSecret(selector=tuple(range(selected)), seed=0)
             client = stage3(run, replace(config, epochs_stage3=1), arch, brief, nets, wire, secret, clock)
-            # The summary evaluates twice: in float and through the wire.
-            stages["stage3"] = _stage3(config, _parameters(client), steps, 2 * evaluation, clock.step_s(1))
-            if epochs := config.epochs_of_tail:
-                of_tail = replace(config, epochs_stage3=epochs)
-                stages["tail"] = _stage3(of_tail, _parameters(client.tail), steps, 0, clock.step_s(2))
+            stages |= _of_client(config, client, steps, evaluation, clock)
         if config.noise == "learned":
             values = config.perturbation.start(feature_shape(arch), 0).numel()
-            stages["noise"] = _stage3(config, values, steps, 0, clock.step_s(-1))
+            stages["noise"] = _late(config.epochs_stage3, values, steps, 0, clock.step_s(-1))
         sizes = {path.name: path.stat().st_size for path in run.path.rglob("*") if path.is_file()}
         net_bytes = sizes[Path(run.stage1_file(0)).name]
         client_bytes = sizes.get(Path(run.CLIENT_CHECKPOINT).name, net_bytes)
@@ -276,14 +274,24 @@ def _stage1(
     )
 
 
-def _stage3(config: TrainConfig, trained: int, steps: int, evaluation: float, step_s: float) -> StagePlan:
+def _of_client(
+    config: TrainConfig, client: Client, steps: int, evaluation: float, clock: _Clock
+) -> dict[str, StagePlan]:
+    # The summary evaluates twice: in float and through the wire.
+    stages = {"stage3": _late(config.epochs_stage3, _parameters(client), steps, 2 * evaluation, clock.step_s(1))}
+    if config.epochs_of_tail:
+        stages["tail"] = _late(config.epochs_of_tail, _parameters(client.tail), steps, 0, clock.step_s(2))
+    return stages
+
+
+def _late(epochs: int, trained: int, steps: int, evaluation: float, step_s: float) -> StagePlan:
     return StagePlan(
         pieces=1,
         trained_parameters=trained,
-        epochs=config.epochs_stage3,
+        epochs=epochs,
         steps_per_epoch=steps,
         step_ms=1000 * step_s,
-        time_s=(config.epochs_stage3 * steps + evaluation) * step_s,
+        time_s=(epochs * steps + evaluation) * step_s,
     )
 
 

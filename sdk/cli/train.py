@@ -118,7 +118,6 @@ def run(options: argparse.Namespace, console: Console) -> int:
     from ensembler.training.plan import make_plan
     from ensembler.training.plots import draw
     from ensembler.training.processor import keep_freed_memory
-    from ensembler.training.runs import RunFolder
     from ensembler.training.stages import resume, train
 
     keep_freed_memory()
@@ -129,9 +128,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             raise ConfigError("train --dry-run measures this machine alone; leave --engine ray away")
         if options.data is None:
             raise ConfigError("train --dry-run needs --data")
-        if options.stage1 is not None:
-            RunFolder.open(options.stage1)
-        plan = make_plan(_config(options), stage1_is_given=options.stage1 is not None)
+        plan = make_plan(_config(options), stage1_from=options.stage1)
         console.result(plan.to_dict(), plan.text())
         return 0
     out: Path | None = options.resume or options.out
