@@ -22,7 +22,7 @@ from ensembler.training.fixing import CALIBRATION_IMAGES, fix_wire
 from ensembler.training.models import build_net, feature_shape
 from ensembler.training.runs import ClientSecret, RunFolder
 from ensembler.training.stage1 import Stage1Net, stage1
-from ensembler.training.stages import Client, open_stage1, stage3
+from ensembler.training.stages import Client, require_same_nets, stage3
 
 MEASURED_STEPS = 4  # of each stage; the first one warms up and does not count
 WIRE_IMAGES = 32
@@ -193,7 +193,7 @@ def make_plan(config: TrainConfig, *, stage1_from: Path | None = None) -> Plan:
     dataset = data_sets.load(config.data)
     arch = config.arch_spec(dataset.image_size, len(dataset.labels))
     if stage1_from is not None:
-        open_stage1(stage1_from, config, arch, dataset.labels)
+        require_same_nets(stage1_from, config, arch, dataset.labels)
     net = build_net(arch)
     data = Tensors.of(dataset, device, config.train_limit)
     selected = config.used_nets

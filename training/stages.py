@@ -313,7 +313,7 @@ def train(
     dataset = data_sets.load(config.data)
     arch = config.arch_spec(dataset.image_size, len(dataset.labels))
     if stage1_from is not None:
-        open_stage1(stage1_from, config, arch, dataset.labels)
+        require_same_nets(stage1_from, config, arch, dataset.labels)
     if config.teacher is not None:
         if pool is not None:
             raise ConfigError("--teacher lies on this machine: leave --engine ray away")
@@ -439,8 +439,8 @@ def _require_stage1(run: RunFolder, config: TrainConfig) -> None:
             )
 
 
-def open_stage1(path: Path, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> RunFolder:
-    """Opens the run whose stage 1 a client with these options takes (``--stage1``).
+def require_same_nets(path: Path, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:
+    """Refuses a run whose stage 1 a client with these options cannot take (``--stage1``).
 
     Raises:
         ConfigError: its nets are others than the options ask for.
@@ -455,7 +455,6 @@ def open_stage1(path: Path, config: TrainConfig, arch: ArchSpec, labels: Sequenc
             f"--stage1 {source.path}: that run has another architecture, image size, classes, N or operators; "
             "give the same --arch, --head-end, --tail-start, --bottleneck, --data, -N and --parties"
         )
-    return source
 
 
 @torch.inference_mode()
