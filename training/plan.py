@@ -190,10 +190,11 @@ def make_plan(config: TrainConfig, *, stage1_from: Path | None = None) -> Plan:
         DataError: the data, or the run ``stage1_from``.
     """
     device = pick_device(config.device)
+    source = RunFolder.open_stage1(stage1_from) if stage1_from is not None else None
     dataset = data_sets.load(config.data)
     arch = config.arch_spec(dataset.image_size, len(dataset.labels))
-    if stage1_from is not None:
-        require_same_nets(stage1_from, config, arch, dataset.labels)
+    if source is not None:
+        require_same_nets(source, config, arch, dataset.labels)
     net = build_net(arch)
     data = Tensors.of(dataset, device, config.train_limit)
     selected = config.used_nets
@@ -206,13 +207,13 @@ def make_plan(config: TrainConfig, *, stage1_from: Path | None = None) -> Plan:
     tried = replace(config, epochs_stage1=1, epochs_stage3=1, num_nets=at_once, num_selected=1, parties=1)
     stages: dict[str, StagePlan] = {}
     other = None
-    jobs = 1 if stage1_from is not None else min(config.jobs, pieces)
+    jobs = 1 if source is not None else min(config.jobs, pieces)
     with tempfile.TemporaryDirectory(prefix="ensembler-plan-") as folder:
         run = RunFolder.create(Path(folder) / "run", tried, arch, dataset.labels)
         clock = _Clock()
         nets = stage1(run, tried, arch, brief, clock) * pieces
         evaluation = len(data.test_x) / config.batch_size * EVALUATION_SHARE
-        if stage1_from is None:
+        if source is None:
             trained = _parameters(net.head) + at_once * (_parameters(net.body) + _parameters(net.tail))
             stages["stage1"] = _stage1(config, trained, steps, evaluation, clock.step_s(0))
             several = jobs if jobs > 1 else min(torch.get_num_threads(), pieces)

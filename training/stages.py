@@ -310,10 +310,11 @@ def train(
     """
     reporter = reporter or Silent()
     device = pick_device(config.device)
+    source = RunFolder.open_stage1(stage1_from) if stage1_from is not None else None
     dataset = data_sets.load(config.data)
     arch = config.arch_spec(dataset.image_size, len(dataset.labels))
-    if stage1_from is not None:
-        require_same_nets(stage1_from, config, arch, dataset.labels)
+    if source is not None:
+        require_same_nets(source, config, arch, dataset.labels)
     if config.teacher is not None:
         if pool is not None:
             raise ConfigError("--teacher lies on this machine: leave --engine ray away")
@@ -439,14 +440,12 @@ def _require_stage1(run: RunFolder, config: TrainConfig) -> None:
             )
 
 
-def require_same_nets(path: Path, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:
+def require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:
     """Refuses a run whose stage 1 a client with these options cannot take (``--stage1``).
 
     Raises:
         ConfigError: its nets are others than the options ask for.
-        DataError: not a run folder, or its stage 1 was not finished.
     """
-    source = RunFolder.open_stage1(path)
     if not source.config.is_ensemble or not config.is_ensemble:
         raise ConfigError(f"--stage1 {source.path}: only runs with --defense ensembler share their stage 1")
     theirs, own = ((each.num_nets, each.parties) for each in (source.config, config))
