@@ -23,11 +23,13 @@ from ensembler.protocol.errors import (
     ProtocolError,
     ServerUnreachableError,
     ShuttingDownError,
+    TransportError,
 )
 from ensembler.protocol.manifest import PartySpec, WireSpec
 from ensembler.protocol.messages import Message, encode
 from ensembler.replica import Asked, Replica, Reply, Request
 from ensembler.statistics import ReplicaStatistics
+from ensembler.transport.base import closed_in_use
 
 Codes = npt.NDArray[np.uint8]
 
@@ -208,7 +210,8 @@ class _Exchange:
     def _fails(self, replica: Replica, error: EnsemblerError) -> None:
         """Notes an error, and when the replica may be asked again; raises it if the client was closed."""
         if self._party.closed.is_set():
-            raise error
+            # A line that failed just before would blame the server for an end that came from this side.
+            raise closed_in_use(replica.server) if isinstance(error, TransportError) else error
         self._errors[replica] = error
         replica.counts.failed(error)
         now = time.monotonic()

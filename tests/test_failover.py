@@ -192,6 +192,16 @@ def test_closing_a_client_ends_calls_that_wait_for_several_replicas(edge, lines,
             waiting.result(30)
 
 
+def test_closing_a_client_blames_no_server_whose_line_failed_at_that_moment(tiny, tiny_images):
+    def fails(_):
+        edge.close()
+        raise ServerUnreachableError("in-process could not be reached")
+
+    edge = EdgeClient(tiny.client, "in-process", timeout_ms=LONG_MS, transport=InProcessTransport(fails))
+    with pytest.raises(ServerUnreachableError, match="the connection to in-process was closed while it was in use"):
+        edge.predict(tiny_images[0])
+
+
 def test_a_stream_and_an_asyncio_client_go_on_at_the_other_replica(edge, lines, tiny, new_key, tiny_images, expected):
     found = []
     for index, result in edge.stream(tiny_images[:20]):

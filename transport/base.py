@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from typing import Protocol, TypeAlias, TypeVar
 
-from ensembler.protocol.errors import TransportError
+from ensembler.protocol.errors import ServerUnreachableError, TransportError
 
 Frame: TypeAlias = "bytes | memoryview"
 Frames: TypeAlias = Sequence[Frame]
@@ -63,3 +63,8 @@ class Transport(Protocol):
 
     def close(self) -> None:
         """Frees what the transport holds; every connection must be closed."""
+
+
+def closed_in_use(endpoint: str) -> ServerUnreachableError:
+    """Returns the error of a request whose client was closed while it waited for the server at ``endpoint``."""
+    return ServerUnreachableError(f"the connection to {endpoint} was closed while it was in use")

@@ -20,7 +20,7 @@ from ensembler.protocol.errors import (
     TransportError,
 )
 from ensembler.protocol.messages import LIMITS
-from ensembler.transport.base import Frames
+from ensembler.transport.base import Frames, closed_in_use
 from ensembler.transport.keys import KeyPair
 
 T = TypeVar("T")
@@ -309,6 +309,6 @@ def mapped_errors(endpoint: str) -> Iterator[None]:
     try:
         yield
     except zmq.ContextTerminated:
-        raise ServerUnreachableError(f"the connection to {endpoint} was closed while it was in use") from None
+        raise closed_in_use(endpoint) from None
     except zmq.ZMQError as error:
         raise ServerUnreachableError(f"the connection to {endpoint} failed: {error.strerror}") from None
