@@ -18,7 +18,7 @@ from itertools import groupby
 import numpy as np
 import pytest
 import zmq
-from conftest import SlowEngine
+from conftest import LOOPBACK, SlowEngine
 
 from ensembler import EdgeClient
 from ensembler.cloud_runtime.batcher import BatchPolicy
@@ -395,18 +395,20 @@ def errors_of_taking_lines_while_it_ends(endpoint):
     return errors
 
 
-def test_a_line_of_a_transport_that_is_being_closed_is_not_usable(tmp_path):
-    transport = ZmqTransport(f"ipc://{tmp_path}/nobody", server_key=None, keys=None)
-    connection = transport.connect()
-    closing = threading.Thread(target=transport.close, daemon=True)
-    closing.start()
-    deadline = time.monotonic() + 60
-    with pytest.raises(TransportError, match="closed while it was in use"):
-        connection.receive(lambda _: None, deadline)
-    assert not connection.usable()
-    connection.close()
-    closing.join(60)
-    assert not closing.is_alive()
+def test_a_line_of_a_transport_that_is_being_closed_is_not_usable():
+    with socket.create_server((LOOPBACK, 0)) as silent:  # where nobody listens, the line would soon be lost by itself
+        transport = ZmqTransport(f"tcp://{LOOPBACK}:{silent.getsockname()[1]}", server_key=None, keys=None)
+        connection = transport.connect()
+        closing = threading.Thread(target=transport.close, daemon=True)
+        closing.start()
+        deadline = time.monotonic() + 60
+        with pytest.raises(TransportError, match="closed while it was in use"):
+            connection.receive(lambda _: None, deadline)
+        while connection.usable():  # its two sockets are told one after the other
+            assert time.monotonic() < deadline
+        connection.close()
+        closing.join(60)
+        assert not closing.is_alive()
 
 
 def test_plaintext_gets_no_answer_from_an_encrypted_server(tiny, running, tiny_images):
