@@ -1,11 +1,11 @@
 """Whether it helps a head to be unlike the earlier ones, by cosine or after the best linear map; into privacy.json.
 
-    python benchmarks/separation.py [--data demo] [--epochs 6] [--seeds 1]
+    python benchmarks/separation.py [--data demo] [--epochs 6] [--seeds 1] [--budget standard]
 
 Clients of one stage 1 (``obfuscate``: one layer, fixed noise, N = 4, P = 2), each with another term in place of that of
-Eq. 3, exported, and read by a server alone that matches distributions with the standard budget, by one that trains a
-head of the client's architecture through its own nets, and by the oracle. Attacks that failed their own check are
-named. Runs and reports that are there are used.
+Eq. 3, exported, and read by a server alone that matches distributions, by one that trains a head of the client's
+architecture through its own nets, and by the oracle. Attacks that failed their own check are named. Runs and reports
+that are there are used.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ def main() -> None:
     parser.add_argument("--data", default="demo")
     parser.add_argument("--epochs", type=int, default=6)
     parser.add_argument("--seeds", type=int, default=1, help="of the attacks")
+    parser.add_argument("--budget", default="standard", help="as in ensembler audit")
     parser.add_argument("--precision", default="auto", help="as in ensembler train")
     parser.add_argument("--runs", type=Path, default=Path("runs/separation"))
     parser.add_argument("--out", type=Path, default=Path("out/separation"))
@@ -50,7 +51,7 @@ def main() -> None:
         out, report = options.out / name, options.out / f"{name}.html"
         if not (out / "parity.json").is_file():
             exported(run, out, options.data, *GATES)
-        document = audited(run, out / "client", report, budget="standard", attacks=ATTACKS, seeds=options.seeds)
+        document = audited(run, out / "client", report, budget=options.budget, attacks=ATTACKS, seeds=options.seeds)
         rows = {row["name"]: row for row in document["attacks"]}
         doubted = sorted({gate["about"] for gate in document["gates"] if not gate["passed"]} & set(ATTACKS))
         summary = json.loads((run / "summary.json").read_text(encoding="utf-8"))
@@ -63,9 +64,9 @@ def main() -> None:
                 round(max(seen[attack] for attack in ATTACKS), 4),
                 "ssim",
                 "",
-                f"{options.data}, Eq. 3 with {kind} and lambda {weight}: {said}; likeness to the likest stage-1 head: "
-                f"{likeness}; accuracy {summary['accuracy_wire']:.2f}%; failed their own check: "
-                f"{', '.join(doubted) or 'none'}",
+                f"{options.data}, {options.budget} budget, Eq. 3 with {kind} and lambda {weight}: {said}; likeness to "
+                f"the likest stage-1 head: {likeness}; accuracy {summary['accuracy_wire']:.2f}%; failed their own "
+                f"check: {', '.join(doubted) or 'none'}",
             )
         )
     seed = RunFolder.open(options.runs / "cosine_0").config.seed

@@ -23,6 +23,7 @@ from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
+from ensembler.forgotten import closed_when_forgotten
 from ensembler.info import ClientInfo, describe
 from ensembler.party import Party, exchange_all
 from ensembler.prediction import Prediction, Timings
@@ -169,6 +170,7 @@ class EdgeClient:
             for spec, replicas in zip(self._manifest.parties, servers, strict=True)
         ]
         self._closed = threading.Event()
+        self._forgotten = closed_when_forgotten(self, self._process, self._parties)
 
     # --- the public calls ---
 
@@ -300,6 +302,7 @@ class EdgeClient:
         if not self._process.here:
             return
         self._closed.set()
+        self._forgotten.detach()
         for party in self._parties:
             party.close()
 

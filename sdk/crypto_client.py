@@ -22,6 +22,7 @@ from ensembler.edge_runtime.images import ImageLike, several, to_pixels
 from ensembler.edge_runtime.runtime import softmax
 from ensembler.edge_runtime.sealing import opener
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
+from ensembler.forgotten import closed_when_forgotten
 from ensembler.info import ClientInfo
 from ensembler.prediction import CryptoCost, LayerCost, Prediction, Timings
 from ensembler.process import OwnProcess
@@ -115,6 +116,7 @@ class CryptoEdgeClient(EdgeClient):
         self._one = threading.Lock()
         self._computing: int | None = None  # the thread that has it
         self._closed = threading.Event()
+        self._forgotten = closed_when_forgotten(self, self._process, (self._session, self._replica))
 
     def predict_batch(self, images: Sequence[ImageLike], *, timeout_ms: float | None = None) -> list[Prediction]:
         """Classifies several images, one after the other; see ``EdgeClient.predict_batch``."""
@@ -258,6 +260,7 @@ class CryptoEdgeClient(EdgeClient):
             self._session.abandon()
             return
         with self._one:
+            self._forgotten.detach()
             self._session.close()
             self._replica.close()
 

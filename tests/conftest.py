@@ -358,9 +358,11 @@ class SlowEngine(OnnxEngine):
         self.entered = threading.Event()
         self.release = threading.Event()
         self.rows = []
+        self.features = []
 
     def run(self, features):
         self.rows.append(len(features))
+        self.features.append(features.copy())
         self.entered.set()
         assert self.release.wait(60)
         return super().run(features)

@@ -128,7 +128,7 @@ def test_an_error_is_json_for_scripts(tmp_path):
 
 def test_a_missing_image_and_a_missing_server_are_told_apart(tiny, photo, tmp_path):
     no_image = run("predict", tiny.client, tmp_path / "missing.jpg", "--server", "tcp://127.0.0.1:1")
-    no_server = run("predict", tiny.client, photo, "--server", "tcp://127.0.0.1:1", "--timeout-ms", "300")
+    no_server = run("predict", tiny.client, photo, "--server", "tcp://127.0.0.1:1", "--timeout-ms", "3000")
     assert (no_image.returncode, no_server.returncode) == (2, 1)
     assert "missing.jpg" in no_image.stderr
     assert "is the server running" in no_server.stderr

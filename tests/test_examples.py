@@ -196,7 +196,7 @@ def refused_while_it_comes(address):
 def test_web_app_says_when_to_come_back_while_there_is_no_server(tiny, serve, tiny_images):
     with serve(tiny.server) as (endpoint, _):
         pass
-    with web_app(tiny, endpoint, "--timeout-ms", 300) as address:
+    with web_app(tiny, endpoint, "--timeout-ms", 3000) as address:
         status, headers, document = posted(address, encoded(tiny_images[0]))
         assert (status, document["error"]) == (503, "ServerUnreachableError")
         assert int(headers["Retry-After"]) >= 1

@@ -35,7 +35,7 @@ from ensembler.transport import keys
 from ensembler.transport.inprocess import InProcessTransport
 
 LONG_MS = 60_000
-SHORT_MS = 600
+SHORT_MS = 1500
 NOT_AUTHORIZED = 401
 
 

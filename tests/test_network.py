@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from contextvars import ContextVar
 from itertools import groupby
 
@@ -486,7 +487,7 @@ def test_nothing_of_the_image_features_or_keys_is_in_the_clear_on_the_wire(tiny,
 def test_no_server_is_an_error_at_the_deadline(tiny, tiny_images):
     with socket.create_server(("127.0.0.1", 0)) as reserved:
         port = reserved.getsockname()[1]
-    with client(tiny, f"tcp://127.0.0.1:{port}", timeout_ms=300) as edge, pytest.raises(ServerUnreachableError):
+    with client(tiny, f"tcp://127.0.0.1:{port}", timeout_ms=2000) as edge, pytest.raises(ServerUnreachableError):
         edge.predict(tiny_images[0])
 
 
@@ -502,7 +503,7 @@ def test_a_slow_server_is_a_deadline_error_and_its_late_answer_reaches_nobody(ti
     _, endpoint = in_thread(engine)
     with client(tiny, endpoint, plaintext=True) as edge:
         with pytest.raises(DeadlineExceededError, match="timeout_ms"):
-            edge.predict(tiny_images[0], timeout_ms=300)
+            edge.predict(tiny_images[0], timeout_ms=2000)
         engine.release.set()
         np.testing.assert_array_equal(edge.predict(tiny_images[1]).logits, expected[1])
 
@@ -514,7 +515,7 @@ def test_a_request_that_expires_in_the_queue_is_not_computed(tiny, in_thread, ti
         first = pool.submit(edge.predict, tiny_images[0])
         assert engine.entered.wait(30)
         with pytest.raises(DeadlineExceededError):
-            edge.predict_batch(list(tiny_images[:5]), timeout_ms=300)
+            edge.predict_batch(list(tiny_images[:5]), timeout_ms=2000)
         _until(edge, lambda rows: rows == 0)
         engine.release.set()
         first.result(60)
@@ -522,24 +523,23 @@ def test_a_request_that_expires_in_the_queue_is_not_computed(tiny, in_thread, ti
 
 
 def test_a_restarted_server_is_picked_up_again(tiny, serve, tiny_images, expected):
-    with serve(tiny.server) as (endpoint, process):
-        edge = client(tiny, endpoint)
-        np.testing.assert_array_equal(edge.predict(tiny_images[0]).logits, expected[0])
-        process.kill()
-        process.wait(30)
-        with pytest.raises(ServerUnreachableError):
-            edge.predict(tiny_images[1], timeout_ms=500)
-    with serve(tiny.server, bind=endpoint):
-        np.testing.assert_array_equal(edge.predict(tiny_images[2]).logits, expected[2])
-    edge.close()
+    with ExitStack() as stack:
+        with serve(tiny.server) as (endpoint, process):
+            edge = stack.enter_context(client(tiny, endpoint))
+            np.testing.assert_array_equal(edge.predict(tiny_images[0]).logits, expected[0])
+            process.kill()
+            process.wait(30)
+            with pytest.raises(ServerUnreachableError):
+                edge.predict(tiny_images[1], timeout_ms=2000)
+        with serve(tiny.server, bind=endpoint):
+            np.testing.assert_array_equal(edge.predict(tiny_images[2]).logits, expected[2])
 
 
 def test_a_request_in_flight_when_the_server_dies_is_sent_again_to_the_restarted_one(
     tiny, serve, tiny_images, expected
 ):
     """The first server is stopped (not ended) so that the request is certainly lost with it."""
-    with serve(tiny.server) as (endpoint, process), ThreadPoolExecutor(1) as pool:
-        edge = client(tiny, endpoint)
+    with serve(tiny.server) as (endpoint, process), client(tiny, endpoint) as edge, ThreadPoolExecutor(1) as pool:
         edge.predict(tiny_images[0])
         os.kill(process.pid, signal.SIGSTOP)
         waiting = pool.submit(edge.predict, tiny_images[1])
@@ -547,7 +547,6 @@ def test_a_request_in_flight_when_the_server_dies_is_sent_again_to_the_restarted
         process.wait(30)
         with serve(tiny.server, bind=endpoint):
             np.testing.assert_array_equal(waiting.result(60).logits, expected[1])
-        edge.close()
 
 
 def test_retries_send_the_same_bytes(tiny, tiny_images):
@@ -780,7 +779,8 @@ def test_sigterm_finishes_what_is_queued_refuses_what_comes_and_exits_0(tiny, se
         assert process.wait(30) == 0
 
 
-def test_a_draining_server_finishes_the_work_it_has(tiny, in_thread, tiny_images, expected):
+def test_a_draining_server_finishes_the_work_it_has(tiny, in_thread, tiny_images, expected, monkeypatch):
+    monkeypatch.setattr("ensembler.party.SHUTDOWN_RETRY_S", 3600.0)  # so that the first refusal ends the call
     engine = SlowEngine(tiny.server)
     server, endpoint = in_thread(engine)
     with client(tiny, endpoint, plaintext=True) as edge, ThreadPoolExecutor(2) as pool:
@@ -790,7 +790,7 @@ def test_a_draining_server_finishes_the_work_it_has(tiny, in_thread, tiny_images
         _until_queued(edge, 1)
         server.stop()
         with pytest.raises(ShuttingDownError):
-            edge.predict(tiny_images[2], timeout_ms=200)
+            edge.predict(tiny_images[2])
         engine.release.set()
         np.testing.assert_array_equal(first.result(60).logits, expected[0])
         np.testing.assert_array_equal(queued.result(60).logits, expected[1])

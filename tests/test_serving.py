@@ -208,7 +208,8 @@ def test_a_version_replaces_another_under_load_and_no_request_fails(
             before = server.deploy(OnnxEngine(bundle, threads=1)).result(WAIT_S)
             before.unloaded.result(WAIT_S)
         seen = len(found)
-        while len(found) < seen + 20:
+        # Of each thread, what it asked after that: the first it notes may be an answer of before.
+        while min(sum(number == one for one, _ in found[seen:]) for number in range(4)) < 3:
             pass
         stop.set()
         for call in calls:
@@ -219,7 +220,7 @@ def test_a_version_replaces_another_under_load_and_no_request_fails(
         assert is_float or np.array_equal(logits, expected[number])
         answered["float32" if is_float else "int8"] += 1
     assert min(answered.values()) >= 20
-    for number, logits in found[-4:]:
+    for number, logits in dict(found).items():  # the last of each
         np.testing.assert_array_equal(logits, float_expected[number])
     engine.close()
 
@@ -438,7 +439,8 @@ def test_a_device_that_floods_does_not_keep_another_waiting(tiny, in_thread, cod
         _until_queued(server, 102)
         slow.release.set()
         assert len(patient.result(WAIT_S).tensor) == 3
-        assert len(slow.rows) < 20
+    patients = [any(np.array_equal(row, codes[2]) for row in batch) for batch in slow.features]
+    assert patients.index(True) < 5  # of more than twenty
 
 
 def test_a_flood_of_refusals_is_one_line_a_second(tiny, in_thread, codes, caplog):

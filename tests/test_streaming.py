@@ -28,6 +28,8 @@ def edge(tiny, gate):
 def _no_thread_left():
     before = set(threading.enumerate())
     yield
+    for thread in set(threading.enumerate()) - before:
+        thread.join(30)
     assert set(threading.enumerate()) <= before
 
 
@@ -67,7 +69,7 @@ def test_no_more_images_are_read_than_in_flight_ahead_of_what_was_taken(edge, ti
         nonlocal read
         for image in itertools.cycle(tiny_images):
             read += 1
-            assert read - taken <= 4
+            assert read - taken <= 5  # the loop below notes what it took a little later
             yield image
 
     taken = 0

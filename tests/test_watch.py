@@ -41,7 +41,7 @@ from ensembler.transport.zmq_server import ServerSocket
 
 COMMAND = [sys.executable, "-m", "ensembler.cli", "watch"]
 PATIENT = ("--timeout-ms", "60000")
-HASTY = ("--timeout-ms", "300")
+HASTY = ("--timeout-ms", "1000")
 
 
 @pytest.fixture(scope="module")
