@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,14 +18,19 @@ from ensembler import EdgeClient
 from ensembler.cli import main as ensembler
 from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cli.demo import server_process
+from ensembler.cli.train import add_arguments
 from ensembler.edge_runtime.card import file_digests
 from ensembler.privacy.audit import audit
 from ensembler.protocol.manifest import load_client as load_client_manifest
+from ensembler.training.config import TrainConfig
 from ensembler.training.data import Dataset
 from ensembler.training.fit import EVALUATION_BATCH
 from ensembler.training.models import normalise
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import load_bodies, load_client
+
+# Of a run's options: how they were computed, and not what.
+OF_THE_MACHINE = {"device", "jobs", "precision"}
 
 
 def checked(*arguments: str) -> None:
@@ -34,14 +41,36 @@ def checked(*arguments: str) -> None:
 
 
 def trained(run: Path, *arguments: str) -> Path:
-    """Trains into ``run`` unless a finished run is there; goes on with one that was stopped."""
-    if (run / "summary.json").is_file():
-        return run
+    """Trains into ``run`` unless a finished run is there; goes on with one that was stopped.
+
+    Ends the benchmark where the run that is there has other options than ``arguments`` gives: its figures would stand
+    under a command that does not lead to them.
+    """
     if (run / "config.json").is_file():
-        checked("train", "--resume", str(run))
+        if others := _other_options(run, arguments):
+            raise SystemExit(f"{run} was trained with {others}; delete it, or keep this run in another folder")
+        if not (run / "summary.json").is_file():
+            checked("train", "--resume", str(run))
     else:
         checked("train", *arguments, "--out", str(run))
     return run
+
+
+def _other_options(run: Path, arguments: Sequence[str]) -> str:
+    """Says which options of a run are not those of ``arguments``, but for those of the machine."""
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
+    if "epochs" in given:
+        given["epochs_stage1"] = given["epochs_stage3"] = given["epochs"]
+    if "teacher" in given:
+        given["teacher"] = str(Path(given["teacher"]).resolve())
+    has = RunFolder.open(run).config
+    return ", ".join(
+        f"{name} {getattr(has, name)} and not {given[name]}"
+        for name in sorted(given.keys() & TrainConfig.__dataclass_fields__.keys() - OF_THE_MACHINE)
+        if given[name] != getattr(has, name)
+    )
 
 
 def exported(run: Path, out: Path, data: str, *arguments: str) -> Path:
