@@ -58,7 +58,7 @@ def main() -> None:
         seen = {attack: rows[attack]["ssim"]["mean"] for attack in (*ATTACKS, ORACLE, FLOOR)}
         said = ", ".join(f"{attack} {ssim:.3f}" for attack, ssim in seen.items())
         likeness = ", ".join(f"{each} {summary[f'max_{each}']:.3f}" for each in ("cosine", "linear"))
-        figures.append(
+        figures += [
             results.figure(
                 f"separation_{name}_worst_query_free_ssim",
                 round(max(seen[attack] for attack in ATTACKS), 4),
@@ -67,8 +67,11 @@ def main() -> None:
                 f"{options.data}, {options.budget} budget, Eq. 3 with {kind} and lambda {weight}: {said}; likeness to "
                 f"the likest stage-1 head: {likeness}; accuracy {summary['accuracy_wire']:.2f}%; failed their own "
                 f"check: {', '.join(doubted) or 'none'}",
-            )
-        )
+            ),
+            results.figure(
+                f"separation_{name}_oracle_ssim", round(seen[ORACLE], 4), "ssim", "", "the oracle of the same audit"
+            ),
+        ]
     seed = RunFolder.open(options.runs / "cosine_0").config.seed
     results.record(
         "privacy", figures, command=shlex.join(["python", "benchmarks/separation.py", *sys.argv[1:]]), seed=seed
