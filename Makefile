@@ -207,7 +207,8 @@ bench-crypto: $(CRYPTO)/.installed
 		$(foreach net,vgg16 vgg19,$(foreach ssim,0.2 0.3,--found $(net)=out/boundary_$(net)_$(ssim).json))
 	$(CRYPTO)/bin/python benchmarks/crypto_ensemble.py runs/hidden
 
-# Heads that are unlike earlier ones, by cosine or after the best linear map, on the built-in images; half an hour.
+# Heads that are unlike earlier ones, by cosine or after the best linear map, on the built-in images;
+# hours on a core, one with --budget quick.
 separation: $(INSTALLED)
 	$(BIN)/python benchmarks/separation.py --precision fast
 
