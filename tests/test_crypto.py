@@ -6,6 +6,7 @@ The engine without protection runs everywhere; SPU where it is installed (``make
 from __future__ import annotations
 
 import errno
+import gc
 import importlib.util
 import io
 import json
@@ -852,6 +853,19 @@ def test_a_client_that_is_closed_while_it_computes_ends_its_call(out, running, t
         edge.predict(tiny_images[0])
     edge.close()
     assert not parties_of(os.getpid())
+
+
+def test_a_client_that_is_forgotten_in_a_cycle_ends_its_session(out, running, tiny_images):
+    edge = client(out, running[0])
+    edge.predict(tiny_images[0])
+    assert len(parties_of(os.getpid())) == 1
+    edge.itself = edge
+    del edge
+    gc.collect()
+    deadline = time.monotonic() + 30
+    while parties_of(os.getpid()):
+        assert time.monotonic() < deadline
+        never.wait(0.05)
 
 
 def test_an_argument_of_another_type_is_refused(out):
