@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from ensembler.training import data as data_sets
 from ensembler.training import together
 from ensembler.training.config import TrainConfig
 from ensembler.training.fit import Tensors, pick_device, steps_per_epoch
@@ -22,7 +21,7 @@ from ensembler.training.fixing import CALIBRATION_IMAGES, fix_wire
 from ensembler.training.models import build_net, feature_shape
 from ensembler.training.runs import ClientSecret, RunFolder
 from ensembler.training.stage1 import Stage1Net, stage1
-from ensembler.training.stages import Client, require_same_nets, stage3
+from ensembler.training.stages import Client, load_data, stage3
 
 MEASURED_STEPS = 4  # of each stage; the first one warms up and does not count
 WIRE_IMAGES = 32
@@ -190,11 +189,7 @@ def make_plan(config: TrainConfig, *, stage1_from: Path | None = None) -> Plan:
         DataError: the data, or the run ``stage1_from``.
     """
     device = pick_device(config.device)
-    source = RunFolder.open_stage1(stage1_from) if stage1_from is not None else None
-    dataset = data_sets.load(config.data)
-    arch = config.arch_spec(dataset.image_size, len(dataset.labels))
-    if source is not None:
-        require_same_nets(source, config, arch, dataset.labels)
+    dataset, arch = load_data(config, stage1_from)
     net = build_net(arch)
     data = Tensors.of(dataset, device, config.train_limit)
     selected = config.used_nets
@@ -207,13 +202,13 @@ def make_plan(config: TrainConfig, *, stage1_from: Path | None = None) -> Plan:
     tried = replace(config, epochs_stage1=1, epochs_stage3=1, num_nets=at_once, num_selected=1, parties=1)
     stages: dict[str, StagePlan] = {}
     other = None
-    jobs = 1 if source is not None else min(config.jobs, pieces)
+    jobs = 1 if stage1_from is not None else min(config.jobs, pieces)
     with tempfile.TemporaryDirectory(prefix="ensembler-plan-") as folder:
         run = RunFolder.create(Path(folder) / "run", tried, arch, dataset.labels)
         clock = _Clock()
         nets = stage1(run, tried, arch, brief, clock) * pieces
         evaluation = len(data.test_x) / config.batch_size * EVALUATION_SHARE
-        if source is None:
+        if stage1_from is None:
             trained = _parameters(net.head) + at_once * (_parameters(net.body) + _parameters(net.tail))
             stages["stage1"] = _stage1(config, trained, steps, evaluation, clock.step_s(0))
             several = jobs if jobs > 1 else min(torch.get_num_threads(), pieces)

@@ -310,11 +310,7 @@ def train(
     """
     reporter = reporter or Silent()
     device = pick_device(config.device)
-    source = RunFolder.open_stage1(stage1_from) if stage1_from is not None else None
-    dataset = data_sets.load(config.data)
-    arch = config.arch_spec(dataset.image_size, len(dataset.labels))
-    if source is not None:
-        require_same_nets(source, config, arch, dataset.labels)
+    dataset, arch = load_data(config, stage1_from)
     if config.teacher is not None:
         if pool is not None:
             raise ConfigError("--teacher lies on this machine: leave --engine ray away")
@@ -440,12 +436,22 @@ def _require_stage1(run: RunFolder, config: TrainConfig) -> None:
             )
 
 
-def require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:
-    """Refuses a run whose stage 1 a client with these options cannot take (``--stage1``).
+def load_data(config: TrainConfig, stage1_from: Path | None) -> tuple[data_sets.Dataset, ArchSpec]:
+    """Returns the data and the net of a new run; a run whose stage 1 it cannot take is refused, early where possible.
 
     Raises:
-        ConfigError: its nets are others than the options ask for.
+        ConfigError: the nets of ``stage1_from`` are others than the options ask for.
+        DataError: the data; or ``stage1_from`` is no run folder, or its stage 1 was not finished.
     """
+    source = RunFolder.open_stage1(stage1_from) if stage1_from is not None else None
+    dataset = data_sets.load(config.data)
+    arch = config.arch_spec(dataset.image_size, len(dataset.labels))
+    if source is not None:
+        _require_same_nets(source, config, arch, dataset.labels)
+    return dataset, arch
+
+
+def _require_same_nets(source: RunFolder, config: TrainConfig, arch: ArchSpec, labels: Sequence[str]) -> None:
     if not source.config.is_ensemble or not config.is_ensemble:
         raise ConfigError(f"--stage1 {source.path}: only runs with --defense ensembler share their stage 1")
     theirs, own = ((each.num_nets, each.parties) for each in (source.config, config))
