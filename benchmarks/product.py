@@ -18,11 +18,10 @@ from ensembler import EdgeClient
 from ensembler.cli import main as ensembler
 from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cli.demo import server_process
-from ensembler.cli.train import add_arguments
+from ensembler.cli.train import add_arguments, given_fields
 from ensembler.edge_runtime.card import file_digests
 from ensembler.privacy.audit import audit
 from ensembler.protocol.manifest import load_client as load_client_manifest
-from ensembler.training.config import TrainConfig
 from ensembler.training.data import Dataset
 from ensembler.training.fit import EVALUATION_BATCH
 from ensembler.training.models import normalise
@@ -60,15 +59,13 @@ def _other_options(run: Path, arguments: Sequence[str]) -> str:
     """Says which options of a run are not those of ``arguments``, but for those of the machine."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    given = {name: value for name, value in vars(parser.parse_args(arguments)).items() if value is not None}
-    if "epochs" in given:
-        given["epochs_stage1"] = given["epochs_stage3"] = given["epochs"]
+    given = given_fields(parser.parse_args(arguments))
     if "teacher" in given:
-        given["teacher"] = str(Path(given["teacher"]).resolve())
+        given["teacher"] = str(Path(given["teacher"]).absolute())  # as a run notes it
     has = RunFolder.open(run).config
     return ", ".join(
         f"{name} {getattr(has, name)} and not {given[name]}"
-        for name in sorted(given.keys() & TrainConfig.__dataclass_fields__.keys() - OF_THE_MACHINE)
+        for name in sorted(given.keys() - OF_THE_MACHINE)
         if given[name] != getattr(has, name)
     )
 

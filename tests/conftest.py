@@ -357,11 +357,13 @@ class SlowEngine(OnnxEngine):
         super().__init__(bundle, threads=1)
         self.entered = threading.Event()
         self.release = threading.Event()
-        self.rows = []
         self.features = []
 
+    @property
+    def rows(self):
+        return [len(features) for features in self.features]
+
     def run(self, features):
-        self.rows.append(len(features))
         self.features.append(features.copy())
         self.entered.set()
         assert self.release.wait(60)

@@ -174,15 +174,22 @@ def _pool(options: argparse.Namespace) -> Iterator[RayPool | None]:
         yield RayPool(ray)
 
 
-def _config(options: argparse.Namespace) -> Any:
-    """Returns the ``TrainConfig`` of the given options."""
+def given_fields(options: argparse.Namespace) -> dict[str, Any]:
+    """Returns the fields of ``TrainConfig`` that the options give, without those of their preset."""
     from ensembler.training.config import TrainConfig
 
     given = {name: value for name, value in vars(options).items() if value is not None}
     if "epochs" in given:
         given["epochs_stage1"] = given["epochs_stage3"] = given["epochs"]
     fields = TrainConfig.__dataclass_fields__.keys()
-    given = {name: value for name, value in given.items() if name in fields}
+    return {name: value for name, value in given.items() if name in fields}
+
+
+def _config(options: argparse.Namespace) -> Any:
+    """Returns the ``TrainConfig`` of the given options."""
+    from ensembler.training.config import TrainConfig
+
+    given = given_fields(options)
     if options.preset is not None:
         from ensembler.training import data
         from ensembler.training.presets import preset_options
