@@ -1,12 +1,13 @@
 """The frontier: one lever at a time, what the oracle reads and what it costs, in docs/results/frontier.json, .md, .svg.
 
-    python benchmarks/frontier.py --data cifar10:PATH [--only NAME]... [--epochs 4] [--thorough]
+    python benchmarks/frontier.py --data cifar10:PATH [--only NAME]... [--epochs 4] [--thorough] [--films]
 
 Every cell is one net that is trained with the lever (``--defense single``, taught by the undefended net), exported with
 8-bit head, and attacked by the oracle of the standard budget on the very images that trained it. Stages 2 and 3 and the
 other attacks are left out: no attack on a client of N nets reads more than an oracle on such a head. A cell takes about
 ten minutes of two cores, and what is there is not made again. ``--thorough`` attacks the clients of cells that are
-there once more, with the thorough budget: more than half an hour each.
+there once more, with the thorough budget: more than half an hour each. ``--films`` attacks them with the quick budget
+by one picture of a scene and by eight, of a hand-held camera and of one that stands still.
 """
 
 from __future__ import annotations
@@ -37,6 +38,8 @@ GATES = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100", "--plaintext")
 ON_ITS_OWN_IMAGES: dict[str, Any] = {"attacks": (), "auxiliary": "train", "seeds": 1}
 ENCODED = ("--encoder", "40,80", "--bottleneck")
 WIDER = ("--encoder", "64,128", "--bottleneck")  # twice the work on the device
+# Of one scene, eight pictures; beside the oracle of the same audit, which has one.
+FILMS = ("frames-8", "still-8")
 STRONG = (*ENCODED, "16,1,2", "--information-weight", "0.05")
 LEVERS: dict[str, dict[str, tuple[str, ...]]] = {
     "depth": {f"after {part}": ("--head-end", part) for part in ("stem", "layer1", "layer2", "layer3")},
@@ -127,6 +130,23 @@ def thorough(name: str, options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def films(name: str, options: argparse.Namespace) -> dict[str, Any]:
+    """Attacks the client of a cell that is there by one picture of each scene and by several."""
+    folder = folder_of(name)
+    bundle, report = options.out / folder / "client", options.out / folder / "films.html"
+    attacks = {"attacks": FILMS, "auxiliary": "train", "seeds": 1}
+    document = audited(options.runs / folder, bundle, report, budget="quick", **attacks)
+    rows = {row["name"]: row for row in document["attacks"]}
+    return {
+        **{
+            attack: {"ssim": rows[attack]["ssim"]["mean"], "psnr_db": clearest_psnr_db(rows[attack])}
+            for attack in (ORACLE, *FILMS)
+        },
+        "machine": results.machine(),
+        "date": datetime.now(UTC).date().isoformat(),
+    }
+
+
 def read_by_the_oracle(row: dict[str, Any]) -> dict[str, Any]:
     """Returns what stands in a cell of the oracle's row."""
     (seen,) = row["seen"].values()
@@ -136,6 +156,9 @@ def read_by_the_oracle(row: dict[str, Any]) -> dict[str, Any]:
         "steps": seen["steps"],
         "steps_at_most": seen["steps_at_most"],
     }
+
+
+AGAIN = {"thorough": thorough, "films": films}  # of a cell that is there, by its name in the cell
 
 
 def folder_of(name: str) -> str:
@@ -158,6 +181,8 @@ accuracies, machine and date of each are in [frontier.json](frontier.json). {arc
 - SSIM, dB: of the oracle's decoders, the larger; the mean image has an SSIM of {floor:.3f}
 - steps: of the decoders' training, at most
 - thorough: the same with the thorough budget, of the cells where that was tried
+- 1, hand, still: SSIM with the quick budget, of the cells where that was tried: of one picture of each scene, of eight
+  by a hand-held camera, and of eight by one that stands still
 - bytes, entropy: of an image, and how many of them can say anything at most
 - head: its share of the undefended net's multiply-accumulates
 - *: by decoders of one kind alone (`decoder` 2: that paint in steps, else at once); the oracle of today has both, and
@@ -182,9 +207,9 @@ def is_current(cell: dict[str, Any]) -> bool:
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """Returns the cells for people, the least readable first."""
-    rows = [("lever", "cell", "lost", "SSIM", "dB", "steps", "thorough", "bytes", "entropy", "head")]
+    rows = [("lever", "cell", "lost", "SSIM", "dB", "steps", "thorough", "1, hand, still", "bytes", "entropy", "head")]
     for name, one in sorted(cells.items(), key=lambda item: float(item[1]["oracle_ssim"])):
-        longer = one.get("thorough")
+        longer, seen = one.get("thorough"), one.get("films")
         rows.append(
             (
                 one["lever"],
@@ -194,6 +219,7 @@ def table(cells: dict[str, dict[str, Any]]) -> str:
                 f"{one['oracle_psnr_db']:.1f}",
                 str(one.get("steps_at_most", FORMER_STEPS)),
                 f"{longer['oracle_ssim']:.3f}, {longer['oracle_psnr_db']:.1f}" if longer else "",
+                ", ".join(f"{seen[attack]['ssim']:.3f}" for attack in (ORACLE, *FILMS)) if seen else "",
                 str(one["bytes_up"]),
                 f"{one['bytes_of_entropy_at_most']:.0f}",
                 f"{100 * one['head_macs_share']:.0f}%",
@@ -245,11 +271,13 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--precision", default="auto", help="as in ensembler train")
     parser.add_argument("--thorough", action="store_true", help="attack the clients of --only once more, for longer")
+    parser.add_argument("--films", action="store_true", help="attack the clients of --only by several pictures, too")
     parser.add_argument("--runs", type=Path, default=Path("runs/frontier"))
     parser.add_argument("--out", type=Path, default=Path("out/frontier"))
     options = parser.parse_args()
-    if options.thorough and not options.only:
-        parser.error("--thorough: name the cells with --only")
+    again = {what: attack for what, attack in AGAIN.items() if getattr(options, what)}
+    if again and not options.only:
+        parser.error(f"--{next(iter(again))}: name the cells with --only")
     path = results.RESULTS / "frontier.json"
     for name in options.only or CELLS:
         known = there(path)
@@ -257,10 +285,10 @@ def main() -> None:
             made = cell(name, options)
             known = there(path) | {name: made}  # another process may have made one meanwhile
             path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
-        if options.thorough:
-            longer = thorough(name, options)
+        for what, attack in again.items():
+            found = attack(name, options)
             known = there(path)
-            known[name]["thorough"] = longer
+            known[name][what] = found
             path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
         draw(known, path.with_suffix(".svg"))
         path.with_suffix(".md").write_text(page(known), encoding="utf-8")

@@ -1,38 +1,70 @@
-"""Several pictures of one scene, as a camera that is held in a hand takes them one after the other."""
+"""Several pictures of one scene, as a camera takes them one after the other, in a hand or on a stand."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-SHIFT_PIXELS = 2  # at most, up or down and to either side
-BRIGHTNESS = 0.05  # by which a picture may be brighter or darker
 SENSOR_STD = 2.0  # of a sensor's own noise, of 255
 
 
-def frames_of(images: Tensor, count: int, generator: torch.Generator) -> Tensor:
-    """Returns ``count`` frames of each image, ``(B, count, 3, H, W)`` uint8; the first is the image itself.
+@dataclass(frozen=True)
+class Camera:
+    """How pictures of one scene differ, beside the sensor's noise.
 
-    The others are moved by up to ``SHIFT_PIXELS``, a little brighter or darker, and as noisy as a sensor. Borders are
-    mirrored, since there is nothing beyond them.
+    Attributes:
+        words: for people, with an article.
+        shift_pixels: by which one is moved at most, up or down and to either side.
+        brightness: by which share of itself one may be brighter or darker.
+    """
+
+    words: str
+    shift_pixels: int
+    brightness: float
+
+
+HAND_HELD = Camera("a hand-held camera", shift_pixels=2, brightness=0.05)
+MOUNTED = Camera("a camera that stands still", shift_pixels=0, brightness=0.0)
+
+
+@dataclass(frozen=True)
+class Film:
+    """How often one scene is seen, and by what.
+
+    Attributes:
+        frames: at least one.
+        camera: that takes them.
+    """
+
+    frames: int
+    camera: Camera
+
+
+def frames_of(images: Tensor, film: Film, generator: torch.Generator) -> Tensor:
+    """Returns the frames of a film of each image, ``(B, film.frames, 3, H, W)`` uint8; the first is the image itself.
+
+    The others are moved, a little brighter or darker, and as noisy as a sensor. Borders are mirrored, since there is
+    nothing beyond them.
 
     Args:
-        images: ``(B, 3, H, W)`` uint8, H and W greater than ``SHIFT_PIXELS``.
-        count: of frames, at least one.
+        images: ``(B, 3, H, W)`` uint8, H and W greater than the camera's ``shift_pixels``.
+        film: of each.
         generator: on the CPU.
     """
     batch, _, height, width = images.shape
-    wide = F.pad(images.float(), [SHIFT_PIXELS] * 4, mode="reflect")
-    corners = torch.randint(2 * SHIFT_PIXELS + 1, (batch, count, 2), generator=generator).to(images.device)
+    count, shift = film.frames, film.camera.shift_pixels
+    wide = F.pad(images.float(), [shift] * 4, mode="reflect")
+    corners = torch.randint(2 * shift + 1, (batch, count, 2), generator=generator).to(images.device)
     rows = corners[..., 0, None] + torch.arange(height, device=images.device)  # (B, K, H)
     columns = corners[..., 1, None] + torch.arange(width, device=images.device)  # (B, K, W)
     which = torch.arange(batch, device=images.device)[:, None, None, None]
     # The indices come first and the channels last: (B, K, H, W, 3).
     moved = wide.permute(0, 2, 3, 1)[which, rows[..., None], columns[:, :, None]].permute(0, 1, 4, 2, 3)
-    brighter = 1 + BRIGHTNESS * (2 * torch.rand(batch, count, 1, 1, 1, generator=generator) - 1)
+    brighter = 1 + film.camera.brightness * (2 * torch.rand(batch, count, 1, 1, 1, generator=generator) - 1)
     noise = SENSOR_STD * torch.randn(moved.shape, generator=generator)
     seen = (moved * brighter.to(images.device) + noise.to(images.device)).round().clamp(0, 255).to(torch.uint8)
     seen[:, 0] = images

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ensembler.edge_runtime.runtime import EdgeRuntime
 from ensembler.edge_runtime.sealing import BundleSecret
-from ensembler.privacy.film import frames_of, sent
+from ensembler.privacy.film import Film, frames_of, sent
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError
 from ensembler.protocol.manifest import Kdf, PartySpec, WireSpec
 from ensembler.training import data as data_sets
@@ -205,16 +205,16 @@ class Scene:
         known = {name: getattr(all_of_it, name) for name in all_of_it.__dataclass_fields__}
         return View(**(known | hidden | {"access": access, "notes": self._notes.setdefault(access, {})}))
 
-    def film(self, frames: int) -> Tensor:
-        """Returns what arrives of ``frames`` frames of every judged image, ``(E, frames, *feature_shape)``.
+    def seen(self, film: Film | None) -> Tensor:
+        """Returns what arrives of a film of every judged image, ``(E, film.frames, *feature_shape)``.
 
-        Of one it is ``arrived``, without the second axis.
+        Without a film it is ``arrived``, which lacks the second axis.
         """
-        if frames == 1:
+        if film is None:
             return self.arrived
         send = self.everything.send
         assert send is not None
-        taken = frames_of(self.evaluated, frames, torch.Generator().manual_seed(derived_seed(self.seed, 6)))
+        taken = frames_of(self.evaluated, film, torch.Generator().manual_seed(derived_seed(self.seed, 6)))
         return sent(taken, send)
 
 

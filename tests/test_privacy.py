@@ -29,7 +29,7 @@ from ensembler.privacy.attacks.shadow import ShadowHead
 from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
 from ensembler.privacy.card import require_ssim
 from ensembler.privacy.decoder import Decoder, Effort, as_map, is_small, painted, pixels, train_decoder
-from ensembler.privacy.film import BRIGHTNESS, SHIFT_PIXELS, frames_of
+from ensembler.privacy.film import HAND_HELD, MOUNTED, SENSOR_STD, Film, frames_of
 from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import entropy_bits, mse, psnr_db, ssim
 from ensembler.privacy.parts import Parts
@@ -314,7 +314,7 @@ def test_an_attack_works_with_what_its_threat_model_grants_and_gives_images(scen
     finding = attack.run(scene.view(attack.ACCESS), plan)
     assert len(ticks) <= attack.ticks(plan)
     for reconstruct in finding.variants.values():
-        images = reconstruct(scene.film(finding.frames)[:3])
+        images = reconstruct(scene.seen(finding.film)[:3])
         assert images.shape == (3, 3, 16, 16)
         assert torch.isfinite(images).all()
         assert 0 <= float(images.min()) <= float(images.max()) <= 1
@@ -424,19 +424,31 @@ def test_a_film_of_a_scene_begins_with_it_and_moves_as_a_hand_does(random):
     side = torch.arange(24)
     ramps = torch.stack([(10 * side).expand(24, 24), (10 * side)[:, None].expand(24, 24), torch.zeros(24, 24)])
     images = ramps.expand(3, -1, -1, -1).to(torch.uint8)
-    film = frames_of(images, 40, random)
+    film = frames_of(images, Film(40, HAND_HELD), random)
     assert film.shape == (3, 40, 3, 24, 24)
     assert film.dtype == torch.uint8
     assert torch.equal(film[:, 0], images)
     middle = film[:, 1:, :2, 12, 12].float() / 10 - 12
-    assert float(middle.abs().max()) <= SHIFT_PIXELS * (1 + BRIGHTNESS) + 12 * BRIGHTNESS + 1
+    shift, brightness = HAND_HELD.shift_pixels, HAND_HELD.brightness
+    assert float(middle.abs().max()) <= shift * (1 + brightness) + 12 * brightness + 1
     for axis in (0, 1):  # to both sides
         assert middle[..., axis].min() < -1
         assert middle[..., axis].max() > 1
-    assert torch.equal(film, frames_of(images, 40, torch.Generator().manual_seed(0)))
+    assert torch.equal(film, frames_of(images, Film(40, HAND_HELD), torch.Generator().manual_seed(0)))
 
 
-def test_a_film_of_a_scene_says_more_than_one_image_where_noise_is_fresh(scene):
+def test_pictures_of_a_camera_that_stands_still_differ_by_its_sensors_noise_alone(random):
+    images = torch.full((2, 3, 24, 24), 128, dtype=torch.uint8)
+    images[:, :, :, 12:] = 64  # an edge, which would move with the camera
+    film = frames_of(images, Film(40, MOUNTED), random)
+    assert torch.equal(film[:, 0], images)
+    difference = film[:, 1:].float() - images[:, None]
+    assert float(difference.mean()) == pytest.approx(0, abs=0.05)
+    assert float(difference.std()) == pytest.approx(SENSOR_STD, rel=0.05)
+
+
+@pytest.mark.parametrize("name", ["frames-8", "still-8"])
+def test_a_film_of_a_scene_says_more_than_one_image_where_noise_is_fresh(scene, name):
     drawn = torch.Generator().manual_seed(0)
 
     def send(images):
@@ -448,11 +460,11 @@ def test_a_film_of_a_scene_says_more_than_one_image_where_noise_is_fresh(scene):
     noisy = replace(scene, everything=replace(scene.everything, send=send, wire=wire), arrived=send(scene.evaluated))
     plan = replace(TINY, effort=Effort(steps=DECODER_STEPS, check_every=20, width=16))
     errors = {}
-    for name in (ORACLE, "frames-8"):
-        finding = ATTACKS[name].run(noisy.view(Access.DEVICE), plan)
-        images = finding.variants["squared error"](noisy.film(finding.frames))
-        errors[name] = float(mse(images, pixels(scene.evaluated)).mean())
-    assert errors["frames-8"] < 0.85 * errors[ORACLE]
+    for attack in (ORACLE, name):
+        finding = ATTACKS[attack].run(noisy.view(Access.DEVICE), plan)
+        images = finding.variants["squared error"](noisy.seen(finding.film))
+        errors[attack] = float(mse(images, pixels(scene.evaluated)).mean())
+    assert errors[name] < 0.85 * errors[ORACLE]
 
 
 def test_a_film_that_says_more_does_not_put_the_oracle_in_doubt():
@@ -471,7 +483,7 @@ def test_a_film_that_says_less_than_one_image_puts_its_own_decoder_in_doubt(film
 def test_who_has_a_film_has_what_its_first_frame_says(scene):
     view = scene.view(Access.DEVICE)
     of_one, of_film = (ATTACKS[name].run(view, TINY).variants for name in (ORACLE, "frames-8"))
-    film = scene.film(8)
+    film = scene.seen(Film(8, HAND_HELD))
     for name, reconstruct in of_one.items():
         assert torch.equal(of_film[f"first frame, {name}"](film), reconstruct(film[:, 0]))
 

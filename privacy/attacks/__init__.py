@@ -13,6 +13,7 @@ from ensembler.privacy.attacks.matching import Matching
 from ensembler.privacy.attacks.pairs import KnownPairs, Oracle, OtherDevice
 from ensembler.privacy.attacks.prior import GenerativePrior
 from ensembler.privacy.attacks.shadow import Adaptive, Colluding, SingleShadow, Subsets
+from ensembler.privacy.film import MOUNTED
 
 _ALL: tuple[Attack, ...] = (
     MeanImage(),
@@ -36,6 +37,7 @@ _ALL: tuple[Attack, ...] = (
     InverseNet("eina"),
     Oracle(),
     Frames(8),
+    Frames(8, MOUNTED),
     Likelihood(prior=False),
     Likelihood(prior=True),
     Distillation(),

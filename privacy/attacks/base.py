@@ -9,6 +9,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from ensembler.privacy.decoder import Decoder, Effort, Features, Reconstruct, train_decoder
+from ensembler.privacy.film import Film
 from ensembler.privacy.scene import Access, View
 from ensembler.protocol.errors import EnsemblerError
 from ensembler.training.fit import derived_seed
@@ -69,14 +70,15 @@ class Finding:
         seen: what the attacker itself can see of its success, for instance the losses of its restarts.
         gates: sanity checks by what they say; one that is False makes a low score inconclusive.
         images: judge on so many images only; None takes all.
-        frames: of each scene that the variants take, ``(B, frames, *feature_shape)``; 1 is the image, without the axis.
+        film: of each scene that the variants take, ``(B, film.frames, *feature_shape)``; None is the image, without the
+            axis.
     """
 
     variants: dict[str, Reconstruct]
     seen: dict[str, Any] = field(default_factory=dict)
     gates: dict[str, bool] = field(default_factory=dict)
     images: int | None = None
-    frames: int = 1
+    film: Film | None = None
 
 
 class Attack(Protocol):

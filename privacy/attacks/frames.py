@@ -15,7 +15,7 @@ from torch import Tensor
 from ensembler.privacy.attacks.base import Finding, Plan, needed
 from ensembler.privacy.attacks.pairs import Oracle, oracle_decoders
 from ensembler.privacy.decoder import Reconstruct, as_map, painted, train_decoder
-from ensembler.privacy.film import frames_of, sent
+from ensembler.privacy.film import HAND_HELD, Camera, Film, frames_of, sent
 from ensembler.privacy.scene import Access, View
 
 
@@ -24,18 +24,19 @@ class Frames:
 
     Args:
         count: of frames.
+        camera: that takes them.
     """
 
     ACCESS = Access.DEVICE
     SOURCE = "ours"
 
-    def __init__(self, count: int) -> None:
-        self.NAME = f"frames-{count}"
+    def __init__(self, count: int, camera: Camera = HAND_HELD) -> None:
+        self.NAME = f"{'frames' if camera == HAND_HELD else 'still'}-{count}"
         self.WORDS = (
-            f"gets {count} frames of the same scene, as a hand-held camera takes them, and trains the oracle's "
+            f"gets {count} frames of the same scene, as {camera.words} takes them, and trains the oracle's "
             "decoders on the first and on the mean and the spread of what arrives; or takes the first frame alone"
         )
-        self._count = count
+        self._film = Film(count, camera)
 
     def ticks(self, plan: Plan) -> int:
         """See ``Attack``."""
@@ -54,7 +55,7 @@ class Frames:
             drawn = plan.generator(1, index)
 
             def watched(images: Tensor, drawn: torch.Generator = drawn) -> Tensor:
-                return summed_up(sent(frames_of(images, self._count, drawn), send))
+                return summed_up(sent(frames_of(images, self._film, drawn), send))
 
             decoder = train_decoder(
                 watched,
@@ -65,7 +66,7 @@ class Frames:
                 lambda: plan.tick("decoder"),
             )
             variants[name] = partial(_painted, decoder)
-        return Finding(variants=variants, frames=self._count)
+        return Finding(variants=variants, film=self._film)
 
 
 def summed_up(film: Tensor) -> Tensor:
