@@ -285,7 +285,7 @@ def _score(attack: Attack, scene: Scene, judge: Judge, plan: Plan, seed: int, re
     steps = replace(plan, num_nets=nets, seed=seed, tick=reporter.step)
     reporter.begin(f"{attack.NAME}, seed {seed}", attack.ticks(steps))
     finding = attack.run(scene.view(attack.ACCESS), steps)
-    arrived = scene.seen(finding.film)[: finding.images]
+    arrived = scene.filmed(finding.film)[: finding.images]
     results = {name: judge.measure(reconstruct(arrived)) for name, reconstruct in finding.variants.items()}
     means = {name: round(float(result["ssim"].mean()), 4) for name, result in results.items()}
     best = max(means, key=means.__getitem__)

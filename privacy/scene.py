@@ -205,7 +205,7 @@ class Scene:
         known = {name: getattr(all_of_it, name) for name in all_of_it.__dataclass_fields__}
         return View(**(known | hidden | {"access": access, "notes": self._notes.setdefault(access, {})}))
 
-    def seen(self, film: Film | None) -> Tensor:
+    def filmed(self, film: Film | None) -> Tensor:
         """Returns what arrives of a film of every judged image, ``(E, film.frames, *feature_shape)``.
 
         Without a film it is ``arrived``, which lacks the second axis.

@@ -314,7 +314,7 @@ def test_an_attack_works_with_what_its_threat_model_grants_and_gives_images(scen
     finding = attack.run(scene.view(attack.ACCESS), plan)
     assert len(ticks) <= attack.ticks(plan)
     for reconstruct in finding.variants.values():
-        images = reconstruct(scene.seen(finding.film)[:3])
+        images = reconstruct(scene.filmed(finding.film)[:3])
         assert images.shape == (3, 3, 16, 16)
         assert torch.isfinite(images).all()
         assert 0 <= float(images.min()) <= float(images.max()) <= 1
@@ -462,7 +462,7 @@ def test_a_film_of_a_scene_says_more_than_one_image_where_noise_is_fresh(scene, 
     errors = {}
     for attack in (ORACLE, name):
         finding = ATTACKS[attack].run(noisy.view(Access.DEVICE), plan)
-        images = finding.variants["squared error"](noisy.seen(finding.film))
+        images = finding.variants["squared error"](noisy.filmed(finding.film))
         errors[attack] = float(mse(images, pixels(scene.evaluated)).mean())
     assert errors[name] < 0.85 * errors[ORACLE]
 
@@ -483,7 +483,7 @@ def test_a_film_that_says_less_than_one_image_puts_its_own_decoder_in_doubt(film
 def test_who_has_a_film_has_what_its_first_frame_says(scene):
     view = scene.view(Access.DEVICE)
     of_one, of_film = (ATTACKS[name].run(view, TINY).variants for name in (ORACLE, "frames-8"))
-    film = scene.seen(Film(8, HAND_HELD))
+    film = scene.filmed(Film(8, HAND_HELD))
     for name, reconstruct in of_one.items():
         assert torch.equal(of_film[f"first frame, {name}"](film), reconstruct(film[:, 0]))
 
