@@ -176,7 +176,8 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         ]
     if prefix.endswith("strong"):
         name = "victim_seeds" if prefix == "strong" else f"{prefix}_victim_seeds"
-        figures.append(results.figure(name, len(victims), "clients", ">= 3", f"of one server; {sum(map(bool, found))} attacked"))
+        words = f"of one server; {sum(map(bool, found))} attacked"
+        figures.append(results.figure(name, len(victims), "clients", ">= 3", words))
     if pairs := [name for name in knowing if "pairs" in name]:
         figures.append(figure("same_device_known_plaintext_ssim", of(pairs, _ssim), "ssim", "up to 1,000 pairs"))
     if any(row["name"] == "other-device" for row in every):
