@@ -271,7 +271,7 @@ def test_an_attack_works_with_a_part_of_the_channels(scenes, name):
         assert attack.ACCESS == Access.WHITE_BOX or name in IMPOSSIBLE
         return
     for reconstruct in finding.variants.values():
-        assert reconstruct(scene.film(finding.frames)[:3]).shape == (3, 3, 16, 16)
+        assert reconstruct(scene.filmed(finding.film)[:3]).shape == (3, 3, 16, 16)
 
 
 def test_who_judges_what_was_read_sees_the_codes_of_the_bottleneck_alone(run, out, audit_images):
