@@ -15,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -34,8 +35,6 @@ DECODER = 3
 FORMER_STEPS = 1200  # at most, of cells that do not say so
 # Gates of no cell: a head that misses one is part of the result.
 GATES = ("--min-sqnr-db", "0", "--max-accuracy-drop", "100", "--plaintext")
-# The oracle alone, on the images that trained a cell's client.
-ON_ITS_OWN_IMAGES: dict[str, Any] = {"attacks": (), "auxiliary": "train", "seeds": 1}
 ENCODED = ("--encoder", "40,80", "--bottleneck")
 WIDER = ("--encoder", "64,128", "--bottleneck")  # twice the work on the device
 # Of one scene, eight pictures; beside the oracle of the same audit, which has one.
@@ -92,9 +91,7 @@ def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     noise = () if "--noise-std" in given else ("--noise-std", "0")
     run = trained(options.runs / folder, *common, "--defense", "single", *noise, *given, "--teacher", str(teacher))
     out = exported(run, options.out / folder, options.data, *GATES)
-    report = options.out / folder / "audit.html"
-    document = audited(run, out / "client", report, budget="standard", **ON_ITS_OWN_IMAGES)
-    rows = {row["name"]: row for row in document["attacks"]}
+    rows, document = attacked(name, options, "audit", "standard")
     opened = RunFolder.open(run)
     undefended = json.loads((teacher / "summary.json").read_text(encoding="utf-8"))["accuracy_wire"]
     accuracy = json.loads((out / "parity.json").read_text(encoding="utf-8"))["accuracy_artifact"]
@@ -111,40 +108,54 @@ def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
         "head_macs_share": round(head_share(opened.arch), 4),
         "epochs": opened.config.epochs_stage1,
         "seed": opened.config.seed,
-        "machine": results.machine(),
-        "date": datetime.now(UTC).date().isoformat(),
+        **here_and_today(),
         "seconds": round(time.monotonic() - began),
     }
 
 
 def thorough(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Attacks the client of a cell that is there with the thorough budget."""
-    folder = folder_of(name)
-    bundle, report = options.out / folder / "client", options.out / folder / "thorough.html"
-    document = audited(options.runs / folder, bundle, report, budget="thorough", **ON_ITS_OWN_IMAGES)
-    (oracle,) = (row for row in document["attacks"] if row["name"] == ORACLE)
-    return {
-        **read_by_the_oracle(oracle),
-        "machine": results.machine(),
-        "date": datetime.now(UTC).date().isoformat(),
-    }
+    rows, _ = attacked(name, options, "thorough", "thorough")
+    return {**read_by_the_oracle(rows[ORACLE]), **here_and_today()}
 
 
 def films(name: str, options: argparse.Namespace) -> dict[str, Any]:
     """Attacks the client of a cell that is there by one picture of each scene and by several."""
-    folder = folder_of(name)
-    bundle, report = options.out / folder / "client", options.out / folder / "films.html"
-    attacks = {"attacks": FILMS, "auxiliary": "train", "seeds": 1}
-    document = audited(options.runs / folder, bundle, report, budget="quick", **attacks)
-    rows = {row["name"]: row for row in document["attacks"]}
-    return {
-        **{
-            attack: {"ssim": rows[attack]["ssim"]["mean"], "psnr_db": clearest_psnr_db(rows[attack])}
-            for attack in (ORACLE, *FILMS)
-        },
-        "machine": results.machine(),
-        "date": datetime.now(UTC).date().isoformat(),
+    rows, _ = attacked(name, options, "films", "quick", FILMS)
+    seen = {
+        attack: {"ssim": rows[attack]["ssim"]["mean"], "psnr_db": clearest_psnr_db(rows[attack])}
+        for attack in (ORACLE, *FILMS)
     }
+    return {**seen, **here_and_today()}
+
+
+AGAIN = {"thorough": thorough, "films": films}  # of a cell that is there, by its name in the cell
+
+
+def attacked(
+    name: str, options: argparse.Namespace, report: str, budget: str, attacks: Sequence[str] = ()
+) -> tuple[dict[str, dict[str, Any]], dict[str, Any]]:
+    """Returns an audit of a cell's exported client: the rows by attack, and the document.
+
+    The attackers, the oracle and ``attacks``, own the very images that trained the client.
+    """
+    folder = folder_of(name)
+    out = options.out / folder
+    document = audited(
+        options.runs / folder,
+        out / "client",
+        out / f"{report}.html",
+        budget=budget,
+        attacks=attacks,
+        auxiliary="train",
+        seeds=1,
+    )
+    return {row["name"]: row for row in document["attacks"]}, document
+
+
+def here_and_today() -> dict[str, str]:
+    """Returns where and when a figure was measured."""
+    return {"machine": results.machine(), "date": datetime.now(UTC).date().isoformat()}
 
 
 def read_by_the_oracle(row: dict[str, Any]) -> dict[str, Any]:
@@ -156,9 +167,6 @@ def read_by_the_oracle(row: dict[str, Any]) -> dict[str, Any]:
         "steps": seen["steps"],
         "steps_at_most": seen["steps_at_most"],
     }
-
-
-AGAIN = {"thorough": thorough, "films": films}  # of a cell that is there, by its name in the cell
 
 
 def folder_of(name: str) -> str:

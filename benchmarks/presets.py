@@ -72,7 +72,7 @@ Row = dict[str, Any]
 def attacked(
     victims: Sequence[tuple[Path, Path]], folder: Path, only: int | None, kinds: Sequence[str], make: bool
 ) -> list[list[Row]]:
-    """Returns for each victim, or for one, the attacks' rows of the audits that are there, or of all of them."""
+    """Returns for each victim, or for one, the attacks' rows: of all audits, or of those of its that are there."""
     found = []
     for index, (run, bundle) in enumerate(victims):
         if only not in (None, index):
@@ -90,7 +90,8 @@ def attacked(
                 rows.append(row | {"doubted": not passed})
             rows += [{"name": f"selector, {way}", **facts} for way, facts in document["selector"].items()]
             rows.append({"name": "sent", **document["sent"]})
-        found.append(rows)
+        if rows:
+            found.append(rows)
     return found
 
 
@@ -176,8 +177,7 @@ def figures_of(prefix: str, found: list[list[Row]], victims: list[RunFolder]) ->
         ]
     if prefix.endswith("strong"):
         name = "victim_seeds" if prefix == "strong" else f"{prefix}_victim_seeds"
-        words = f"of one server; {sum(map(bool, found))} attacked"
-        figures.append(results.figure(name, len(victims), "clients", ">= 3", words))
+        figures.append(results.figure(name, len(victims), "clients", ">= 3", f"of one server; {len(found)} attacked"))
     if pairs := [name for name in knowing if "pairs" in name]:
         figures.append(figure("same_device_known_plaintext_ssim", of(pairs, _ssim), "ssim", "up to 1,000 pairs"))
     if any(row["name"] == "other-device" for row in every):
@@ -295,7 +295,7 @@ def main() -> None:
     found = attacked(victims, folder, options.only, options.kind or list(KINDS), not options.there)
     if options.only is not None:
         return
-    if not any(found):
+    if not found:
         raise SystemExit(f"{folder} has no report of these victims")
     runs = [RunFolder.open(run) for run, _ in victims]
     data, engine = data_sets.load(runs[0].config.data), OnnxEngine(options.server)

@@ -17,18 +17,20 @@ class Camera:
     """How pictures of one scene differ, beside the sensor's noise.
 
     Attributes:
+        name: of the attack that has its pictures, before their number.
         words: for people, with an article.
         shift_pixels: by which one is moved at most, up or down and to either side.
         brightness: by which share of itself one may be brighter or darker.
     """
 
+    name: str
     words: str
     shift_pixels: int
     brightness: float
 
 
-HAND_HELD = Camera("a hand-held camera", shift_pixels=2, brightness=0.05)
-MOUNTED = Camera("a camera that stands still", shift_pixels=0, brightness=0.0)
+HAND_HELD = Camera("frames", "a hand-held camera", shift_pixels=2, brightness=0.05)
+MOUNTED = Camera("still", "a camera that stands still", shift_pixels=0, brightness=0.0)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ class Frames:
     SOURCE = "ours"
 
     def __init__(self, count: int, camera: Camera = HAND_HELD) -> None:
-        self.NAME = f"{'frames' if camera == HAND_HELD else 'still'}-{count}"
+        self.NAME = f"{camera.name}-{count}"
         self.WORDS = (
             f"gets {count} frames of the same scene, as {camera.words} takes them, and trains the oracle's "
             "decoders on the first and on the mean and the spread of what arrives; or takes the first frame alone"
