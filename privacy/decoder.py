@@ -28,7 +28,9 @@ Features = Callable[[Tensor], Tensor]
 Reconstruct = Callable[[Tensor], Tensor]
 
 MAX_NEIGHBOURHOOD = 1600  # numbers that the linear map reads for one position
+RIDGE = 1e-3
 RIDGE_ROWS = 200_000
+FITTED = 2000  # images that the linear map is made from
 BATCH = 64
 LEARNING_RATE = 1e-3
 FLAT = 0.995  # a loss that is not below so much of the best one has not improved
@@ -155,7 +157,7 @@ class Decoder(nn.Module):
         return laid
 
     @torch.no_grad()
-    def fit_linear(self, features: Tensor, images: Tensor, ridge: float = 1e-3) -> None:
+    def fit_linear(self, features: Tensor, images: Tensor, ridge: float = RIDGE) -> None:
         """Solves for the linear map: ridge regression over every position of ``features``, uint8 ``images``."""
         maps = as_map(features)
         self._scale_of(features)
@@ -238,21 +240,65 @@ def train_decoder(
         tick: called after every step.
         stepwise: see ``Decoder``.
     """
+
+    def of(chosen: Tensor) -> Tensor:
+        return features_of(images[chosen])
+
+    return _trained(of, images, feature_shape, RIDGE, effort, generator, tick, stepwise=stepwise)
+
+
+def train_on_pairs(
+    features: Tensor,
+    images: Tensor,
+    ridge: float,
+    effort: Effort,
+    generator: torch.Generator,
+    tick: Callable[[], None] = lambda: None,
+) -> Decoder:
+    """Returns a decoder that was trained on these pairs and no others, until it is flat.
+
+    Args:
+        features: ``(M, *feature_shape)``, as they arrived.
+        images: ``(M, 3, H, W)`` uint8, of which they are; a tenth is kept to see when training is flat.
+        ridge: of the linear map that it begins with.
+        effort: how hard.
+        generator: of the beginning and of shuffling.
+        tick: called after every step.
+    """
+    return _trained(features.__getitem__, images, tuple(features.shape[1:]), ridge, effort, generator, tick)
+
+
+def _trained(
+    of: Features,
+    images: Tensor,
+    feature_shape: tuple[int, ...],
+    ridge: float,
+    effort: Effort,
+    generator: torch.Generator,
+    tick: Callable[[], None],
+    *,
+    stepwise: bool = False,
+) -> Decoder:
+    """Returns the decoder of the pairs that ``of`` gives for positions of ``images``."""
     kept = max(1, min(500, len(images) // 10))
-    held, train = images[:kept], images[kept:]
     size = (images.shape[-2], images.shape[-1])
     torch.manual_seed(generator.initial_seed())
     decoder = placed(Decoder(feature_shape, size, effort.width, stepwise=stepwise), images.device)
-    with torch.no_grad():
-        some = train[:2000]
-        decoder.fit_linear(torch.cat([features_of(part) for part in torch.split(some, CHUNK)]), some)
-        held_features = torch.cat([features_of(part) for part in torch.split(held, CHUNK)])
+
+    @torch.no_grad()
+    def features(first: int, last: int) -> Tensor:
+        return torch.cat([of(part) for part in torch.split(torch.arange(first, last, device=images.device), CHUNK)])
+
+    last = min(len(images), kept + FITTED)
+    decoder.fit_linear(features(kept, last), images[kept:last], ridge)
+    held, held_features = images[:kept], features(0, kept)
 
     def loss() -> Tensor:
-        chosen = torch.randint(len(train), (min(BATCH, len(train)),), generator=generator).to(images.device)
+        drawn = torch.randint(len(images) - kept, (min(BATCH, len(images) - kept),), generator=generator)
+        chosen = kept + drawn.to(images.device)
         with torch.no_grad():
-            features = features_of(train[chosen])
-        return _objective(decoder(features), pixels(train[chosen]), effort)
+            arrived = of(chosen)
+        return _objective(decoder(arrived), pixels(images[chosen]), effort)
 
     decoder.steps = train_until_flat(decoder, loss, lambda: [_loss(decoder, held_features, held, effort)], effort, tick)
     decoder.own_ssim = float(ssim(painted(decoder, held_features), pixels(held)).mean())

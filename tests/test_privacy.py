@@ -28,7 +28,7 @@ from ensembler.privacy.attacks.moments import Cleaner, Moments
 from ensembler.privacy.attacks.shadow import ShadowHead
 from ensembler.privacy.audit import BUDGETS, FLOOR, ORACLE, Budget, audit
 from ensembler.privacy.card import require_ssim
-from ensembler.privacy.decoder import Decoder, Effort, as_map, is_small, painted, pixels, train_decoder
+from ensembler.privacy.decoder import Decoder, Effort, as_map, is_small, painted, pixels, train_decoder, train_on_pairs
 from ensembler.privacy.film import HAND_HELD, MOUNTED, SENSOR_STD, Film, frames_of
 from ensembler.privacy.identity import Identifier
 from ensembler.privacy.metrics import entropy_bits, mse, psnr_db, ssim
@@ -321,6 +321,34 @@ def test_an_attack_works_with_what_its_threat_model_grants_and_gives_images(scen
     assert name == attack.NAME
     assert attack.SOURCE
     assert attack.WORDS
+
+
+def test_an_attacker_who_knows_ten_pairs_asks_the_device_for_ten_and_no_more(scene):
+    asked = []
+    view = scene.view(Access.DEVICE)
+
+    def send(images):
+        asked.append(len(images))
+        return view.send(images)
+
+    finding = ATTACKS["known-pairs-10"].run(replace(view, send=send), TINY)
+    assert asked == [10]
+    assert set(finding.variants) == {"ridge regression", "network"}
+
+
+def test_what_a_network_learned_of_a_few_pairs_is_more_than_their_linear_map(random):
+    coarse = torch.rand(160, 3, 4, 4, generator=random)
+    images = (255 * nn.functional.interpolate(coarse, (16, 16), mode="bilinear")).to(torch.uint8)
+    torch.manual_seed(0)
+    head = nn.Sequential(nn.Conv2d(3, 8, 3, padding=1), nn.ReLU(), nn.MaxPool2d(2))
+    with torch.no_grad():
+        features = head(normalise(images))
+    scores = []
+    for steps in (0, DECODER_STEPS):
+        effort = Effort(steps=steps, check_every=10, width=16)
+        decoder = train_on_pairs(features[:100], images[:100], 1e-3, effort, torch.Generator().manual_seed(0))
+        scores.append(float(ssim(painted(decoder, features[100:]), pixels(images[100:])).mean()))
+    assert scores[1] > scores[0]
 
 
 @pytest.mark.parametrize("name", [name for name, attack in ATTACKS.items() if attack.ACCESS > Access.NONE])

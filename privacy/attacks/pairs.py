@@ -14,7 +14,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding, Plan, decoder_of, needed
-from ensembler.privacy.decoder import Decoder, is_small, painted, pixels
+from ensembler.privacy.decoder import Decoder, is_small, painted, pixels, train_on_pairs
 from ensembler.privacy.metrics import mse
 from ensembler.privacy.scene import Access, View
 from ensembler.training.models import placed
@@ -23,7 +23,10 @@ RIDGES = (1e-4, 1e-3, 1e-2, 1e-1)
 
 
 class KnownPairs:
-    """Ridge regression on a few pairs: seconds, and no training.
+    """A decoder of a few pairs: ridge regression, and a network that goes on from there.
+
+    Where much is sent, or the device says it in a way of its own, the network sees more; of few pairs, or of a device
+    that says little, ridge regression does.
 
     Args:
         count: pairs.
@@ -34,22 +37,27 @@ class KnownPairs:
 
     def __init__(self, count: int) -> None:
         self.NAME = f"known-pairs-{count}"
-        self.WORDS = f"ridge regression on {count} images that the attacker sent through the same device"
+        self.WORDS = (
+            f"trains a decoder on {count} images that the attacker sent through the same device: ridge regression, or "
+            "a network that begins with it; the better counts"
+        )
         self._count = count
 
-    def ticks(self, plan: Plan) -> int:  # noqa: ARG002 (the protocol's)
+    def ticks(self, plan: Plan) -> int:
         """See ``Attack``."""
-        return 0
+        return plan.effort.steps
 
-    def run(self, view: View, plan: Plan) -> Finding:  # noqa: ARG002 (the protocol's)
+    def run(self, view: View, plan: Plan) -> Finding:
         """See ``Attack``."""
         send = needed(view.send, "a device")
         if len(view.auxiliary) < self._count:
             raise AttackImpossibleError(f"{self._count} pairs: the attacker has {len(view.auxiliary)} images")
         images = view.auxiliary[: self._count]
         features = send(images)
-        decoder = _linear(features, images, best_ridge(features, images))
-        return Finding(variants={"": partial(painted, decoder)})
+        ridge = best_ridge(features, images)
+        network = train_on_pairs(features, images, ridge, plan.effort, plan.generator(0), lambda: plan.tick("decoder"))
+        decoders = {"ridge regression": _linear(features, images, ridge), "network": network}
+        return Finding(variants={name: partial(painted, decoder) for name, decoder in decoders.items()})
 
 
 class Oracle:
