@@ -26,7 +26,7 @@ from torch import Tensor
 from ensembler.edge_runtime.card import file_digests
 from ensembler.edge_runtime.sealing import BundleSecret
 from ensembler.privacy.attacks import ATTACKS
-from ensembler.privacy.attacks.base import OWN_SSIM, Attack, AttackImpossibleError, Plan, nets_name
+from ensembler.privacy.attacks.base import OWN_SSIM, Attack, AttackImpossibleError, DivergedError, Plan, nets_name
 from ensembler.privacy.card import AUDIT, FLOOR, ORACLE
 from ensembler.privacy.decoder import Effort, pixels
 from ensembler.privacy.identity import Identifier
@@ -187,6 +187,7 @@ def audit(
     judge = Judge(scene)
     scores: list[Score] = []
     not_run: dict[str, str] = {}
+    strayed: list[dict[str, Any]] = []
     for seed in range(count):
         for name in names:
             if name in not_run or (seed and name == FLOOR):
@@ -195,13 +196,20 @@ def audit(
             if stored is None:
                 try:
                     stored = _score(ATTACKS[name], scene, judge, chosen.plan, seed, reporter)
+                except DivergedError as error:
+                    if name in (FLOOR, ORACLE):
+                        raise  # without a bound nothing else means anything
+                    strayed.append(_gate(name, f"{name}, seed {seed}: it ends in numbers", False, str(error)))
+                    continue
                 except AttackImpossibleError as error:
                     not_run[name] = str(error)
                     continue
                 parts.write(stored)
             scores.append(stored)
-    rows = [_row(ATTACKS[name], [s for s in scores if s.name == name]) for name in names if name not in not_run]
-    gates = _gates(rows, scores)
+    ended = {score.name for score in scores}
+    not_run |= {gate["about"]: gate["words"] for gate in strayed if gate["about"] not in ended}
+    rows = [_row(ATTACKS[name], [s for s in scores if s.name == name]) for name in names if name in ended]
+    gates = _gates(rows, scores) + [gate for gate in strayed if gate["about"] in ended]
     document = {
         "version": REPORT_VERSION,
         "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -223,7 +231,8 @@ def audit(
     }
     shown = (scene.evaluated[:SHOWN].permute(0, 2, 3, 1).cpu().numpy()).astype(np.uint8)
     write_report(document, shown, {s.name: s.shown for s in scores if s.seed == 0}, out)
-    write_whole(out.with_suffix(".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n")
+    # Who has the server's nets can rank them as well, and see which selection has the figures that stand here.
+    write_whole(out.with_suffix(".json"), json.dumps(document, indent=1, ensure_ascii=False) + "\n", mode=0o600)
     parts.remove()
     return document
 
@@ -287,6 +296,9 @@ def _score(attack: Attack, scene: Scene, judge: Judge, plan: Plan, seed: int, re
     finding = attack.run(scene.view(attack.ACCESS), steps)
     arrived = scene.filmed(finding.film)[: finding.images]
     results = {name: judge.measure(reconstruct(arrived)) for name, reconstruct in finding.variants.items()}
+    results = {name: result for name, result in results.items() if np.isfinite(result["ssim"]).all()}
+    if not results:
+        raise DivergedError(f"{attack.NAME} did not converge, what it paints is no number; try other --seeds")
     means = {name: round(float(result["ssim"].mean()), 4) for name, result in results.items()}
     best = max(means, key=means.__getitem__)
     # Each measure's figure is of the variant that is best by it.
@@ -341,6 +353,10 @@ def _spread(values: Sequence[float]) -> dict[str, float]:
     }
 
 
+def _gate(about: str, name: str, passed: bool, words: str) -> dict[str, Any]:
+    return {"about": about, "name": name, "passed": passed, "words": words}
+
+
 def _gates(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[dict[str, Any]]:
     """Returns whether the attacks were strong enough for a low score to mean something.
 
@@ -351,17 +367,14 @@ def _gates(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[d
     bound = max(row["ssim"]["mean"] for row in of_one_image if row["access"] >= Access.DEVICE)
     strongest = max((row["name"] for row in of_one_image if row["name"] != ORACLE), key=mean.__getitem__)
 
-    def gate(about: str, name: str, passed: bool, words: str) -> dict[str, Any]:
-        return {"about": about, "name": name, "passed": passed, "words": words}
-
     gates = [
-        gate(
+        _gate(
             AUDIT,
             "the oracle beats the floor",
             mean[ORACLE] >= mean[FLOOR] + ORACLE_GAIN,
             f"SSIM {mean[ORACLE]:.3f} against {mean[FLOOR]:.3f} of the mean image",
         ),
-        gate(
+        _gate(
             AUDIT,
             "no attack beats the oracle",
             mean[strongest] <= mean[ORACLE] + ORACLE_SLACK,
@@ -370,7 +383,7 @@ def _gates(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[d
         ),
     ]
     gates += [
-        gate(
+        _gate(
             row["name"],
             "several frames say no less than one",
             row["ssim"]["mean"] >= mean[ORACLE] - FILM_SLACK,
@@ -381,15 +394,15 @@ def _gates(rows: Sequence[Mapping[str, Any]], scores: Sequence[Score]) -> list[d
     ]
     for score in scores:
         name = f"{score.name}, seed {score.seed}"
-        gates += [gate(score.name, name, passed, words) for words, passed in score.gates.items()]
+        gates += [_gate(score.name, name, passed, words) for words, passed in score.gates.items()]
         if own := score.seen.get(OWN_SSIM):
             least = max(bound - OWN_SLACK, mean[FLOOR] + OWN_SHARE * (bound - mean[FLOOR]))
             words = f"SSIM {min(own):.3f}, and the best attack with the client's own features {bound:.3f}"
             inverted = min(own) >= least
-            gates.append(gate(score.name, f"{name}: its decoder inverts its own head", inverted, words))
+            gates.append(_gate(score.name, f"{name}: its decoder inverts its own head", inverted, words))
         if score.name not in (FLOOR, MISALIGNED) and (value := float(score.ssim.mean())) < NEGATIVE:
             words = f"SSIM {value:.3f}: turned round they may be readable, so this low score proves nothing"
-            gates.append(gate(score.name, f"{name}: what it shows are no negatives", False, words))
+            gates.append(_gate(score.name, f"{name}: what it shows are no negatives", False, words))
     return gates
 
 

@@ -35,6 +35,7 @@ BATCH = 64
 LEARNING_RATE = 1e-3
 FLAT = 0.995  # a loss that is not below so much of the best one has not improved
 CHUNK = 256
+QUIET = 0.01  # of the channels' mean deviation: the least that a channel is scaled by
 COOLING = 0.25  # the share of all steps, at their end, over which the learning rate falls, to COLD of what it was
 COLD = 0.02
 STEPWISE = 4  # pixels a side under one number of the map, from which on painting in steps is another way
@@ -157,25 +158,37 @@ class Decoder(nn.Module):
         return laid
 
     @torch.no_grad()
-    def fit_linear(self, features: Tensor, images: Tensor, ridge: float = RIDGE) -> None:
-        """Solves for the linear map: ridge regression over every position of ``features``, uint8 ``images``."""
-        maps = as_map(features)
+    def fit_linear(self, features: Tensor, images: Tensor, ridge: float = RIDGE, *, every: bool = False) -> None:
+        """Solves for the linear map: ridge regression over positions of ``features``, uint8 ``images``.
+
+        Of large maps the first images alone are read, as many as have ``RIDGE_ROWS`` positions, unless ``every``.
+        """
         self._scale_of(features)
-        keep = max(1, RIDGE_ROWS // (maps.shape[2] * maps.shape[3]))
-        x = (maps[:keep] - self.mean) / self.scale
+        part = max(1, RIDGE_ROWS // as_map(features[:1])[0, 0].numel())
+        read = len(images) if every else min(part, len(images))
+        columns, painted = self.linear.weight[0].numel() + 1, len(self.bias)
+        gram, towards = (torch.zeros(columns, wide, device=features.device) for wide in (columns, painted))
+        for start in range(0, read, part):
+            rows, cells = self._positions(features[start : start + part], images[start : start + part])
+            gram += rows.T @ rows
+            towards += rows.T @ cells
+        gram.diagonal().add_(ridge * read * as_map(features[:1])[0, 0].numel())
+        solution = torch.linalg.solve(gram, towards)
+        self.linear.weight.copy_(solution[:-1].T.reshape(self.linear.weight.shape))
+        self.bias.copy_(solution[-1])
+
+    def _positions(self, features: Tensor, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Returns of every position its neighbourhood's numbers and a one, and the pixels under it, as rows."""
+        maps = as_map(features)
+        x = (maps - self.mean) / self.scale
         height, width = maps.shape[2] * self.cell[0], maps.shape[3] * self.cell[1]
-        target = pixels(images[:keep])
+        target = pixels(images)
         if target.shape[-2:] != (height, width):
             target = F.interpolate(target, (height, width), mode="nearest")
         r, s = self.cell
         cells = F.unfold(target, (r, s), stride=(r, s)).transpose(1, 2).flatten(0, 1)
         rows = F.unfold(x, self.reach, padding=self.reach // 2).transpose(1, 2).flatten(0, 1)
-        rows = torch.cat([rows, torch.ones_like(rows[:, :1])], 1)
-        gram = rows.T @ rows
-        gram.diagonal().add_(ridge * len(rows))
-        solution = torch.linalg.solve(gram, rows.T @ cells)
-        self.linear.weight.copy_(solution[:-1].T.reshape(self.linear.weight.shape))
-        self.bias.copy_(solution[-1])
+        return torch.cat([rows, torch.ones_like(rows[:, :1])], 1), cells
 
     def fed_with(self, features: Tensor) -> Decoder:
         """Returns one that takes each channel of ``features`` for the same channel of what it was trained on."""
@@ -186,7 +199,9 @@ class Decoder(nn.Module):
     def _scale_of(self, features: Tensor) -> None:
         maps = as_map(features)
         self.mean.copy_(maps.mean((0, 2, 3), keepdim=True))
-        self.scale.copy_(maps.std((0, 2, 3), keepdim=True).clamp_min(1e-6))
+        scale = maps.std((0, 2, 3), keepdim=True)
+        # A channel that is constant here may speak later, and would outshout the others in units of its own deviation.
+        self.scale.copy_(scale.clamp_min(max(1e-6, QUIET * float(scale.mean()))))
 
 
 def _upwards(channels: int, width: int, doublings: int) -> nn.Sequential:

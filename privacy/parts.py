@@ -36,7 +36,8 @@ class Parts:
         self._folder = folder
         self._identity = hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
         try:
-            folder.mkdir(parents=True, exist_ok=True)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            folder.mkdir(mode=0o700, exist_ok=True)  # reconstructions of private images lie here
         except OSError as error:
             raise ConfigError(f"--out {folder.parent}: cannot be written: {error.strerror}") from error
 

@@ -446,7 +446,9 @@ def _selector(ways: Mapping[str, Mapping[str, Any]]) -> str:
     return _section(
         "Can the server tell which nets count?",
         "<p>A server can rank its nets by how they fit what arrives. 0.5 is chance, and 0 gives away as much as 1. "
-        "One client has few nets, so one figure means little; the attacks on images above need no such knowledge.</p>",
+        "One client has few nets, so one figure means little; the attacks on images above need no such knowledge. "
+        "<strong>Keep this table from whoever runs the server</strong>: who has the nets can rank them as well, and "
+        "see which selection has these figures.</p>",
         _scrolling(
             "Ranking the nets",
             "<table><thead><tr><th scope='col'>Ranked by</th><th scope='col'>AUC</th>"

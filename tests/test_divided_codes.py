@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
 import json
+import math
+from collections import Counter
 from dataclasses import replace
 
 import numpy as np
@@ -24,7 +27,7 @@ from ensembler.protocol.manifest import load_client, load_server, parse_client, 
 from ensembler.protocol.messages import RESULT, Message, decode, encode
 from ensembler.training.operators import Hearing, held, party_of, party_sizes
 from ensembler.training.runs import RunFolder
-from ensembler.training.stages import load_bodies, stage2, train
+from ensembler.training.stages import drawn_selector, load_bodies, stage2, train
 from ensembler.training.stages import load_client as trained_client
 from ensembler.transport.inprocess import InProcessTransport
 
@@ -100,6 +103,26 @@ def test_the_order_is_shuffled_within_an_operators_nets_alone(settings, run, tmp
 def test_every_operator_has_a_selected_net(settings):
     drawn = {stage2(settings()).selector for _ in range(100)}
     assert drawn == {(0, 2), (1, 2)}
+
+
+def test_every_selector_in_which_each_operator_has_a_net_is_as_likely():
+    sizes, times = [3, 2, 1], 4000
+    drawn = Counter(drawn_selector(sizes, 4) for _ in range(times))
+    sets = [
+        found
+        for found in itertools.combinations(range(6), 4)
+        if {party_of(position, sizes) for position in found} == {0, 1, 2}
+    ]
+    assert set(drawn) == set(sets)
+    expected = times / len(sets)
+    # Chi-squared of that many sets, 6 deviations above its mean.
+    surprise = sum((drawn[found] - expected) ** 2 / expected for found in sets)
+    assert surprise < len(sets) + 6 * math.sqrt(2 * len(sets))
+
+
+def test_many_operators_with_a_net_selected_each_are_drawn_at_once():
+    selector = drawn_selector([2] * 32, 32)  # in one of 400 million sets of 32 everybody has one
+    assert [position // 2 for position in selector] == list(range(32))
 
 
 @pytest.mark.parametrize(

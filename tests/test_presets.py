@@ -86,8 +86,21 @@ def test_every_preset_trains_a_net_that_can_be_built():
 
 
 @pytest.mark.parametrize(
-    "options", [["--defense", "single"], ["--defense", "joint"], ["--noise", "learned", "--noise-std", "1"]]
+    ("options", "message"),
+    [
+        (["--noise", "learned", "--noise-std", "1"], "learned with the selected nets alone; choose other --noise"),
+        (["--noise-mode", "fresh"], "--noise-mode does nothing here: --preset strong has --noise-std 0"),
+        (["--noise", "uniform"], "give --noise-std, too"),
+        (["--reg-kind", "linear"], "give --reg-weight, too"),
+    ],
 )
+def test_an_option_that_a_preset_makes_idle_or_that_undoes_it_is_refused(options, message, tiny_data, tmp_path, capsys):
+    common = ["train", "--data", tiny_data, "--arch", "resnet10_slim", "--preset", "strong", "--dry-run"]
+    assert main([*common, "--out", str(tmp_path / "r"), *options]) == 2
+    assert message in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("options", [["--defense", "single"], ["--defense", "joint"]])
 def test_a_preset_goes_with_a_defence_in_which_a_part_of_it_has_no_place(options, tiny_data, tmp_path, capsys):
     command = [
         "train",

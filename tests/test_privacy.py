@@ -6,6 +6,7 @@ import copy
 import json
 import math
 import shutil
+import stat
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +22,7 @@ from ensembler.export.pipeline import ExportOptions, export
 from ensembler.privacy import audit as audits
 from ensembler.privacy import scene as scenes
 from ensembler.privacy.attacks import ATTACKS, matching
-from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, Finding
+from ensembler.privacy.attacks.base import OWN_SSIM, AttackImpossibleError, DivergedError, Finding
 from ensembler.privacy.attacks.eye import Colours, train_eye
 from ensembler.privacy.attacks.matching import Shadow, guessed_head, known_head, matched
 from ensembler.privacy.attacks.moments import Cleaner, Moments
@@ -656,6 +657,31 @@ def test_the_distance_of_many_batches_is_that_of_their_mean_and_small_for_the_sa
     assert target.distance_of_all(ragged) == target.distance_of_all(parts)
 
 
+def test_a_channel_that_says_nothing_does_not_outshout_the_others(scene):
+    view = scene.view(Access.QUERY_FREE)
+    quiet = view.observed.clone()
+    quiet[:, 0] = 0.5
+    quiet[0, 0, 0, 0] += view.wire.feature_codec.scale  # as once in a thousand images
+    cleaner = Cleaner(view, quiet)
+    assert cleaner.heard.flatten().tolist() == [False] + [True] * (quiet.shape[1] - 1)
+    target = Moments(cleaner.clean(quiet))
+    shadow = Shadow(view, cleaner, known_head, torch.Generator().manual_seed(0))
+    whole = Cleaner(view, view.observed)
+    usual = Shadow(view, whole, known_head, torch.Generator().manual_seed(0))
+    assert shadow.distance(target) < 2 * usual.distance(Moments(whole.clean(view.observed)))
+    assert not shadow.sent()[:, 0].any()
+
+
+def test_a_decoder_is_not_outshouted_by_a_channel_that_was_silent_where_it_learned(random):
+    coarse = torch.rand(60, 3, 4, 4, generator=random)
+    images = (255 * nn.functional.interpolate(coarse, (16, 16), mode="nearest")).to(torch.uint8)
+    features = torch.cat([coarse, torch.zeros(60, 1, 4, 4)], 1)
+    decoder = Decoder((4, 4, 4), (16, 16), 4).eval()
+    decoder.fit_linear(features, images, 1e-6)
+    features[:, 3, 0, 0] += 0.02
+    assert float(ssim(painted(decoder, features), pixels(images)).mean()) > 0.9
+
+
 def test_matching_comes_nearer(scene):
     view = scene.view(Access.QUERY_FREE)
     cleaner = Cleaner(view, view.observed)
@@ -720,6 +746,8 @@ def run_audit(tiny, audit_images, tiny_budget):
 def test_an_audit_leaves_a_page_and_its_json_and_nothing_else(run_audit, tmp_path):
     document = run_audit(tmp_path / "report.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["report.html", "report.json"]
+    # Both show how the nets rank, from which whoever has the nets finds the selector; one shows images.
+    assert {stat.S_IMODE(path.stat().st_mode) for path in tmp_path.iterdir()} == {0o600}
     assert json.loads((tmp_path / "report.json").read_text()) == document
     means = [row["ssim"]["mean"] for row in document["attacks"]]
     assert means == sorted(means, reverse=True)
@@ -729,7 +757,7 @@ def test_an_audit_leaves_a_page_and_its_json_and_nothing_else(run_audit, tmp_pat
     assert document["verdict"]["sentence"] in (tmp_path / "report.html").read_text()
 
 
-def test_nothing_in_the_report_tells_the_selector_or_the_noise(run_audit, tmp_path, scene):
+def test_nothing_in_the_report_names_the_selector_or_the_noise(run_audit, tmp_path, scene):
     def kept(pairs):
         """How an attack's starts were turned and mirrored, [0, 1] say, looks like a selector and is none."""
         return {key: value for key, value in pairs if key != "turns"}
@@ -756,7 +784,7 @@ def test_an_audit_that_was_interrupted_goes_on_with_what_is_done(run_audit, tmp_
         patch.setitem(ATTACKS, ORACLE, Broken())
         with pytest.raises(KeyboardInterrupt):
             run_audit(tmp_path / "report.html")
-    assert (tmp_path / "report.parts").is_dir()
+    assert stat.S_IMODE((tmp_path / "report.parts").stat().st_mode) == 0o700  # it holds reconstructions
     original = audits._score
     monkeypatch.setattr(audits, "_score", lambda attack, *rest: (ran.append(attack.NAME), original(attack, *rest))[1])
     run_audit(tmp_path / "report.html")
@@ -896,6 +924,45 @@ def test_the_best_of_several_variants_counts_and_is_labelled(scene):
     assert score.seen["ssim_of_variants"][0] == pytest.approx(1)
     assert score.reidentified.all()
     assert score.same_class.all()
+
+
+class _Strays:
+    """An attack that diverges: with every seed, or with all but the first."""
+
+    NAME, ACCESS, SOURCE, WORDS = "known-pairs-10", Access.DEVICE, "test", "test"
+
+    def __init__(self, fewest):
+        self.fewest = fewest
+
+    def ticks(self, plan):
+        return 0
+
+    def run(self, view, plan):
+        value = torch.nan if plan.seed >= self.fewest else 0.5
+        return Finding(variants={"": lambda f: torch.full((len(f), 3, 16, 16), value)})
+
+
+@pytest.mark.parametrize("fewest", [0, 1])
+def test_an_attack_that_diverges_has_no_figure_and_is_no_proof(run_audit, tmp_path, monkeypatch, fewest):
+    monkeypatch.setitem(ATTACKS, _Strays.NAME, _Strays(fewest))
+    found = run_audit(tmp_path / "report.html", attacks=[_Strays.NAME], seeds=2)
+    assert "NaN" not in json.dumps(found)
+    rows = [row for row in found["attacks"] if row["name"] == _Strays.NAME]
+    whys = {left["name"]: left["why"] for left in found["not_run"]}
+    doubts = [gate for gate in found["gates"] if gate["about"] == _Strays.NAME and not gate["passed"]]
+    if fewest:
+        assert len(rows) == len(doubts) == 1
+        assert _Strays.NAME not in whys
+    else:
+        assert not rows
+        assert "did not converge" in whys[_Strays.NAME]
+
+
+def test_a_bound_that_diverges_ends_the_audit(run_audit, tmp_path, monkeypatch):
+    monkeypatch.setitem(ATTACKS, ORACLE, _Strays(0))
+    with pytest.raises(DivergedError, match="did not converge"):
+        run_audit(tmp_path / "report.html")
+    assert not (tmp_path / "report.html").exists()
 
 
 def test_each_measure_is_of_the_variant_that_is_best_by_it(scene):

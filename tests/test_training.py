@@ -530,6 +530,16 @@ def test_the_information_is_what_a_gaussian_channel_passes_beyond_the_class(spre
     assert float(information_bits(features, targets, noise_std)) == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("classes", [2, 10, 100, 300])
+def test_the_information_does_not_fade_with_the_number_of_classes(classes):
+    generator = torch.Generator().manual_seed(0)
+    bits = [
+        float(information_bits(torch.randn(128, 64, generator=generator), targets, 0.5))
+        for targets in torch.randint(classes, (20, 128), generator=generator)
+    ]
+    assert sum(bits) / len(bits) == pytest.approx(0.5 * math.log2(1 + 1 / 0.5**2), rel=0.05)
+
+
 def test_features_that_are_the_class_alone_have_no_information():
     targets = torch.tensor([0, 1, 1, 2])
     features = torch.tensor([1.0, -2.0, 7.0])[targets, None].requires_grad_()

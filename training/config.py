@@ -196,7 +196,11 @@ class TrainConfig:
         if self.reg_over == "selected" and self.reg_weight:
             raise ConfigError("--head-for all and --reg-over selected: the term of Eq. 3 would tell the selected heads")
         if self.noise == "learned":
-            raise ConfigError("--head-for all and --noise learned: that noise is learned with the selected nets alone")
+            raise ConfigError(
+                "--head-for all (a part of --preset strong and balanced) and --noise learned: that noise is learned "
+                "with the selected nets alone; choose other --noise, or --head-for selected, which may tell a server "
+                "the selector"
+            )
 
     def _check_perturbation(self) -> None:
         if not 0 <= self.dropout < 1:

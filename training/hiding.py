@@ -69,7 +69,9 @@ def information_bits(features: Tensor, targets: Tensor, noise_std: float) -> Ten
 
     The mean over numbers of ``log2(1 + var / noise_std^2) / 2``, with the variance within a class: if noise of that
     deviation is added, no more than so much passes (a Gaussian channel). It is the idea of CEM (Xia et al., CVPR 2025:
-    conditional entropy maximisation), with the classes as the mixture's parts.
+    conditional entropy maximisation), with the classes as the mixture's parts. What the few images of a class in a
+    batch cannot say of its variance, one of them nothing at all, all the classes say together: the loss is as strong
+    with a thousand classes as with two, as long as some class has two images in a batch.
 
     Args:
         features: ``(B, ...)``, before noise and codes.
@@ -85,7 +87,10 @@ def information_bits(features: Tensor, targets: Tensor, noise_std: float) -> Ten
         members = F.one_hot(targets).to(flat.dtype)  # (B, K)
         counts = members.sum(0)  # (K,)
         means = (members.T @ flat) / counts.clamp_min(1)[:, None]
-        spread = (members.T @ (flat - means[targets]).square()) / counts.clamp_min(1)[:, None]
+        squares = members.T @ (flat - means[targets]).square()
+        # A class of n images has n - 1 of its own: the pooled variance in the place of the last leaves no bias.
+        pooled = squares.sum(0) / (counts - 1).clamp_min(0).sum().clamp_min(1)
+        spread = (squares + pooled) / counts.clamp_min(1)[:, None]
         bits = torch.log2(1 + spread / noise_std**2).mean(1) / 2  # (K,)
         return (bits * counts).sum() / counts.sum()
 

@@ -77,6 +77,8 @@ def personalize(
             client_seed=None,
             epochs_stage3=source.config.epochs_stage3 if epochs is None else epochs,
             data=source.config.data if data is None else data,
+            # The machine that made the server's nets had a GPU perhaps, and this one need not.
+            device="cpu" if source.config.device == "cpu" else "auto",
         )
         summary = train(config, target, stage1_from=path, reporter=reporter)
     _finish_renewal(folder, new, old)

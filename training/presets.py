@@ -70,8 +70,10 @@ def _terse(arch: ArchSpec, *, name: str, terse: Terse) -> dict[str, Any]:
     halvings = len(shape) == 3 and _halvings(shape[1], shape[2])
     if not halvings:
         raise ConfigError(
-            f"--preset {name}: features of shape {shape} cannot be halved down to {CELLS}x{CELLS} cells; choose "
-            "another --head-end (ensembler cuts lists them)"
+            f"--preset {name}: features of shape {shape} cannot be halved down to {CELLS}x{CELLS} cells, as those with "
+            f"sides of {2 * CELLS}, {4 * CELLS} or {8 * CELLS} can; choose another --head-end (ensembler cuts lists "
+            "them), resize the images, for instance to 32x32 or 64x64, or give --bottleneck, --encoder and "
+            "--information-weight in place of the preset"
         )
 
     def encoder(width: int) -> tuple[int, ...]:

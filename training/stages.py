@@ -10,6 +10,7 @@ from __future__ import annotations
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
+from math import comb
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +45,6 @@ from ensembler.training.hiding import Hiding
 from ensembler.training.impartial import Impartial
 from ensembler.training.losses import OVERLAPS, classification_loss, stage3_loss
 from ensembler.training.models import ArchSpec, Net, build_net, feature_shape, normalise, placed
-from ensembler.training.operators import party_of
 from ensembler.training.perturbation import Draw, Perturbation
 from ensembler.training.ray_pool import RayPool
 from ensembler.training.runs import (
@@ -141,13 +141,34 @@ class Client(nn.Module):
 
 def stage2(config: TrainConfig) -> ClientSecret:
     """Draws the secret selector, P of N positions, from the operating system's generator."""
-    system, sizes = secrets.SystemRandom(), config.party_sizes
-    while True:  # until each operator has one of them: all such sets are as likely
-        selector = sorted(system.sample(range(config.trained_nets), config.used_nets))
-        if len({party_of(position, sizes) for position in selector}) == config.parties:
-            break
+    selector = drawn_selector(config.party_sizes, config.used_nets)
     seed = config.client_seed if config.client_seed is not None else secrets.randbits(62)
-    return ClientSecret(selector=tuple(selector), seed=seed)
+    return ClientSecret(selector=selector, seed=seed)
+
+
+def drawn_selector(sizes: Sequence[int], num_selected: int) -> tuple[int, ...]:
+    """Draws P positions from the operating system's generator: any set in which each operator has one, as likely.
+
+    Args:
+        sizes: how many nets each operator holds.
+        num_selected: P, at least as many as there are operators.
+    """
+    # ways[m][p]: in how many sets the operators from m on have p nets.
+    ways = [[0] * (num_selected + 1) for _ in sizes] + [[1] + [0] * num_selected]
+    for m in reversed(range(len(sizes))):
+        for p in range(num_selected + 1):
+            ways[m][p] = sum(comb(sizes[m], k) * ways[m + 1][p - k] for k in range(1, p + 1))
+    system, left, start = secrets.SystemRandom(), num_selected, 0
+    selector: list[int] = []
+    for m, size in enumerate(sizes):
+        drawn = system.randrange(ways[m][left])
+        for k in range(1, left + 1):
+            drawn -= comb(size, k) * ways[m + 1][left - k]
+            if drawn < 0:
+                break
+        selector += system.sample(range(start, start + size), k)
+        start, left = start + size, left - k
+    return tuple(sorted(selector))
 
 
 # --- stage 3 ---

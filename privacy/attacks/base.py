@@ -23,6 +23,10 @@ class AttackImpossibleError(EnsemblerError):
     """The attack cannot be run on this scene; the message says why. The report lists it as not run."""
 
 
+class DivergedError(EnsemblerError):
+    """The attack ended in what is no number: nothing that it shows means anything."""
+
+
 @dataclass(frozen=True, kw_only=True)
 class Plan:
     """How hard an attack tries, and with which randomness.

@@ -11,6 +11,7 @@ Related: FORA (Xu et al., CVPR 2024), PCAT (Gao and Zhang, USENIX Security 2023)
 from __future__ import annotations
 
 import copy
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -168,7 +169,7 @@ def _searched(view: View, plan: Plan, features: Tensor, build: Callable[[View], 
         attempts.append(Attempt(head.distance(target), tuple(turns)))
         if attempts[-1].distance <= MATCHED * target.chance:
             break  # the attacker sees that it is there
-    best = min(range(len(found)), key=lambda index: attempts[index].distance)
+    best = min(range(len(found)), key=lambda index: (math.isnan(attempts[index].distance), attempts[index].distance))
     return Match(head=found[best], cleaner=cleaner, target=target, attempts=tuple(attempts))
 
 

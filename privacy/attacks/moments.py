@@ -23,6 +23,7 @@ LEVELS = 17  # quantiles of each channel
 SAMPLED = 4096  # values of a channel for its quantiles
 FLOORS = (2e-3, 2e-2)  # of chance, in deviations: below, a statistic is as good as equal
 JUDGED = 4096  # images, for the distance that an attempt is judged by
+SILENT = 0.25  # of a code's step: a channel whose deviation is below says next to nothing
 TIED_SHARE = 0.02  # of values that are the smallest at their position, above which features end in a ReLU
 
 
@@ -32,6 +33,9 @@ class Cleaner:
     After a ReLU the smallest value that ever arrives at a position is the noise there, and it arrives often. Without
     one, the position's mean less that of its channel is the best guess. What a device drops arrives as 0.0 and is left
     out of both.
+
+    A channel in which next to nothing else is left (a ReLU that never fires) is silenced, in what arrives and in what a
+    shadow makes: in units of its own deviation any shadow would be millions away, and no other channel would count.
     """
 
     def __init__(self, view: View, observed: Tensor) -> None:
@@ -54,10 +58,13 @@ class Cleaner:
             else:
                 mean = (observed * there).sum(0, keepdim=True) / there.sum(0, keepdim=True).clamp_min(1)
                 self.offset = mean - mean.flatten(2).mean(2).reshape(mean.shape[:2] + (1,) * (mean.dim() - 2))
+        across = (0, 2, 3) if observed.dim() == 4 else tuple(range(observed.dim() - 1))  # tokens end in their channels
+        heard = (observed - self.offset).std(across, keepdim=True) > SILENT * self.codec.scale
+        self.heard = heard if heard.any() else torch.ones_like(heard)
 
     def clean(self, features: Tensor) -> Tensor:
-        """Returns features without the offset."""
-        return features - self.offset
+        """Returns features without the offset, and nothing of the channels that are silent."""
+        return torch.where(self.heard, features - self.offset, 0.0)
 
     def sent(self, features: Tensor) -> Tensor:
         """Returns what a head's own features become on the way: noise, dropout, the wire's codes, cleaned again."""

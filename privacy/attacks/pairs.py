@@ -56,7 +56,7 @@ class KnownPairs:
         features = send(images)
         ridge = best_ridge(features, images)
         network = train_on_pairs(features, images, ridge, plan.effort, plan.generator(0), lambda: plan.tick("decoder"))
-        decoders = {"ridge regression": _linear(features, images, ridge), "network": network}
+        decoders = {"ridge regression": _linear(features, images, ridge, every=True), "network": network}
         return Finding(variants={name: partial(painted, decoder) for name, decoder in decoders.items()})
 
 
@@ -143,8 +143,8 @@ def best_ridge(features: Tensor, images: Tensor) -> float:
     return min(RIDGES, key=error)
 
 
-def _linear(features: Tensor, images: Tensor, ridge: float) -> Decoder:
-    """Returns a decoder that is nothing but the linear map of these pairs."""
+def _linear(features: Tensor, images: Tensor, ridge: float, *, every: bool = False) -> Decoder:
+    """Returns a decoder that is nothing but the linear map of these pairs; ``every``: see ``fit_linear``."""
     decoder = placed(Decoder(tuple(features.shape[1:]), (images.shape[-2], images.shape[-1]), 4), images.device)
-    decoder.fit_linear(features, images, ridge)
+    decoder.fit_linear(features, images, ridge, every=every)
     return decoder.eval()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,8 @@ HELP = "train N nets, draw the secret selector, train the client (Ensembler, thr
 
 # What the parser adds for every verb, and what may stand beside --resume.
 NOT_OF_THE_RUN = frozenset({"verb", "json", "resume", "device", "jobs", "engine", "ray_address"})
+# Options that say of what kind something is, and how much there is of it.
+KINDS_OF = {"noise": "noise_std", "noise_mode": "noise_std", "reg_kind": "reg_weight", "reg_over": "reg_weight"}
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -199,10 +201,19 @@ def _config(options: argparse.Namespace) -> Any:
         plain = TrainConfig(**{name: value for name, value in given.items() if name not in squeezed})
         dataset = data.load(plain.data)
         chosen = preset_options(options.preset, plain.arch_spec(dataset.image_size, len(dataset.labels)))
-        if plain.defense != "ensembler" or plain.noise == "learned":
+        if plain.defense != "ensembler":
             chosen.pop("head_for", None)  # it has no place there, and nobody named it
+        _refuse_idle(options.preset, chosen, given)
         given = chosen | given
     return TrainConfig(**given)
+
+
+def _refuse_idle(preset: str, chosen: Mapping[str, Any], given: Mapping[str, Any]) -> None:
+    """Refuses an option that would do nothing, since the preset sets to 0 what it is a kind of."""
+    for name, weight in KINDS_OF.items():
+        if name in given and weight not in given and chosen.get(weight) == 0:
+            option, missing = ("--" + each.replace("_", "-") for each in (name, weight))
+            raise ConfigError(f"{option} does nothing here: --preset {preset} has {missing} 0; give {missing}, too")
 
 
 def _refuse_beside_resume(options: argparse.Namespace) -> None:
