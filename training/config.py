@@ -197,9 +197,9 @@ class TrainConfig:
             raise ConfigError("--head-for all and --reg-over selected: the term of Eq. 3 would tell the selected heads")
         if self.noise == "learned":
             raise ConfigError(
-                "--head-for all (a part of --preset strong and balanced) and --noise learned: that noise is learned "
-                "with the selected nets alone; choose other --noise, or --head-for selected, which may tell a server "
-                "the selector"
+                "--head-for all and --noise learned: that noise is learned with the selected nets alone; choose other "
+                "--noise, or --head-for selected, which may tell a server the selector (--preset strong and balanced "
+                "have all)"
             )
 
     def _check_perturbation(self) -> None:
