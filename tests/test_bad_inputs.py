@@ -203,6 +203,23 @@ def test_an_address_that_cannot_be_bound_is_named_with_the_cure(address, words):
         ServerSocket(address, keys=None, authorized=frozenset())
 
 
+def test_what_lies_at_a_path_is_not_deleted_to_listen_there(tmp_path):
+    from ensembler.transport.zmq_server import ServerSocket
+
+    photo = tmp_path / "photo.jpg"
+    photo.write_bytes(b"kept")
+    with pytest.raises(ConfigError, match="is there and is not a socket; choose another path"):
+        ServerSocket(f"ipc://{photo}", keys=None, authorized=frozenset())
+    assert photo.read_bytes() == b"kept"
+    taken = tmp_path / "taken"
+    with socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(taken))
+        other.listen()
+        with pytest.raises(ConfigError, match="another server listens there; stop it, or choose another path"):
+            ServerSocket(f"ipc://{taken}", keys=None, authorized=frozenset())
+    ServerSocket(f"ipc://{taken}", keys=None, authorized=frozenset()).close()  # whoever left it there has gone
+
+
 def test_a_port_in_use_is_an_error_of_the_input(tiny, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

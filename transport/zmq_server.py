@@ -10,6 +10,7 @@ import ctypes
 import errno
 import os
 import socket as sockets
+import stat
 from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
@@ -242,11 +243,28 @@ def _check(endpoint: str) -> None:
     scheme, _, address = endpoint.partition("://")
     host, _, port = address.rpartition(":")
     if scheme == "ipc" and address:
+        _check_path(endpoint, address)
         return
     if scheme != "tcp" or not host or not (port == "*" or (port.isdecimal() and int(port) <= 65535)):
         raise ConfigError(
             f"--bind {endpoint!r}: not an address; give tcp://address:port with a port of 1 to 65535, or *"
         )
+
+
+def _check_path(endpoint: str, path: str) -> None:
+    """Refuses a file and another server's socket, either of which libzmq would delete to listen there."""
+    try:
+        status = os.lstat(path)
+    except (OSError, ValueError):  # nothing is there; what is wrong with the name, libzmq says
+        return
+    if not stat.S_ISSOCK(status.st_mode):
+        raise ConfigError(f"--bind {endpoint}: {path} is there and is not a socket; choose another path")
+    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except OSError:  # whoever left it there has gone
+            return
+    raise ConfigError(f"--bind {endpoint}: another server listens there; stop it, or choose another path")
 
 
 class _Asked:
