@@ -59,6 +59,9 @@ def drawn():
             def sample(self, positions, count):
                 return list(positions)[-count:]
 
+            def randrange(self, _):
+                return 0
+
         patch.setattr(stages.secrets, "SystemRandom", System)
         yield
 
