@@ -130,7 +130,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             raise ConfigError("train --dry-run measures this machine alone; leave --engine ray away")
         if options.data is None:
             raise ConfigError("train --dry-run needs --data")
-        plan = make_plan(_config(options), stage1_from=options.stage1)
+        plan = make_plan(config_of(options), stage1_from=options.stage1)
         console.result(plan.to_dict(), plan.text())
         return 0
     out: Path | None = options.resume or options.out
@@ -143,7 +143,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
         else:
             if options.data is None or options.out is None:
                 raise ConfigError("train needs --data and --out for a new run, or --resume RUN for an interrupted one")
-            config = _config(options)
+            config = config_of(options)
             with _pool(options) as pool:
                 summary = train(config, options.out, stage1_from=options.stage1, reporter=reporter, pool=pool)
     except KeyboardInterrupt as interrupt:
@@ -187,7 +187,7 @@ def given_fields(options: argparse.Namespace) -> dict[str, Any]:
     return {name: value for name, value in given.items() if name in fields}
 
 
-def _config(options: argparse.Namespace) -> Any:
+def config_of(options: argparse.Namespace) -> Any:
     """Returns the ``TrainConfig`` of the given options."""
     from ensembler.training.config import TrainConfig
 
