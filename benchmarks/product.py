@@ -6,7 +6,7 @@ import argparse
 import json
 import shutil
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -18,10 +18,11 @@ from ensembler import EdgeClient
 from ensembler.cli import main as ensembler
 from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cli.demo import server_process
-from ensembler.cli.train import add_arguments, given_fields
+from ensembler.cli.train import add_arguments, config_of
 from ensembler.edge_runtime.card import file_digests
 from ensembler.privacy.audit import audit
 from ensembler.protocol.manifest import load_client as load_client_manifest
+from ensembler.training.config import TrainConfig
 from ensembler.training.data import Dataset
 from ensembler.training.fit import EVALUATION_BATCH
 from ensembler.training.models import normalise
@@ -30,6 +31,8 @@ from ensembler.training.stages import load_bodies, load_client
 
 # Of a run's options: how they were computed, and not what.
 OF_THE_MACHINE = {"device", "jobs", "precision"}
+# No option of the command line, so any will do; and a secret, which no message may hold.
+UNSAID = {"client_seed"}
 
 
 def checked(*arguments: str) -> None:
@@ -45,28 +48,30 @@ def trained(run: Path, *arguments: str) -> Path:
     Ends the benchmark where the run that is there has other options than ``arguments`` gives: its figures would stand
     under a command that does not lead to them.
     """
-    if (run / "config.json").is_file():
-        if others := _other_options(run, arguments):
-            raise SystemExit(f"{run} was trained with {others}; delete it, or keep this run in another folder")
-        if not (run / "summary.json").is_file():
-            checked("train", "--resume", str(run))
-    else:
+    if not (run / "config.json").is_file():
         checked("train", *arguments, "--out", str(run))
+        return run
+    finished = (run / "summary.json").is_file()
+    there = RunFolder.open(run) if finished else RunFolder.open_unfinished(run)
+    if others := _other_options(there.config, arguments):
+        raise SystemExit(f"{run} was trained with {others}; delete it, or keep this run in another folder")
+    if not finished:
+        checked("train", "--resume", str(run))
     return run
 
 
-def _other_options(run: Path, arguments: Sequence[str]) -> str:
-    """Says which options of a run are not those of ``arguments``, but for those of the machine."""
+def _other_options(has: TrainConfig, arguments: Sequence[str]) -> str:
+    """Says which options of a run are not those that ``arguments`` lead to, but for those of the machine."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    given = given_fields(parser.parse_args(arguments))
-    if "teacher" in given:
-        given["teacher"] = str(Path(given["teacher"]).absolute())  # as a run notes it
-    has = RunFolder.open(run).config
+    wanted: TrainConfig = config_of(parser.parse_args(arguments))
+    if wanted.teacher is not None:
+        wanted = replace(wanted, teacher=str(Path(wanted.teacher).absolute()))  # as a run notes it
+    names = sorted({field.name for field in fields(TrainConfig)} - OF_THE_MACHINE - UNSAID)
     return ", ".join(
-        f"{name} {getattr(has, name)} and not {given[name]}"
-        for name in sorted(given.keys() - OF_THE_MACHINE)
-        if given[name] != getattr(has, name)
+        f"{name} {getattr(has, name)} and not {getattr(wanted, name)}"
+        for name in names
+        if getattr(has, name) != getattr(wanted, name)
     )
 
 

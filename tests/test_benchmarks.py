@@ -1,0 +1,106 @@
+"""What the benchmarks take as done: a run, an export and a report of exactly what they would make now."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import sys
+from pathlib import Path
+
+import pytest
+
+from ensembler.cli.train import add_arguments, config_of
+from ensembler.training.runs import RunFolder
+
+sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
+
+import product
+
+
+@pytest.fixture
+def commands(monkeypatch):
+    """What the command line would have been told; nothing of it is done."""
+    told = []
+    monkeypatch.setattr(product, "checked", lambda *arguments: told.append(arguments))
+    return told
+
+
+# --- runs ---
+
+
+@pytest.fixture
+def strong(tiny_data):
+    return ("--data", tiny_data, "--arch", "resnet10_slim", "--preset", "strong", "-N", "3", "-P", "2")
+
+
+@pytest.fixture
+def begun(tmp_path):
+    """Returns a function that makes the folder of a run which was stopped at once."""
+
+    def make(arguments, **changes):
+        parser = argparse.ArgumentParser()
+        add_arguments(parser)
+        config = dataclasses.replace(config_of(parser.parse_args(arguments)), **changes)
+        arch = config.arch_spec((16, 16), 3)
+        return RunFolder.create(tmp_path / "run", config, arch, ("a", "b", "c"), data_digest="0" * 64)
+
+    return make
+
+
+def finish(run):
+    run.write_json("summary.json", {})
+
+
+def test_a_run_that_is_not_there_is_trained(strong, commands, tmp_path):
+    assert product.trained(tmp_path / "run", *strong) == tmp_path / "run"
+    assert commands == [("train", *strong, "--out", str(tmp_path / "run"))]
+
+
+def test_a_run_that_was_stopped_goes_on(begun, strong, commands):
+    run = begun(strong)
+    assert product.trained(run.path, *strong) == run.path
+    assert commands == [("train", "--resume", str(run.path))]
+
+
+def test_a_finished_run_is_taken_on_whatever_machine_it_was_made(begun, strong, commands):
+    run = begun(strong, device="cuda", jobs=2, precision="bfloat16", client_seed=5)
+    finish(run)
+    product.trained(run.path, *strong)
+    assert commands == []
+
+
+def test_a_teacher_is_the_same_by_its_path_from_here(begun, strong, commands, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run = begun(strong, teacher=str(tmp_path / "plain"))
+    finish(run)
+    product.trained(run.path, *strong, "--teacher", "plain")
+    assert commands == []
+    with pytest.raises(SystemExit, match="teacher"):
+        product.trained(run.path, *strong, "--teacher", "other")
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"information_weight": 0.05},  # of a preset as it was
+        {"bottleneck": None, "encoder": ()},
+        {"epochs_stage3": 5},  # a default
+    ],
+    ids=lambda changes: next(iter(changes)),
+)
+@pytest.mark.parametrize("finished", [True, False], ids=["finished", "stopped"])
+def test_a_run_of_other_options_is_not_taken_nor_gone_on_with(begun, strong, commands, changes, finished):
+    run = begun(strong, **changes)
+    if finished:
+        finish(run)
+    with pytest.raises(SystemExit, match=f"{next(iter(changes))} .* and not .*delete it"):
+        product.trained(run.path, *strong)
+    assert commands == []
+
+
+def test_the_secret_seed_is_in_no_message(begun, strong):
+    run = begun(strong, client_seed=987654321, seed=1)
+    with pytest.raises(SystemExit) as caught:
+        product.trained(run.path, *strong)
+    assert "seed 1 and not 0" in str(caught.value)
+    assert "987654321" not in str(caught.value)
