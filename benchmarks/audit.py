@@ -11,15 +11,14 @@ Figures are means over the victims' means, with each of them in the note; a figu
 from __future__ import annotations
 
 import argparse
-import json
 import shlex
 from pathlib import Path
 from typing import Any
 
 import results
+from product import audited
 
-from ensembler.cli.console import Console, ProgressReporter
-from ensembler.privacy.audit import MISALIGNED, NEGATIVE, audit
+from ensembler.privacy.audit import MISALIGNED, NEGATIVE
 from ensembler.privacy.card import FLOOR
 
 FIGURES = {  # attack, what of it, figure, unit, goal
@@ -54,23 +53,17 @@ FIGURES = {  # attack, what of it, figure, unit, goal
 }
 
 
-def audited(victim: str, attacks: list[str], other_device: Path | None, folder: Path) -> dict[str, Any]:
+def attacked(victim: str, attacks: list[str], other_device: Path | None, folder: Path) -> dict[str, Any]:
     """Returns the audit's document of one victim, made now unless it is there."""
     run, bundle = (Path(part) for part in victim.split("=", 1))
-    out = folder / f"{'-'.join([run.name, *attacks])}.html"
-    if out.with_suffix(".json").is_file():
-        document: dict[str, Any] = json.loads(out.with_suffix(".json").read_text(encoding="utf-8"))
-        return document
-    reporter = ProgressReporter(Console(as_json=False))
-    return audit(
+    return audited(
         run,
         bundle,
-        out,
+        folder / f"{'-'.join([run.name, *attacks])}.html",
+        command=f"benchmarks/audit.py {victim}",
         budget="quick",
         attacks=attacks or None,
         other_device=other_device,
-        command=f"benchmarks/audit.py {victim}",
-        reporter=reporter,
     )
 
 
@@ -126,7 +119,7 @@ def main() -> None:
     options = parser.parse_args()
     folder = Path("out/audit")
     folder.mkdir(parents=True, exist_ok=True)
-    documents = [audited(victim, options.attack, options.other_device, folder) for victim in options.victims]
+    documents = [attacked(victim, options.attack, options.other_device, folder) for victim in options.victims]
     asked = [part for attack in options.attack for part in ("--attack", attack)]
     if options.other_device:
         asked += ["--other-device", str(options.other_device)]

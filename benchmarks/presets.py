@@ -82,7 +82,7 @@ def attacked(
         for kind in kinds:
             options = KINDS[kind] | ({"other_device": other} if kind == "devices" else {})
             out = folder / f"{run.parent.name}-{run.name}-{kind}.html"
-            if not make and not is_about(out.with_suffix(".json"), bundle, options["budget"]):
+            if not make and not is_about(out.with_suffix(".json"), bundle, **options):
                 continue
             document = audited(run, bundle, out, command=shlex.join(["benchmarks/presets.py", str(run)]), **options)
             for row in document["attacks"]:

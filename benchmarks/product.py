@@ -20,7 +20,7 @@ from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cli.demo import server_process
 from ensembler.cli.train import add_arguments, config_of
 from ensembler.edge_runtime.card import file_digests
-from ensembler.privacy.audit import audit
+from ensembler.privacy.audit import audit, chosen_attacks
 from ensembler.protocol.manifest import load_client as load_client_manifest
 from ensembler.training.config import TrainConfig
 from ensembler.training.data import Dataset
@@ -33,6 +33,8 @@ from ensembler.training.stages import load_bodies, load_client
 OF_THE_MACHINE = {"device", "jobs", "precision"}
 # No option of the command line, so any will do; and a secret, which no message may hold.
 UNSAID = {"client_seed"}
+# How a report begins to say why an attack is not in it that nobody asked for.
+NOT_ASKED = "not part of this audit"
 
 
 def checked(*arguments: str) -> None:
@@ -82,28 +84,65 @@ def exported(run: Path, out: Path, data: str, *arguments: str) -> Path:
     return out
 
 
-def is_about(report: Path, bundle: Path, budget: str) -> bool:
-    """Returns whether there is an audit's JSON of that budget and of a bundle's files, which may be made anew."""
+def is_about(
+    report: Path,
+    bundle: Path,
+    *,
+    budget: str,
+    attacks: Sequence[str] | None = None,
+    auxiliary: str = "disjoint",
+    other_device: Path | None = None,
+    coalition: Sequence[int] | None = None,
+    seeds: int | None = None,
+) -> bool:
+    """Returns whether the JSON is there of an audit as these arguments of ``audit`` ask for, and of the bundle's files.
+
+    It may have more attacks. One that could not run counts as there: it could not run again.
+    """
     if not report.is_file():
         return False
     document = json.loads(report.read_text(encoding="utf-8"))
-    digests = file_digests(bundle, load_client_manifest(bundle))
-    return (document["budget"], document["subject"]["digests"]) == (budget, digests)
+    _, names, count = chosen_attacks(report.with_suffix(".html"), budget=budget, attacks=attacks, seeds=seeds)
+    tried = {row["name"] for row in document["attacks"]}
+    tried |= {each["name"] for each in document["not_run"] if not each["why"].startswith(NOT_ASKED)}
+    subject = document["subject"]
+    has = (
+        document["budget"],
+        document["seeds"],
+        document["images"]["auxiliary_source"],
+        subject["digests"],
+        subject.get("other_device"),
+        subject.get("operators", "").partition(" of ")[0],
+    )
+    wanted = (
+        budget,
+        list(range(count)),
+        auxiliary,
+        _digests(bundle),
+        None if other_device is None else _digests(other_device),
+        ", ".join(str(each + 1) for each in coalition or ()),
+    )
+    return has == wanted and tried.issuperset(names)
 
 
-def audited(run: Path, bundle: Path, report: Path, *, budget: str, **options: Any) -> dict[str, Any]:
+def _digests(bundle: Path) -> dict[str, str]:
+    return file_digests(bundle, load_client_manifest(bundle))
+
+
+def audited(run: Path, bundle: Path, report: Path, *, command: str = "", **asked: Any) -> dict[str, Any]:
     """Returns an audit's JSON, which is made if it is not there.
 
     Args:
         run: that trained the client.
         bundle: the client.
         report: the HTML, beside which the JSON is.
-        budget: see ``ensembler audit``.
-        options: further ones of ``audit``.
+        command: for the report.
+        asked: what is asked of ``audit``, as for ``is_about``.
     """
     document = report.with_suffix(".json")
-    if not is_about(document, bundle, budget):
-        audit(run, bundle, report, budget=budget, reporter=ProgressReporter(Console(as_json=False)), **options)
+    if not is_about(document, bundle, **asked):
+        reporter = ProgressReporter(Console(as_json=False))
+        audit(run, bundle, report, command=command, reporter=reporter, **asked)
     found: dict[str, Any] = json.loads(document.read_text(encoding="utf-8"))
     return found
 

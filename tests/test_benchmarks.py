@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+import json
+import shutil
 import sys
 from pathlib import Path
 
 import pytest
 
 from ensembler.cli.train import add_arguments, config_of
+from ensembler.privacy.audit import audit
 from ensembler.training.runs import RunFolder
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
@@ -104,3 +107,74 @@ def test_the_secret_seed_is_in_no_message(begun, strong):
         product.trained(run.path, *strong)
     assert "seed 1 and not 0" in str(caught.value)
     assert "987654321" not in str(caught.value)
+
+
+# --- reports ---
+
+ASKED = {"budget": "quick", "attacks": ("known-pairs-10", "other-device"), "seeds": 1}
+
+
+@pytest.fixture
+def report(tiny, audit_images, tiny_budget, one_thread, tmp_path):
+    """Returns a function that audits a client in a moment, and gives the JSON's path."""
+
+    def make(client=tiny.client, **options):
+        audit(tiny.run, client, tmp_path / "report.html", data=audit_images, **(ASKED | options))
+        return tmp_path / "report.json"
+
+    return make
+
+
+def test_a_report_is_taken_for_what_was_asked_alone(report, tiny, tmp_path):
+    made = report()
+    assert {each["name"] for each in json.loads(made.read_text())["not_run"]} >= {"other-device", "mla"}
+    for same in ({}, {"attacks": ()}, {"seeds": None}, {"coalition": None}):
+        assert product.is_about(made, tiny.client, **(ASKED | same)), same
+    for other in (
+        {"budget": "standard"},
+        {"attacks": None},
+        {"attacks": ("known-pairs-10", "mla")},
+        {"seeds": 3},
+        {"auxiliary": "train"},
+        {"other_device": tiny.client},
+        {"coalition": [0]},
+    ):
+        assert not product.is_about(made, tiny.client, **(ASKED | other)), other
+    assert not product.is_about(tmp_path / "missing.json", tiny.client, **ASKED)
+
+
+@pytest.fixture
+def anew(tiny, tmp_path):
+    """The tiny client, whose manifest has another digest."""
+    bundle = shutil.copytree(tiny.client, tmp_path / "client")
+    with (bundle / "manifest.json").open("a") as stream:
+        stream.write("\n")
+    return bundle
+
+
+def test_a_report_of_a_bundle_that_was_made_anew_is_not_taken(report, tiny, anew):
+    made = report()
+    assert not product.is_about(made, anew, **ASKED)
+    assert product.is_about(report(anew), anew, **ASKED)
+
+
+def test_a_report_with_another_device_is_of_that_device(report, tiny, anew):
+    made = report(other_device=tiny.client)
+    assert product.is_about(made, tiny.client, **ASKED, other_device=tiny.client)
+    assert not product.is_about(made, tiny.client, **ASKED, other_device=anew)
+    assert not product.is_about(made, tiny.client, **ASKED)
+
+
+def test_a_report_of_some_operators_is_of_those(report, tiny):
+    made = report(coalition=[0])
+    assert product.is_about(made, tiny.client, **ASKED, coalition=[0])
+    for others in ([1], [0, 1], None):
+        assert not product.is_about(made, tiny.client, **ASKED, coalition=others), others
+
+
+def test_an_audit_is_made_again_where_the_report_has_too_few_seeds(report, tiny, monkeypatch):
+    made, asked = report(), []
+    monkeypatch.setattr(product, "audit", lambda *_, **options: asked.append(options["seeds"]))
+    for seeds in (1, 3):
+        product.audited(tiny.run, tiny.client, made.with_suffix(".html"), **(ASKED | {"seeds": seeds}))
+    assert asked == [3]
