@@ -34,6 +34,7 @@ from matplotlib.figure import Figure
 
 from ensembler import EdgeClient
 from ensembler.privacy.boundary_study import plain_net
+from ensembler.privacy.parts import write_whole
 from ensembler.training import data as data_sets
 from ensembler.training.models import normalise
 from ensembler.training.runs import RunFolder
@@ -283,7 +284,7 @@ def main() -> None:
                         many = where == "loopback" and boundary == PAPER_BOUNDARIES.get(net, ("", ""))[1]
                         count = max(options.images, MANY if many else 0)
                         kept[name] = measured(net, Path(run), boundary, ring, where, count)
-                        path.write_text(json.dumps(kept), encoding="utf-8")
+                        write_whole(path, json.dumps(kept))
                         print(name, {key: value for key, value in kept[name].items() if key != "layers"}, flush=True)
                     cells[net][boundary, ring, where] = kept[name]
         lines += table(net, cells[net], boundaries)

@@ -25,6 +25,7 @@ import results
 from product import audited, clearest_psnr_db, exported, trained
 
 from ensembler.privacy.card import FLOOR, ORACLE
+from ensembler.privacy.parts import write_whole
 from ensembler.protocol.text import aligned
 from ensembler.training.plots import blank_figure
 from ensembler.training.presets import head_share
@@ -294,14 +295,14 @@ def main() -> None:
         if not is_current(known.get(name, {})):
             made = cell(name, options)
             known = there(path) | {name: made}  # another process may have made one meanwhile
-            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(known, indent=1) + "\n")
         for what, attack in again.items():
             found = attack(name, options)
             known = there(path)
             known[name][what] = found
-            path.write_text(json.dumps(known, indent=1) + "\n", encoding="utf-8")
+            write_whole(path, json.dumps(known, indent=1) + "\n")
         draw(known, path.with_suffix(".svg"))
-        path.with_suffix(".md").write_text(page(known), encoding="utf-8")
+        write_whole(path.with_suffix(".md"), page(known))
         print(table(known))
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import results
 
+from ensembler.privacy.parts import write_whole
 from ensembler.protocol.text import aligned
 
 # One net: what is looked at is the cut. Enough steps at a low rate for batch norm to settle; where its statistics had
@@ -74,7 +75,7 @@ def main() -> None:
         kept = options.out / f"{name}.json"
         if not kept.is_file():
             row, good = _measured(case)
-            kept.write_text(json.dumps({"row": row, "good": good}) + "\n", encoding="utf-8")
+            write_whole(kept, json.dumps({"row": row, "good": good}) + "\n")
         found = json.loads(kept.read_text(encoding="utf-8"))
         rows.append(tuple(found["row"]))
         print("  ".join(found["row"]), flush=True)

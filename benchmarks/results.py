@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from ensembler.privacy.parts import write_whole
 from ensembler.protocol.machine import machine
 
 RESULTS = Path(__file__).resolve().parent.parent / "docs" / "results"
@@ -41,7 +42,7 @@ def record(name: str, figures: list[dict[str, Any]], *, command: str, seed: int 
     new = {figure["figure"] for figure in complete}
     merged = [figure for figure in known if figure["figure"] not in new] + complete
     RESULTS.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(sorted(merged, key=lambda f: str(f["figure"])), indent=1) + "\n", encoding="utf-8")
+    write_whole(path, json.dumps(sorted(merged, key=lambda f: str(f["figure"])), indent=1) + "\n")
     for figure in complete:
         print(f"{figure['figure']}: {figure['value']} {figure['unit']} (goal {figure['goal'] or 'none'})")
 

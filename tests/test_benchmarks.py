@@ -18,6 +18,7 @@ from ensembler.training.runs import RunFolder
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
 import product
+import results
 
 
 @pytest.fixture
@@ -178,3 +179,28 @@ def test_an_audit_is_made_again_where_the_report_has_too_few_seeds(report, tiny,
     for seeds in (1, 3):
         product.audited(tiny.run, tiny.client, made.with_suffix(".html"), **(ASKED | {"seeds": seeds}))
     assert asked == [3]
+
+
+# --- figures ---
+
+
+@pytest.fixture
+def figures(monkeypatch, tmp_path):
+    """The folder of the results, which is empty."""
+    monkeypatch.setattr(results, "RESULTS", tmp_path / "results")
+    results.RESULTS.mkdir()
+    return results.RESULTS
+
+
+def test_figures_are_written_whole_or_not_at_all(figures, monkeypatch):
+    results.record("some", [results.figure("speed", 1.0, "s")], command="c", seed=None)
+    before = (figures / "some.json").read_text()
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Path, "replace", killed)
+    with pytest.raises(KeyboardInterrupt):
+        results.record("some", [results.figure("speed", 2.0, "s")], command="c", seed=None)
+    assert (figures / "some.json").read_text() == before
+    assert [path.name for path in figures.iterdir()] == ["some.json"]
