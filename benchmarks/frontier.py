@@ -22,7 +22,7 @@ from typing import Any
 
 import matplotlib as mpl
 import results
-from product import audited, clearest_psnr_db, exported, trained
+from product import audited, clearest_psnr_db, exported_once, is_exported, trained
 
 from ensembler.privacy.card import FLOOR, ORACLE
 from ensembler.privacy.parts import write_whole
@@ -92,7 +92,7 @@ def cell(name: str, options: argparse.Namespace) -> dict[str, Any]:
     teacher = trained(options.runs / "undefended", *common, "--defense", "none")
     noise = () if "--noise-std" in given else ("--noise-std", "0")
     run = trained(options.runs / folder, *common, "--defense", "single", *noise, *given, "--teacher", str(teacher))
-    out = exported(run, options.out / folder, options.data, *GATES)
+    out = exported_once(run, options.out / folder, options.data, *GATES)
     rows, document = attacked(name, options, "audit", "standard")
     opened = RunFolder.open(run)
     undefended = json.loads((teacher / "summary.json").read_text(encoding="utf-8"))["accuracy_wire"]
@@ -132,6 +132,19 @@ def films(name: str, options: argparse.Namespace) -> dict[str, Any]:
 
 
 AGAIN = {"thorough": thorough, "films": films}  # of a cell that is there, by its name in the cell
+
+
+def forget(name: str, options: argparse.Namespace) -> None:
+    """Removes a cell's reports, which were made with a former oracle; its client stays."""
+    for report in ("audit", *AGAIN):
+        (options.out / folder_of(name) / f"{report}.json").unlink(missing_ok=True)
+
+
+def without_client(names: Sequence[str], cells: dict[str, dict[str, Any]], options: argparse.Namespace) -> list[str]:
+    """Returns which cells are made, while what would be attacked once more is not here, with where that would be."""
+    folders = {name: folder_of(name) for name in names if is_current(cells.get(name, {}))}
+    places = {name: (options.runs / folder, options.out / folder) for name, folder in folders.items()}
+    return [f"{name} ({run}, {out})" for name, (run, out) in places.items() if not is_exported(run, out)]
 
 
 def attacked(
@@ -290,9 +303,16 @@ def main() -> None:
     if again and not options.only:
         parser.error(f"--{next(iter(again))}: name the cells with --only")
     path = results.RESULTS / "frontier.json"
+    if again and (lacking := without_client(options.only, there(path), options)):
+        raise SystemExit(
+            f"{path} has figures of these cells, whose run or exported client is not here to be attacked once more: "
+            f"{', '.join(lacking)}; put them back, or remove the cells from the file and they are made again"
+        )
     for name in options.only or CELLS:
         known = there(path)
         if not is_current(known.get(name, {})):
+            if name in known:
+                forget(name, options)
             made = cell(name, options)
             known = there(path) | {name: made}  # another process may have made one meanwhile
             write_whole(path, json.dumps(known, indent=1) + "\n")

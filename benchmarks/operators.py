@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 import results
-from product import audited, clearest_psnr_db, exported, trained
+from product import audited, clearest_psnr_db, exported_once, trained
 
 from ensembler.privacy.card import FLOOR, ORACLE
 from ensembler.training.runs import RunFolder
@@ -53,8 +53,7 @@ def main() -> None:
             *("--epochs", str(options.epochs), "--precision", options.precision, "--parties", str(operators)),
         )
         out = options.out / name
-        if not (out / "parity.json").is_file():
-            exported(run, out, options.data, *GATES)
+        exported_once(run, out, options.data, *GATES)
         percent[operators] = float(json.loads((out / "parity.json").read_text(encoding="utf-8"))["accuracy_artifact"])
         coalitions: dict[str, Sequence[int] | None] = {"together": None}
         if operators > 1:

@@ -21,6 +21,7 @@ from ensembler.cli.demo import server_process
 from ensembler.cli.train import add_arguments, config_of
 from ensembler.edge_runtime.card import file_digests
 from ensembler.privacy.audit import audit, chosen_attacks
+from ensembler.protocol.manifest import MANIFEST_NAME
 from ensembler.protocol.manifest import load_client as load_client_manifest
 from ensembler.training.config import TrainConfig
 from ensembler.training.data import Dataset
@@ -82,6 +83,17 @@ def exported(run: Path, out: Path, data: str, *arguments: str) -> Path:
     shutil.rmtree(out, ignore_errors=True)
     checked("export", str(run), "--out", str(out), "--data", data, *arguments)
     return out
+
+
+def is_exported(run: Path, out: Path) -> bool:
+    """Returns whether ``out`` has a whole export of a finished run: the client comes last, and after the run's end."""
+    summary, client = run / "summary.json", out / "client" / MANIFEST_NAME
+    return summary.is_file() and client.is_file() and client.stat().st_mtime >= summary.stat().st_mtime
+
+
+def exported_once(run: Path, out: Path, data: str, *arguments: str) -> Path:
+    """Exports into ``out`` unless the run's export is there: with it would go what lies beside it, such as reports."""
+    return out if is_exported(run, out) else exported(run, out, data, *arguments)
 
 
 def is_about(

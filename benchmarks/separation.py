@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import results
-from product import audited, exported, trained
+from product import audited, exported_once, trained
 
 from ensembler.privacy.card import FLOOR, ORACLE
 from ensembler.training.runs import RunFolder
@@ -49,8 +49,7 @@ def main() -> None:
         run = trained(options.runs / name, *common, "--reg-kind", kind, "--reg-weight", weight, *given)
         base = base or run
         out, report = options.out / name, options.out / f"{name}.html"
-        if not (out / "parity.json").is_file():
-            exported(run, out, options.data, *GATES)
+        exported_once(run, out, options.data, *GATES)
         document = audited(run, out / "client", report, budget=options.budget, attacks=ATTACKS, seeds=options.seeds)
         rows = {row["name"]: row for row in document["attacks"]}
         doubted = sorted({gate["about"] for gate in document["gates"] if not gate["passed"]} & set(ATTACKS))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import os
 import shutil
 import sys
 from pathlib import Path
@@ -17,8 +18,11 @@ from ensembler.training.runs import RunFolder
 
 sys.path.append(str(Path(__file__).resolve().parent.parent / "benchmarks"))
 
+import frontier
 import product
 import results
+
+ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture
@@ -110,6 +114,42 @@ def test_the_secret_seed_is_in_no_message(begun, strong):
     assert "987654321" not in str(caught.value)
 
 
+# --- exports ---
+
+
+@pytest.fixture
+def whole(tmp_path):
+    """A finished run and its export with a report beside it: their folders."""
+    run, out = tmp_path / "run", tmp_path / "out"
+    for path in (run / "summary.json", out / "client" / "manifest.json", out / "audit.parts" / "oracle-0.npz"):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    return run, out
+
+
+def test_an_export_that_is_whole_is_not_made_again_and_what_lies_beside_it_stays(whole, commands):
+    run, out = whole
+    assert product.exported_once(run, out, "demo") == out
+    assert commands == []
+    assert (out / "audit.parts" / "oracle-0.npz").is_file()
+
+
+def test_an_export_that_was_killed_is_made_anew(whole, commands):
+    run, out = whole
+    (out / "client").rename(out / ".partial-1")
+    product.exported_once(run, out, "demo", "--plaintext")
+    assert commands == [("export", str(run), "--out", str(out), "--data", "demo", "--plaintext")]
+    assert not out.exists()
+
+
+def test_an_export_of_the_run_that_was_there_before_is_made_anew(whole, commands):
+    run, out = whole
+    later = (out / "client" / "manifest.json").stat().st_mtime + 60
+    os.utime(run / "summary.json", (later, later))
+    product.exported_once(run, out, "demo")
+    assert [command[0] for command in commands] == ["export"]
+
+
 # --- reports ---
 
 ASKED = {"budget": "quick", "attacks": ("known-pairs-10", "other-device"), "seeds": 1}
@@ -181,7 +221,7 @@ def test_an_audit_is_made_again_where_the_report_has_too_few_seeds(report, tiny,
     assert asked == [3]
 
 
-# --- figures ---
+# --- figures and the frontier's cells ---
 
 
 @pytest.fixture
@@ -204,3 +244,40 @@ def test_figures_are_written_whole_or_not_at_all(figures, monkeypatch):
         results.record("some", [results.figure("speed", 2.0, "s")], command="c", seed=None)
     assert (figures / "some.json").read_text() == before
     assert [path.name for path in figures.iterdir()] == ["some.json"]
+
+
+NAME = "after stem, noise 2"
+
+
+@pytest.fixture
+def make_cells(figures, monkeypatch, tmp_path):
+    """Returns a function that starts frontier.py for one cell, with what is known of it; the folder of its export."""
+    known = json.loads((ROOT / "docs" / "results" / "frontier.json").read_text(encoding="utf-8"))[NAME]
+
+    def start(*arguments, **changes):
+        (figures / "frontier.json").write_text(json.dumps({NAME: known | changes}))
+        given = ["--data", "demo", "--only", NAME, "--runs", str(tmp_path), "--out", str(tmp_path / "out"), *arguments]
+        monkeypatch.setattr(sys, "argv", ["frontier.py", *given])
+        frontier.main()
+
+    monkeypatch.setattr(frontier, "cell", lambda *_: known | {"accuracy": 1.0})
+    return start
+
+
+def test_a_cell_whose_client_is_elsewhere_is_named_with_what_to_do(make_cells):
+    for again in ("--thorough", "--films"):
+        with pytest.raises(SystemExit, match=rf"{NAME} \(.*after_stem__noise_2.*remove the cells from the file"):
+            make_cells(again)
+
+
+def test_of_a_cell_of_a_former_oracle_the_reports_go_and_the_client_stays(make_cells, figures, tmp_path):
+    out = tmp_path / "out" / "after_stem__noise_2"
+    names = ["audit.json", "audit.parts/oracle-0.npz", "client/manifest.json", "films.json"]
+    for path in (out / name for name in names):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.touch()
+    make_cells()  # of today's oracle: nothing is to be done
+    assert all((out / name).is_file() for name in names)
+    make_cells(decoder=frontier.DECODER - 1)
+    assert [name for name in names if (out / name).is_file()] == ["audit.parts/oracle-0.npz", "client/manifest.json"]
+    assert json.loads((figures / "frontier.json").read_text())[NAME]["accuracy"] == 1.0
