@@ -75,6 +75,12 @@ lint: $(INSTALLED)
 docs: $(INSTALLED)
 	$(BIN)/pdoc --docformat google --output-directory out/docs $(DOCUMENTED)
 
+# What is there is not made again, and what was killed is not taken for it. $(call trained,NAME,OPTIONS) makes runs/NAME,
+# or goes on with it where its training was stopped; $(call exported,NAME,OPTIONS) makes out/NAME, whose client comes last.
+trained = test -f runs/$(1)/summary.json || if test -f runs/$(1)/config.json; then \
+	$(BIN)/ensembler train --resume runs/$(1); else $(BIN)/ensembler train $(2) --out runs/$(1); fi
+exported = test -f out/$(1)/client/manifest.json || $(BIN)/ensembler export runs/$(1) --out out/$(1) $(2)
+
 # Figures for docs/results/, minutes each; the goal and the command stand beside every figure. The recorded ones were
 # taken with BUNDLES=out/cifar10_slim, which `make cifar` makes.
 bench: $(INSTALLED)
@@ -116,10 +122,8 @@ wire: $(INSTALLED)
 SLIM = runs/wire/bits_8
 AUDITED = $(BIN)/python benchmarks/audit.py $(foreach i,0 1 2,$(SLIM)_$(i)=out/wire/bits_8_$(i)/client)
 privacy: $(INSTALLED)
-	test -f $(SLIM)_2/summary.json || $(BIN)/ensembler train --data "$(CIFAR10)" --arch resnet10_slim -N 4 -P 2 --epochs 4 \
-		--stage1 $(SLIM)_0 --out $(SLIM)_2
-	test -d out/wire/bits_8_2 || $(BIN)/ensembler export $(SLIM)_2 --out out/wire/bits_8_2 --plaintext \
-		--server-bundle out/wire/bits_8_0/server
+	$(call trained,wire/bits_8_2,--data "$(CIFAR10)" --arch resnet10_slim -N 4 -P 2 --epochs 4 --stage1 $(SLIM)_0)
+	$(call exported,wire/bits_8_2,--plaintext --server-bundle out/wire/bits_8_0/server)
 	$(AUDITED)
 	$(AUDITED) --attack shadow-single --attack shadow-calibrated --attack shadow-adaptive
 	$(AUDITED) --attack known-pairs-10 --attack known-pairs-1000 --attack distribution-matching-64
@@ -136,32 +140,25 @@ STRONG = --arch resnet10_half --preset strong $(TERSE)
 BALANCED = --arch resnet10_half --preset balanced $(TERSE)
 PUBLISH = --plaintext --max-accuracy-drop 1
 presets: $(INSTALLED)
-	for i in 0 1 2; do test -f runs/none_$$i/summary.json || \
-		$(BIN)/ensembler train $(PRESET) --arch resnet10_half --defense none --seed $$i --out runs/none_$$i || exit 1; done
-	test -f runs/local/summary.json || \
-		$(BIN)/ensembler train $(PRESET) --arch resnet10_slim --defense none --teacher runs/none_0 --out runs/local
-	test -f runs/strong_0/summary.json || $(BIN)/ensembler train $(PRESET) $(STRONG) --jobs 2 --out runs/strong_0
-	for i in 1 2; do test -f runs/strong_$$i/summary.json || \
-		$(BIN)/ensembler train $(PRESET) $(STRONG) --stage1 runs/strong_0 --out runs/strong_$$i || exit 1; done
-	test -d out/strong_0 || $(BIN)/ensembler export runs/strong_0 --out out/strong_0 $(PUBLISH)
-	for i in 1 2; do test -d out/strong_$$i || $(BIN)/ensembler export runs/strong_$$i --out out/strong_$$i $(PUBLISH) \
-		--server-bundle out/strong_0/server || exit 1; done
+	for i in 0 1 2; do $(call trained,none_$$i,$(PRESET) --arch resnet10_half --defense none --seed $$i) || exit 1; done
+	$(call trained,local,$(PRESET) --arch resnet10_slim --defense none --teacher runs/none_0)
+	$(call trained,strong_0,$(PRESET) $(STRONG) --jobs 2)
+	for i in 1 2; do $(call trained,strong_$$i,$(PRESET) $(STRONG) --stage1 runs/strong_0) || exit 1; done
+	$(call exported,strong_0,$(PUBLISH))
+	for i in 1 2; do $(call exported,strong_$$i,$(PUBLISH) --server-bundle out/strong_0/server) || exit 1; done
 	$(BIN)/python benchmarks/presets.py strong $(foreach i,0 1 2,--victim runs/strong_$(i)=out/strong_$(i)/client) \
 		--local runs/local --server out/strong_0/server $(foreach i,0 1 2,--undefended runs/none_$(i))
-	test -f runs/local_half/summary.json || $(BIN)/ensembler train $(PRESET) --arch benchmarks.nets:resnet10_22 \
-		--head-end stem --defense none --teacher runs/none_0 --out runs/local_half
-	test -f runs/bal_0/summary.json || $(BIN)/ensembler train $(PRESET) $(BALANCED) --jobs 2 --out runs/bal_0
-	for i in 1 2; do test -f runs/bal_$$i/summary.json || \
-		$(BIN)/ensembler train $(PRESET) $(BALANCED) --stage1 runs/bal_0 --out runs/bal_$$i || exit 1; done
-	test -d out/bal_0 || $(BIN)/ensembler export runs/bal_0 --out out/bal_0 $(PUBLISH)
-	for i in 1 2; do test -d out/bal_$$i || $(BIN)/ensembler export runs/bal_$$i --out out/bal_$$i $(PUBLISH) \
-		--server-bundle out/bal_0/server || exit 1; done
+	$(call trained,local_half,$(PRESET) --arch benchmarks.nets:resnet10_22 --head-end stem --defense none \
+		--teacher runs/none_0)
+	$(call trained,bal_0,$(PRESET) $(BALANCED) --jobs 2)
+	for i in 1 2; do $(call trained,bal_$$i,$(PRESET) $(BALANCED) --stage1 runs/bal_0) || exit 1; done
+	$(call exported,bal_0,$(PUBLISH))
+	for i in 1 2; do $(call exported,bal_$$i,$(PUBLISH) --server-bundle out/bal_0/server) || exit 1; done
 	$(BIN)/python benchmarks/presets.py balanced $(foreach i,0 1 2,--victim runs/bal_$(i)=out/bal_$(i)/client) \
 		--local runs/local_half --server out/bal_0/server $(foreach kind,oracle devices servers,--kind $(kind)) \
 		$(foreach i,0 1 2,--undefended runs/none_$(i))
-	test -f runs/obf_0/summary.json || $(BIN)/ensembler train $(PRESET) --arch resnet10_half --preset obfuscate -N 4 -P 2 \
-		--epochs-stage3 8 --out runs/obf_0
-	test -d out/obf_0 || $(BIN)/ensembler export runs/obf_0 --out out/obf_0 $(PUBLISH)
+	$(call trained,obf_0,$(PRESET) --arch resnet10_half --preset obfuscate -N 4 -P 2 --epochs-stage3 8)
+	$(call exported,obf_0,$(PUBLISH))
 	$(BIN)/python benchmarks/presets.py obfuscate --victim runs/obf_0=out/obf_0/client --server out/obf_0/server \
 		$(foreach kind,oracle servers matching,--kind $(kind)) $(foreach i,0 1 2,--undefended runs/none_$(i))
 
@@ -169,13 +166,11 @@ presets: $(INSTALLED)
 FACE = --data "$(FACES)" --arch resnet10_half --precision fast --batch-size 64 --epochs-stage1 16
 FIVE = 0 1 2 3 4
 faces: $(INSTALLED)
-	for i in $(FIVE); do test -f runs/faces_none_$$i/summary.json || \
-		$(BIN)/ensembler train $(FACE) --defense none --seed $$i --out runs/faces_none_$$i || exit 1; done
-	for i in $(FIVE); do test -f runs/faces_strong_$$i/summary.json || $(BIN)/ensembler train $(FACE) --preset strong -N 4 -P 2 \
-		--epochs-stage3 20 --teacher runs/faces_none_0 $$(test $$i = 0 || echo --stage1 runs/faces_strong_0) \
-		--out runs/faces_strong_$$i || exit 1; done
-	for i in $(FIVE); do test -d out/faces_strong_$$i || $(BIN)/ensembler export runs/faces_strong_$$i \
-		--out out/faces_strong_$$i $(PUBLISH) $$(test $$i = 0 || echo --server-bundle out/faces_strong_0/server) || exit 1; done
+	for i in $(FIVE); do $(call trained,faces_none_$$i,$(FACE) --defense none --seed $$i) || exit 1; done
+	for i in $(FIVE); do $(call trained,faces_strong_$$i,$(FACE) --preset strong -N 4 -P 2 --epochs-stage3 20 \
+		--teacher runs/faces_none_0 $$(test $$i = 0 || echo --stage1 runs/faces_strong_0)) || exit 1; done
+	for i in $(FIVE); do $(call exported,faces_strong_$$i,$(PUBLISH) \
+		$$(test $$i = 0 || echo --server-bundle out/faces_strong_0/server)) || exit 1; done
 	$(BIN)/python benchmarks/presets.py faces_strong $(foreach i,$(FIVE),--victim runs/faces_strong_$(i)=out/faces_strong_$(i)/client) \
 		--server out/faces_strong_0/server $(foreach i,$(FIVE),--undefended runs/faces_none_$(i))
 
@@ -183,29 +178,27 @@ faces: $(INSTALLED)
 ATTACKED = misaligned-decoder known-pairs-100 frames-8 distribution-matching shadow-informed
 reports: $(INSTALLED)
 	for preset in obfuscate balanced strong; do \
-		test -f runs/dm_$$preset/summary.json || $(BIN)/ensembler train --data demo --arch resnet10_slim --preset $$preset \
-			-N 4 -P 2 --epochs 6 --precision fast --out runs/dm_$$preset || exit 1; \
+		$(call trained,dm_$$preset,--data demo --arch resnet10_slim --preset $$preset -N 4 -P 2 --epochs 6 \
+			--precision fast) || exit 1; \
 		$(BIN)/ensembler audit runs/dm_$$preset --budget quick $(foreach name,$(ATTACKED),--attack $(name)) \
 			--out docs/results/audit-$$preset.html || exit 1; done
 
 # Crypto-clear inference: a small net on 100 images, C2PI's Table II with both VGGs, and an Ensembler behind the boundary;
 # as root for the links. Two hours on two cores, most of them training; what is there is not made again.
 PLAIN = $(PRESET) --defense none
+bench-crypto: BIN = $(CRYPTO)/bin
 bench-crypto: $(CRYPTO)/.installed
-	test -f runs/none_0/summary.json || \
-		$(CRYPTO)/bin/ensembler train $(PLAIN) --arch resnet10_half --seed 0 --out runs/none_0
-	for net in vgg16 vgg19; do test -f runs/$$net/summary.json || \
-		$(CRYPTO)/bin/ensembler train $(PLAIN) --epochs 5 --arch $$net --out runs/$$net || exit 1; done
-	test -f runs/hidden/summary.json || $(CRYPTO)/bin/ensembler train $(PRESET) --arch resnet10_slim -N 4 -P 2 \
-		--epochs 4 --noise-std 0 --head-for all --out runs/hidden
-	$(CRYPTO)/bin/python benchmarks/crypto.py runs/none_0 --boundary 4 --boundary 5 --boundary 8 --boundary 12
+	$(call trained,none_0,$(PLAIN) --arch resnet10_half --seed 0)
+	for net in vgg16 vgg19; do $(call trained,$$net,$(PLAIN) --epochs 5 --arch $$net) || exit 1; done
+	$(call trained,hidden,$(PRESET) --arch resnet10_slim -N 4 -P 2 --epochs 4 --noise-std 0 --head-for all)
+	$(BIN)/python benchmarks/crypto.py runs/none_0 --boundary 4 --boundary 5 --boundary 8 --boundary 12
 	for net in vgg16 vgg19; do for ssim in 0.2 0.3; do test -f out/boundary_$${net}_$$ssim.json || { \
-		$(CRYPTO)/bin/ensembler boundary runs/$$net --out out/boundary_$$net.json --ssim $$ssim --layers 6,7,8,9,10,11 \
+		$(BIN)/ensembler boundary runs/$$net --out out/boundary_$$net.json --ssim $$ssim --layers 6,7,8,9,10,11 \
 			--visited-only --steps 250 --images 300 && \
 		cp out/boundary_$$net.json out/boundary_$${net}_$$ssim.json; } || exit 1; done; done
-	$(CRYPTO)/bin/python benchmarks/crypto_table2.py vgg16=runs/vgg16 vgg19=runs/vgg19 \
+	$(BIN)/python benchmarks/crypto_table2.py vgg16=runs/vgg16 vgg19=runs/vgg19 \
 		$(foreach net,vgg16 vgg19,$(foreach ssim,0.2 0.3,--found $(net)=out/boundary_$(net)_$(ssim).json))
-	$(CRYPTO)/bin/python benchmarks/crypto_ensemble.py runs/hidden
+	$(BIN)/python benchmarks/crypto_ensemble.py runs/hidden
 
 # Heads that are unlike earlier ones, by cosine or after the best linear map, on the built-in images;
 # hours on a core, one with --budget quick.

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import os
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -281,3 +282,47 @@ def test_of_a_cell_of_a_former_oracle_the_reports_go_and_the_client_stays(make_c
     make_cells(decoder=frontier.DECODER - 1)
     assert [name for name in names if (out / name).is_file()] == ["audit.parts/oracle-0.npz", "client/manifest.json"]
     assert json.loads((figures / "frontier.json").read_text())[NAME]["accuracy"] == 1.0
+
+
+# --- the Makefile ---
+
+
+@pytest.fixture
+def make(tmp_path):
+    """Returns a function that makes a target in an empty folder, where programs do nothing but say their arguments."""
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name in ("ensembler", "python"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >> said\n')
+        (programs / name).chmod(0o755)
+
+    def run(target):
+        given = ["INSTALLED=", f"BIN={programs}", "CIFAR10=demo", "FACES=demo"]
+        command = ["make", "--file", str(ROOT / "Makefile"), "--directory", str(tmp_path), target, *given]
+        subprocess.run(command, check=True, capture_output=True)
+        said = (tmp_path / "said").read_text().splitlines()
+        (tmp_path / "said").unlink()
+        return said
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("target", "net"),
+    [("presets", "strong_1"), ("presets", "obf_0"), ("faces", "faces_strong_2"), ("privacy", "wire/bits_8_2")],
+)
+def test_make_goes_on_with_what_was_killed_and_leaves_alone_what_is_finished(make, target, net, tmp_path):
+    run, out = tmp_path / "runs" / net, tmp_path / "out" / net
+    said = make(target)
+    (trained,) = (line for line in said if line.startswith("ensembler train") and line.endswith(f"--out runs/{net}"))
+    (exported,) = (line for line in said if line.startswith(f"ensembler export runs/{net} --out out/{net} "))
+    run.mkdir(parents=True)
+    (run / "config.json").touch()
+    (out / ".partial-1").mkdir(parents=True)
+    goes_on = make(target)
+    assert [line for line in goes_on if line not in said] == [f"ensembler train --resume runs/{net}"]
+    assert [line for line in said if line not in goes_on] == [trained]
+    (run / "summary.json").touch()
+    (out / "client").mkdir()
+    (out / "client" / "manifest.json").touch()
+    assert [line for line in said if line not in make(target)] == [trained, exported]
