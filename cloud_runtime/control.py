@@ -9,7 +9,6 @@ import json
 import logging
 import os
 import socket
-import stat
 import struct
 import threading
 from collections.abc import Callable
@@ -18,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from ensembler.protocol.errors import ConfigError, EnsemblerError, ServerUnreachableError
+from ensembler.transport.unix_paths import refuse_taken
 
 log = logging.getLogger("ensembler.server")
 
@@ -45,7 +45,8 @@ class ControlSocket:
         self._handle = handle
         self._listening = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         try:
-            _remove_dead(path)
+            if refuse_taken(path, f"--control {path}"):
+                path.unlink()
             before = os.umask(0o177)
             try:
                 self._listening.bind(str(path))
@@ -149,19 +150,3 @@ def _user_of(connection: socket.socket) -> int:
     """Who is at the other end, as the kernel says."""
     said = connection.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, struct.calcsize("3i"))
     return int(struct.unpack("3i", said)[1])
-
-
-def _remove_dead(path: Path) -> None:
-    try:
-        status = path.lstat()
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(status.st_mode):
-        raise ConfigError(f"--control {path} is there and is not a socket; choose another path")
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        try:
-            probe.connect(str(path))
-        except ConnectionRefusedError:
-            path.unlink()
-            return
-    raise ConfigError(f"--control {path}: another server listens there; choose another path")

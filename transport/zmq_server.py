@@ -10,9 +10,9 @@ import ctypes
 import errno
 import os
 import socket as sockets
-import stat
 from collections.abc import Container, Iterable, Sequence
 from contextlib import suppress
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import zmq
@@ -21,6 +21,7 @@ from zmq.auth.thread import ThreadAuthenticator
 from ensembler.protocol.errors import ConfigError
 from ensembler.transport.base import Frame
 from ensembler.transport.keys import KeyPair
+from ensembler.transport.unix_paths import refuse_taken
 from ensembler.transport.zmq_client import HEARTBEAT_MS, HEARTBEAT_TIMEOUT_MS, set_limits
 
 MAX_PARTS = 2
@@ -68,7 +69,6 @@ class ServerSocket:
     """
 
     def __init__(self, endpoint: str, *, keys: KeyPair | None, authorized: Container[str]) -> None:
-        _check(endpoint)
         self._context: zmq.Context[zmq.Socket[bytes]] = zmq.Context()
         self._authenticator: ThreadAuthenticator | None = None
         self._authorized = authorized
@@ -239,32 +239,18 @@ def _seed_names() -> None:
 
 
 def _check(endpoint: str) -> None:
-    """Refuses a port beyond 65535, of which libzmq would take the lowest 16 bits, and listen somewhere else."""
+    """Refuses a path that is taken, and a port beyond 65535, of which libzmq would take the lowest 16 bits."""
     scheme, _, address = endpoint.partition("://")
     host, _, port = address.rpartition(":")
     if scheme == "ipc" and address:
-        _check_path(endpoint, address)
+        # libzmq would delete either to listen there. What else is wrong with the name, it says itself.
+        with suppress(OSError, ValueError):
+            refuse_taken(Path(address), f"--bind {endpoint}")
         return
     if scheme != "tcp" or not host or not (port == "*" or (port.isdecimal() and int(port) <= 65535)):
         raise ConfigError(
             f"--bind {endpoint!r}: not an address; give tcp://address:port with a port of 1 to 65535, or *"
         )
-
-
-def _check_path(endpoint: str, path: str) -> None:
-    """Refuses a file and another server's socket, either of which libzmq would delete to listen there."""
-    try:
-        status = os.lstat(path)
-    except (OSError, ValueError):  # nothing is there; what is wrong with the name, libzmq says
-        return
-    if not stat.S_ISSOCK(status.st_mode):
-        raise ConfigError(f"--bind {endpoint}: {path} is there and is not a socket; choose another path")
-    with sockets.socket(sockets.AF_UNIX, sockets.SOCK_STREAM) as probe:
-        try:
-            probe.connect(path)
-        except OSError:  # whoever left it there has gone
-            return
-    raise ConfigError(f"--bind {endpoint}: another server listens there; stop it, or choose another path")
 
 
 class _Asked:
