@@ -20,7 +20,7 @@ from ensembler.cli.console import Console, ProgressReporter
 from ensembler.cli.demo import server_process
 from ensembler.cli.train import add_arguments, config_of
 from ensembler.edge_runtime.card import file_digests
-from ensembler.privacy.audit import audit, chosen_attacks
+from ensembler.privacy.audit import NOT_ASKED, audit, chosen_attacks
 from ensembler.protocol.manifest import MANIFEST_NAME
 from ensembler.protocol.manifest import load_client as load_client_manifest
 from ensembler.training.config import TrainConfig
@@ -34,8 +34,6 @@ from ensembler.training.stages import load_bodies, load_client
 OF_THE_MACHINE = {"device", "jobs", "precision"}
 # No option of the command line, so any will do; and a secret, which no message may hold.
 UNSAID = {"client_seed"}
-# How a report begins to say why an attack is not in it that nobody asked for.
-NOT_ASKED = "not part of this audit"
 
 
 def checked(*arguments: str) -> None:

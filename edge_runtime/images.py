@@ -11,7 +11,7 @@ from __future__ import annotations
 import io
 import os
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias, runtime_checkable
 
@@ -88,6 +88,22 @@ def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
     )
 
 
+def all_pixels(images: Sequence[ImageLike], spec: ImageSpec) -> list[Pixels]:
+    """Returns the head's inputs for several images; errors as ``to_pixels``, and of several they say which one."""
+    pixels = []
+    for index, image in enumerate(images):
+        try:
+            pixels.append(to_pixels(image, spec))
+        except ImageError as error:
+            raise error if len(images) == 1 else nth(index, error) from error.__cause__
+    return pixels
+
+
+def nth(index: int, error: ImageError) -> ImageError:
+    """Returns an error about one of several images that says which."""
+    return ImageError(f"images[{index}]: {error}")
+
+
 def several(images: Iterable[ImageLike]) -> Iterator[ImageLike]:
     """Returns an iterator over images; a single image is refused, whose letters, bytes or rows would be taken for some.
 
@@ -109,9 +125,10 @@ def _array(array: npt.NDArray[Any]) -> Pixels:
     if array.dtype.kind == "f" and not np.isfinite(array).all():
         raise ImageError(f"the image array is {array.dtype} and holds NaN or infinity; mend that, then give uint8")
     if array.dtype.kind != "u" or array.dtype.itemsize > 2:
+        whole = array.dtype.kind in "iu"
+        example = "x.astype('uint8') for x in 0..255" if whole else "(255 * x).round().astype('uint8') for x in 0..1"
         raise ImageError(
-            f"the image array is {array.dtype}; give uint8 in 0..255 (or uint16 in 0..65535), for instance "
-            "(255 * x).round().astype('uint8') for x in 0..1"
+            f"the image array is {array.dtype}; give uint8 in 0..255 (or uint16 in 0..65535), for instance {example}"
         )
     shape = array.shape
     if 0 in shape or array.ndim not in (2, 3) or (array.ndim == 3 and shape[2] not in (1, 3, 4)):
@@ -193,7 +210,7 @@ def _fit(image: Any, spec: ImageSpec, source: str) -> Pixels:
     except ImageError:
         raise
     except Exception as error:  # as in _decode
-        raise ImageError(f"{source}: cannot be converted to RGB ({type(error).__name__})") from error
+        raise ImageError(f"{source}: cannot be converted to RGB ({type(error).__name__}: {error})") from error
 
 
 def _pillow(purpose: str) -> Any:

@@ -68,6 +68,8 @@ class Budget:
     seeds: int
 
 
+# How a report begins to say why an attack is not in it that nobody asked for.
+NOT_ASKED = "not part of this audit"
 MISALIGNED = "misaligned-decoder"
 QUICK = (FLOOR, MISALIGNED, "known-pairs-100", ORACLE, "distribution-matching")
 BUDGETS: dict[str, Budget] = {
@@ -223,7 +225,7 @@ def audit(
         "images": images,
         "attacks": sorted(rows, key=lambda row: -row["ssim"]["mean"]),
         "not_run": [{"name": name, "why": why} for name, why in not_run.items()]
-        + [{"name": name, "why": f"not part of this audit ({budget})"} for name in ATTACKS if name not in names],
+        + [{"name": name, "why": f"{NOT_ASKED} ({budget})"} for name in ATTACKS if name not in names],
         "selector": _selector(scene),
         "sent": _sent(scene),
         "gates": gates,
@@ -243,17 +245,32 @@ def chosen_attacks(
     """Returns what ``audit`` runs: the budget, the names of its attacks, the number of seeds; arguments as there.
 
     Raises:
-        ConfigError: an unknown name, an impossible number, or a report that is no HTML.
+        ConfigError: an unknown name, an impossible number, or a report that is no HTML or has no place.
     """
     if budget not in BUDGETS:
         raise ConfigError(f"--budget {budget}: choose {', '.join(BUDGETS)}")
     if out.suffix != ".html":
         raise ConfigError(f"--out {out}: give a name that ends in .html; the JSON comes beside it")
+    _check_place(out)
     chosen = BUDGETS[budget]
     count = chosen.seeds if seeds is None else seeds
     if count < 1:
         raise ConfigError(f"--seeds {count}: at least one")
     return chosen, _ordered(chosen.attacks if attacks is None else (FLOOR, ORACLE, *attacks)), count
+
+
+def _check_place(out: Path) -> None:
+    """Refuses a report's place before the hours that it takes to have something to write there."""
+    folder = next(folder for folder in out.parents if folder.exists())
+    if not folder.is_dir():
+        reason = f"{folder} is a file"
+    elif not os.access(folder, os.W_OK):
+        reason = f"{folder} is not yours to write"
+    elif out.is_dir():
+        reason = "it is a folder"
+    else:
+        return
+    raise ConfigError(f"--out {out}: cannot be written, {reason}; give a file in a folder of yours")
 
 
 def _ordered(names: Sequence[str]) -> list[str]:

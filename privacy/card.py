@@ -97,6 +97,7 @@ def write_card(bundle: Path, document: Mapping[str, Any], signer: Signer | None 
     Raises:
         BundleError: the bundle cannot be read.
         BundleMismatchError: the audit is of other files.
+        ConfigError: a signed card is there, and nobody signs this one.
         DataError: the document is not an audit's, or the card cannot be written.
     """
     manifest = load_client(bundle)
@@ -109,6 +110,12 @@ def write_card(bundle: Path, document: Mapping[str, Any], signer: Signer | None 
         raise BundleMismatchError(
             f"the audit is not of the files in {bundle}: their digests differ; audit this bundle: ensembler audit "
             f"{bundle} --run RUN"
+        )
+    before = read_card(bundle, manifest)
+    if signer is None and before is not None and before.signed_by is not None:
+        raise ConfigError(
+            f"{bundle / PRIVACY_NAME} is signed by {before.signed_by}, and an unsigned card would take its place: sign "
+            "this one with --signing-key and --signed-by, or remove that one first"
         )
     card = {
         **content,

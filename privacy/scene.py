@@ -24,6 +24,7 @@ from ensembler.edge_runtime.sealing import BundleSecret
 from ensembler.privacy.film import Film, frames_of, sent
 from ensembler.protocol.errors import BundleMismatchError, ConfigError, DataError
 from ensembler.protocol.manifest import Kdf, PartySpec, WireSpec
+from ensembler.protocol.manifest import load_client as load_client_manifest
 from ensembler.training import data as data_sets
 from ensembler.training.fit import derived_seed
 from ensembler.training.models import ArchSpec, build_net, normalise
@@ -37,6 +38,7 @@ T = TypeVar("T")
 
 # How the images are divided unless told otherwise, at most: for judging and for observing; the attacker owns the rest.
 EVALUATED, OBSERVED = 500, 2000
+AUXILIARY = ("disjoint", "train")  # whose images the attacker owns, see ``make_scene``
 FEWEST = 32  # of each part; below, a mean says nothing
 FOREIGN = 0.5  # of a feature's variance: a bundle whose features are further from the run's client is another client's
 
@@ -242,6 +244,40 @@ def _then(send: Callable[[Tensor], Tensor] | None, chosen: nn.Module) -> Callabl
     return lambda images: cast(Tensor, chosen(send(images)))
 
 
+def check_attacker(
+    run: RunFolder, *, auxiliary: str, other_device: Path | None, coalition: Sequence[int] | None
+) -> None:
+    """Refuses an attacker that no client of a run can have; before anything is exported or computed.
+
+    Args:
+        run: the run.
+        auxiliary: as for ``make_scene``.
+        other_device: as for ``make_scene``.
+        coalition: as for ``make_scene``.
+
+    Raises:
+        ConfigError: an unknown choice, or operators that the run does not have.
+        BundleError: the other device's bundle is damaged, or of another server.
+    """
+    if auxiliary not in AUXILIARY:
+        raise ConfigError(f"--aux {auxiliary}: choose {' or '.join(AUXILIARY)}")
+    count = run.config.parties
+    if coalition is not None and not (
+        coalition and list(coalition) == sorted({*coalition}) and all(0 <= each < count for each in coalition)
+    ):
+        if count == 1:
+            raise ConfigError("--operators: this run's client has one operator, who is sent everything; leave it out")
+        raise ConfigError(f"--operators: the client has {count} operators: name some of 1 to {count}, each once")
+    if other_device is None:
+        return
+    wire, others = run.read_wire().spec, load_client_manifest(other_device).wire
+    if others != wire:
+        raise BundleMismatchError(
+            f"--other-device {other_device}: its bodies_id is {others.bodies_id[:12]}..., the audited client's is "
+            f"{wire.bodies_id[:12]}...; give a client of the same server"
+        )
+
+
 def make_scene(
     run_path: Path,
     bundle: Path,
@@ -280,6 +316,7 @@ def make_scene(
     """
     device = device or torch.device("cpu")
     run = RunFolder.open(run_path)
+    check_attacker(run, auxiliary=auxiliary, other_device=other_device, coalition=coalition)
     runtime = EdgeRuntime(bundle, secret=secret)
     wire = run.read_wire().spec
     if runtime.manifest.wire != wire:
@@ -288,20 +325,9 @@ def make_scene(
             f"the run's is {wire.bodies_id[:12]}...; give the --run that it came from"
         )
     other = None if other_device is None else EdgeRuntime(other_device, secret=secret)
-    if other is not None and other.manifest.wire != wire:
-        raise BundleMismatchError(
-            f"--other-device {other_device}: its bodies_id is {other.manifest.wire.bodies_id[:12]}..., the audited "
-            f"client's is {wire.bodies_id[:12]}...; give a client of the same server"
-        )
     parties = runtime.manifest.parties
-    if coalition is not None and not (
-        coalition and list(coalition) == sorted({*coalition}) and all(0 <= each < len(parties) for each in coalition)
-    ):
-        raise ConfigError(f"the client has {len(parties)} operators: name some of 1 to {len(parties)}, each once")
     config = run.config
     images = load_images(run, data)
-    if auxiliary not in ("disjoint", "train"):
-        raise ConfigError(f"--aux {auxiliary}: choose disjoint or train")
     held_out = len(images.test_x)
     # Small data sets are divided evenly rather than not at all.
     evaluated, observed = min(evaluated, held_out // 4), min(observed, held_out // 3)

@@ -406,6 +406,8 @@ def load_folder(folder: Path, parse: Callable[[bytes, str], T]) -> T:
     try:
         if not folder.is_dir():
             raise BundleError(f"no bundle at {folder}: it is not a folder; ensembler-export makes one")
+        if not path.exists():
+            raise BundleError(_without_manifest(folder))
         require_regular(path)
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
@@ -418,6 +420,19 @@ def load_folder(folder: Path, parse: Callable[[bytes, str], T]) -> T:
     except OSError as error:
         raise BundleError(f"the bundle {folder} cannot be read: {error.strerror}") from error
     return manifest
+
+
+def _without_manifest(folder: Path) -> str:
+    """Says what a folder is that has no manifest, and what to give or do instead."""
+    within = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
+    if within:
+        return f"{folder} is no bundle, but holds some: give {' or '.join(str(folder / name) for name in within[:4])}"
+    if (folder / "config.json").is_file() and (folder / "stage1").is_dir():
+        return f"{folder} is a run of ensembler train and no bundle; ensembler-export {folder} --out bundles makes them"
+    return (
+        f"the bundle {folder} is incomplete: {MANIFEST_NAME} is missing; copy the whole folder again, or make one with "
+        "ensembler-export"
+    )
 
 
 def _verify(folder: Path, files: Mapping[str, FileEntry]) -> None:

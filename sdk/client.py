@@ -14,13 +14,13 @@ from functools import partial
 from itertools import islice
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, NoReturn, TypeVar
 
 import numpy as np
 import numpy.typing as npt
 
 from ensembler.edge_runtime import sealing
-from ensembler.edge_runtime.images import ImageLike, several, to_pixels
+from ensembler.edge_runtime.images import ImageLike, all_pixels, several
 from ensembler.edge_runtime.runtime import EdgeRuntime, softmax
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
 from ensembler.forgotten import closed_when_forgotten
@@ -203,7 +203,7 @@ class EdgeClient:
         timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
         deadline = begun + timeout / 1000
         given = list(several(images))
-        pixels = [to_pixels(image, self._manifest.image) for image in given]
+        pixels = all_pixels(given, self._manifest.image)
         predictions: list[Prediction] = []
         try:
             for part in self._parts(pixels, begun, deadline):
@@ -313,6 +313,17 @@ class EdgeClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be copied or pickled, for instance to a pool's processes, with the cure.
+
+        Raises:
+            ConfigError: always.
+        """
+        raise ConfigError(
+            "a client has connections and a secret key of its own and cannot be copied or sent to another process: "
+            "make a new one there, with the same arguments"
+        )
 
     def __repr__(self) -> str:
         servers = [",".join(party.servers) for party in self._parties]

@@ -18,7 +18,7 @@ from ensembler.client import EdgeClient, checked_timeout, open_transports, refus
 from ensembler.crypto import bundle as bundles
 from ensembler.crypto.client import CryptoAnswer, CryptoSession
 from ensembler.crypto.engine import require_installed
-from ensembler.edge_runtime.images import ImageLike, several, to_pixels
+from ensembler.edge_runtime.images import ImageLike, all_pixels, several
 from ensembler.edge_runtime.runtime import softmax
 from ensembler.edge_runtime.sealing import opener
 from ensembler.fallback import Fallback, answer_locally, cloud_is_away
@@ -124,7 +124,7 @@ class CryptoEdgeClient(EdgeClient):
         self._process.require()
         timeout = self._timeout_ms if timeout_ms is None else checked_timeout(timeout_ms)
         given = list(several(images))
-        pixels = [to_pixels(image, self._crypto.image) for image in given]
+        pixels = all_pixels(given, self._crypto.image)
         predictions: list[Prediction] = []
         try:
             for image in pixels:

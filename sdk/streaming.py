@@ -12,7 +12,9 @@ from collections.abc import Callable, Generator, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
+from ensembler.edge_runtime.images import nth
 from ensembler.process import OwnProcess
+from ensembler.protocol.errors import ImageError
 from ensembler.protocol.options import whole
 
 Given = TypeVar("Given")  # an image, or what stands for one
@@ -81,7 +83,10 @@ class Stream(Generic[Given, Answer]):
                     raise self._failure
                 return None
             index, future = self._started[0]
-        answer = future.result()
+        try:
+            answer = future.result()
+        except ImageError as error:
+            raise nth(index, error) from error
         with self._changed:
             self._started.popleft()
             self._start()

@@ -573,6 +573,8 @@ def png_that_claims(width, height):
 
 
 EPS = b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 16 16\n%%EndComments\nshowpage\n"
+CLOSED = Image.new("RGB", (8, 8))
+CLOSED.close()
 REFUSED = {
     "empty": (b"", "the image bytes: empty, not an image"),
     "text": (b"hello", "not a readable image"),
@@ -585,7 +587,10 @@ REFUSED = {
     "no pixels": (png_that_claims(0, 16), "not a readable image"),
     "PostScript": (EPS, "PostScript is a program"),
     "float array": (np.zeros((16, 16, 3), np.float32), r"is float32; give uint8 in 0\.\.255"),
-    "int64 array": (np.zeros((16, 16, 3), np.int64), "is int64; give uint8"),
+    "int64 array": (
+        np.zeros((16, 16, 3), np.int64),
+        r"is int64; .* for instance x\.astype\('uint8'\) for x in 0\.\.255",
+    ),
     "bool array": (np.zeros((16, 16, 3), bool), "is bool; give uint8"),
     "NaN": (np.full((16, 16, 3), np.nan, np.float32), "float32 and holds NaN or infinity; mend that"),
     "infinity": (np.full((16, 16), np.inf), "float64 and holds NaN or infinity"),
@@ -606,6 +611,7 @@ REFUSED = {
     "huge array": (np.broadcast_to(np.uint8(0), (9000, 9000, 3)), "the image array: 9000x9000 pixels; shrink it"),
     "huge PIL image": (Image.new("1", (9000, 9000)), "the PIL image: 9000x9000 pixels; shrink it"),
     "PIL image without pixels": (Image.new("RGB", (0, 16)), "the PIL image: 0x16 pixels; an image has at least one"),
+    "closed PIL image": (CLOSED, "the PIL image: cannot be converted to RGB .*closed image"),
     "PIL F": (Image.new("F", (16, 16)), "mode F has no fixed range of values; scale it to 0..255"),
     "float TIFF": (encoded(Image.new("F", (16, 16)), "TIFF"), "the image bytes: mode F"),
     "PIL I beyond 16 bits": (Image.new("I", (16, 16), 65536), "values 65536 to 65536; 16 bits are 0 to 65535"),

@@ -616,6 +616,19 @@ def test_a_missing_manifest_is_refused_by_name(bundle):
         load(folder)
 
 
+def test_a_folder_above_bundles_says_which_lie_in_it(bundle):
+    folder, load, _ = bundle
+    with pytest.raises(BundleError, match=f"is no bundle, but holds some: give {folder}$"):
+        load(folder.parent)
+
+
+def test_a_run_in_the_place_of_a_bundle_is_told_how_to_become_one(bundle, tmp_path):
+    (tmp_path / "run" / "stage1").mkdir(parents=True)
+    (tmp_path / "run" / "config.json").touch()
+    with pytest.raises(BundleError, match=r"is a run of ensembler train and no bundle; ensembler-export .*run --out"):
+        bundle[1](tmp_path / "run")
+
+
 def test_a_folder_in_the_place_of_a_file_is_refused(bundle):
     folder, load, file = bundle
     file.unlink()

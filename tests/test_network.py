@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import errno
 import logging
 import os
+import pickle
 import signal
 import socket
 import subprocess
@@ -32,6 +34,7 @@ from ensembler.protocol.errors import (
     ConfigError,
     DeadlineExceededError,
     EnsemblerError,
+    ImageError,
     InternalError,
     KeyFileError,
     ProtocolError,
@@ -170,6 +173,20 @@ def test_predict_batch_answers_every_image_in_order(tiny, running, tiny_images, 
         assert edge.predict_batch([]) == []
     np.testing.assert_array_equal(np.stack([r.logits for r in results]), np.concatenate([expected, expected]))
     assert [len(list(part)) for _, part in groupby(results, key=lambda one: one.request_id)] == [32] * 6
+
+
+def test_a_bad_image_of_a_batch_is_told_by_its_place(tiny, running, tiny_images):
+    with client(tiny, running) as edge, pytest.raises(ImageError, match=r"^images\[1\]: the image bytes: empty"):
+        edge.predict_batch([tiny_images[0], b"", tiny_images[1]])
+    with client(tiny, running) as edge, pytest.raises(ImageError, match=r"^the image bytes: empty"):
+        edge.predict(b"")
+
+
+def test_a_client_is_not_copied_and_the_error_says_what_to_do(tiny, running):
+    with client(tiny, running) as edge:
+        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
+            with pytest.raises(ConfigError, match="cannot be copied or sent to another process: make a new one there"):
+                attempt(edge)
 
 
 def test_parts_of_a_batch_are_under_way_together_but_not_all_of_them(tiny, gate, tiny_images, expected):

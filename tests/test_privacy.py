@@ -1041,6 +1041,15 @@ def test_audit_of_a_bundle_names_what_it_needs(tiny, tmp_path, capsys):
     assert "is not a run folder" in capsys.readouterr().err
 
 
+def test_audit_refuses_what_is_no_other_device_before_it_exports_the_run(tiny, tmp_path, capsys):
+    assert main(["audit", str(tiny.run), "--other-device", str(tmp_path)]) == 1
+    assert main(["audit", str(tiny.run), "--other-device", str(tiny.run)]) == 1
+    said = capsys.readouterr().err
+    assert f"{tmp_path} is incomplete" in said
+    assert f"{tiny.run} is a run of ensembler train and no bundle" in said
+    assert "exporting" not in said
+
+
 @pytest.mark.parametrize(
     ("option", "words"),
     [
@@ -1050,6 +1059,9 @@ def test_audit_of_a_bundle_names_what_it_needs(tiny, tmp_path, capsys):
         (("--operators", "one"), "--operators one: give numbers"),
         (("--device", "abacus"), "abacus"),
         (("--out", "report.pdf"), "ends in .html"),
+        (("--out", "setup.cfg/report.html"), "cannot be written, setup.cfg is a file"),
+        (("--aux", "mine"), "--aux mine: choose disjoint or train"),
+        (("--operators", "2"), "has one operator, who is sent everything; leave it out"),
     ],
 )
 def test_audit_refuses_what_is_wrong_before_it_exports_the_run(tiny, capsys, option, words):

@@ -1000,8 +1000,15 @@ def test_every_epoch_of_every_stage_is_in_the_metrics(run):
 
 def test_what_is_no_run_folder_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(DataError, match="is not a run folder"):
+        with pytest.raises(DataError, match=r"is not a run folder; ensembler train --out .* makes one"):
             RunFolder.open(path)
+    (tmp_path / "above" / "run").mkdir(parents=True)
+    (tmp_path / "above" / "run" / "config.json").touch()
+    with pytest.raises(DataError, match=r"is not a run folder; runs lie in it: give .*above/run"):
+        RunFolder.open(tmp_path / "above")
+    (tmp_path / "manifest.json").touch()
+    with pytest.raises(DataError, match="is not a run folder; it is a bundle; give the run that it was exported from"):
+        RunFolder.open(tmp_path)
 
 
 def test_an_unfinished_run_is_refused(copied):

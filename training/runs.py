@@ -37,7 +37,7 @@ from torch import Tensor, nn
 
 from ensembler.protocol.codec import AffineCodec
 from ensembler.protocol.errors import ConfigError, DataError
-from ensembler.protocol.manifest import WireSpec
+from ensembler.protocol.manifest import MANIFEST_NAME, WireSpec
 from ensembler.training.config import TrainConfig
 from ensembler.training.models import ArchSpec
 
@@ -182,7 +182,7 @@ class RunFolder:
     def _of_this_version(cls, path: Path) -> RunFolder:
         run = cls(path)
         if not (path / CONFIG_FILE).is_file():
-            raise DataError(f"{path} is not a run folder; ensembler train --out {path} makes one")
+            raise DataError(f"{path} is not a run folder; {_instead_of(path)}")
         document = run.read_json(CONFIG_FILE)
         complete = {"config", "image_size", "labels"} <= document.keys()
         if document.get("version") != RUN_VERSION or not complete:
@@ -447,6 +447,15 @@ class RunFolder:
         finally:
             with suppress(OSError):
                 temporary.unlink(missing_ok=True)
+
+
+def _instead_of(path: Path) -> str:
+    """Says what to do where a folder is no run: what it is, and which runs lie in it."""
+    if (path / MANIFEST_NAME).is_file():
+        return "it is a bundle; give the run that it was exported from"
+    if within := sorted(str(found.parent) for found in path.glob(f"*/{CONFIG_FILE}")):
+        return f"runs lie in it: give {' or '.join(within[:4])}"
+    return f"ensembler train --out {path} makes one"
 
 
 def _require(holds: bool) -> None:

@@ -45,14 +45,17 @@ def run(options: argparse.Namespace, console: Console) -> int:
     need_export()
     from ensembler.privacy.audit import audit, chosen_attacks
     from ensembler.privacy.card import table
+    from ensembler.privacy.scene import check_attacker
     from ensembler.training.fit import pick_device
     from ensembler.training.processor import keep_freed_memory
+    from ensembler.training.runs import RunFolder
 
     keep_freed_memory()
     subject: Path = options.subject
     # Before a run is exported, which takes its time.
     chosen_attacks(options.out, budget=options.budget, attacks=options.attack, seeds=options.seeds)
     coalition = None if options.operators is None else _coalition(options.operators)
+    attacker = {"auxiliary": options.aux, "other_device": options.other_device, "coalition": coalition}
     device = pick_device(options.device)
     reporter = ProgressReporter(console)
     with tempfile.TemporaryDirectory(prefix="ensembler-audit-") as folder:
@@ -69,6 +72,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 if getattr(options, name) is not None:
                     option = name.replace("_", "-")
                     raise ConfigError(f"audit {subject}: --{option} goes with a client bundle, and this is none")
+            check_attacker(RunFolder.open(subject), **attacker)
             run_path, bundle = subject, _exported(subject, Path(folder), console, options.data)
             shown_as = "an int8 client of the run, exported for this audit and not kept"
         try:
@@ -79,9 +83,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 budget=options.budget,
                 attacks=options.attack,
                 data=options.data,
-                auxiliary=options.aux,
-                other_device=options.other_device,
-                coalition=coalition,
+                **attacker,
                 seeds=options.seeds,
                 device=device,
                 command=shlex.join(["ensembler", *sys.argv[1:]]),
