@@ -132,12 +132,12 @@ privacy: $(INSTALLED)
 	$(BIN)/python benchmarks/audit.py $(SLIM)_0=out/wire/bits_8_0/client --attack distribution-matching-critic \
 		--attack generative-prior --attack distribution-matching-blind
 
-# The presets strong and balanced: three clients of one server each, three undefended nets, and what attacks read; and one
-# client of obfuscate. Hours on two cores.
+# The presets: three clients of one server each, three undefended nets, and what attacks read. Hours on two cores.
 PRESET = --data "$(CIFAR10)" --precision fast --epochs-stage1 8
 TERSE = -N 4 -P 2 --epochs-stage3 10 --teacher runs/none_0
 STRONG = --arch resnet10_half --preset strong $(TERSE)
 BALANCED = --arch resnet10_half --preset balanced $(TERSE)
+OBFUSCATED = --arch resnet10_half --preset obfuscate -N 4 -P 2 --epochs-stage3 8
 PUBLISH = --plaintext --max-accuracy-drop 1
 presets: $(INSTALLED)
 	for i in 0 1 2; do $(call trained,none_$$i,$(PRESET) --arch resnet10_half --defense none --seed $$i) || exit 1; done
@@ -157,10 +157,13 @@ presets: $(INSTALLED)
 	$(BIN)/python benchmarks/presets.py balanced $(foreach i,0 1 2,--victim runs/bal_$(i)=out/bal_$(i)/client) \
 		--local runs/local_half --server out/bal_0/server $(foreach kind,oracle devices servers,--kind $(kind)) \
 		$(foreach i,0 1 2,--undefended runs/none_$(i))
-	$(call trained,obf_0,$(PRESET) --arch resnet10_half --preset obfuscate -N 4 -P 2 --epochs-stage3 8)
+	$(call trained,obf_0,$(PRESET) $(OBFUSCATED) --jobs 2)
+	for i in 1 2; do $(call trained,obf_$$i,$(PRESET) $(OBFUSCATED) --stage1 runs/obf_0) || exit 1; done
 	$(call exported,obf_0,$(PUBLISH))
-	$(BIN)/python benchmarks/presets.py obfuscate --victim runs/obf_0=out/obf_0/client --server out/obf_0/server \
-		$(foreach kind,oracle servers matching,--kind $(kind)) $(foreach i,0 1 2,--undefended runs/none_$(i))
+	for i in 1 2; do $(call exported,obf_$$i,$(PUBLISH) --server-bundle out/obf_0/server) || exit 1; done
+	$(BIN)/python benchmarks/presets.py obfuscate $(foreach i,0 1 2,--victim runs/obf_$(i)=out/obf_$(i)/client) \
+		--server out/obf_0/server $(foreach kind,oracle devices servers,--kind $(kind)) \
+		$(foreach i,0 1 2,--undefended runs/none_$(i))
 
 # The same on faces of 64x64 pixels, five clients and five undefended nets; hours on two cores. FACES=npz:TRAIN,TEST
 FACE = --data "$(FACES)" --arch resnet10_half --precision fast --batch-size 64 --epochs-stage1 16

@@ -19,6 +19,7 @@ from ensembler.cloud_runtime import profile
 from ensembler.cloud_runtime.profile import Profile
 from ensembler.protocol.errors import BundleError, ConfigError, MissingExtraError
 from ensembler.protocol.manifest import BodiesFormat, ServerManifest, load_server
+from ensembler.protocol.options import whole
 
 log = logging.getLogger("ensembler.engine")
 
@@ -68,6 +69,7 @@ class Engine(Protocol):
 
 # Beyond it a number is a mistake.
 MAX_WORKERS = 256
+MAX_THREADS = 1024
 
 
 class EngineLostError(Exception):
@@ -102,8 +104,8 @@ class EngineOptions:
             raise ConfigError(f"--engine {self.kind!r} is unknown; known: {', '.join((AUTO, *ENGINES))}")
         if self.device not in DEVICES:
             raise ConfigError(f"--device {self.device!r} is unknown; known: {', '.join(DEVICES)}")
-        if self.threads is not None and self.threads < 1:
-            raise ConfigError("an engine needs at least one thread")
+        if self.threads is not None:
+            whole("--threads", self.threads, 1, MAX_THREADS)
         if not 0 <= self.workers <= MAX_WORKERS:
             raise ConfigError(f"--workers {self.workers}: 0 to {MAX_WORKERS} processes can compute")
         if self.replicas < 1:

@@ -15,7 +15,7 @@ from typing import Any, ClassVar, Protocol
 
 from ensembler.protocol.errors import ConfigError
 
-log = logging.getLogger("ensembler.server")
+log = logging.getLogger("ensembler.server.http")
 
 # A connection that says nothing is closed after it.
 REQUEST_S = 5.0

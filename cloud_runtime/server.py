@@ -285,7 +285,10 @@ class Server:
             raise BadRequestError(f"the server does not take the operation {message.operation!r}")
         model = self._models.get(message.bodies_id)
         if model is None or model.leaving:
-            raise UnknownBodiesError("this server holds other nets than the client bundle was exported for")
+            raise UnknownBodiesError(
+                "this server holds other nets than the client bundle was exported for; serve the server bundle that "
+                "was exported with it, or ask the server that has them"
+            )
         wire, tensor = model.wire, message.tensor
         if tensor is None or tensor.shape[1:] != wire.feature_shape:
             shape = None if tensor is None else tensor.shape[1:]

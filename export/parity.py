@@ -26,7 +26,7 @@ from ensembler.edge_runtime.backends import BACKENDS, Session, median_ms, open_s
 from ensembler.edge_runtime.runtime import open_head
 from ensembler.edge_runtime.sealing import BundleSecret, opener
 from ensembler.export import torch_bodies
-from ensembler.protocol.errors import GateFailedError
+from ensembler.protocol.errors import ConfigError, GateFailedError
 from ensembler.protocol.manifest import ClientManifest, ModelFormat, ModelPair, ServerManifest, WireSpec
 from ensembler.protocol.text import aligned
 from ensembler.training.models import normalise
@@ -58,6 +58,12 @@ class Gates:
 
     min_sqnr_db: float = 35.0
     max_accuracy_drop_points: float = 0.5
+
+    def __post_init__(self) -> None:
+        options = {"--min-sqnr-db": self.min_sqnr_db, "--max-accuracy-drop": self.max_accuracy_drop_points}
+        for option, value in options.items():
+            if math.isnan(value):  # which nothing is below, and nothing above
+                raise ConfigError(f"{option} {value}: give a number")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -16,6 +16,8 @@ def expanded(name: str, path: str | os.PathLike[str]) -> Path:
     Raises:
         ConfigError: no path, or the home of somebody this machine does not know.
     """
+    if path == "":
+        raise ConfigError(f"{name} is an empty text; give a path")
     try:
         return Path(path).expanduser()
     except TypeError:

@@ -521,8 +521,8 @@ def open_transports(
     path = key_files.find(key, KEY_VARIABLE, places)
     if path is None:
         raise KeyFileError(
-            f"no device key: pass key=, set {KEY_VARIABLE}, or put {KEY_NAME} into {places[1].parent}; "
-            "ensembler keys new makes a pair"
+            f"no device key: pass key (--key), set {KEY_VARIABLE}, or put {KEY_NAME} into "
+            f"{' or '.join(str(place.parent) for place in places)}; ensembler keys new makes a pair"
         )
     pair = key_files.load_pair(path)
     return _opened(ZmqTransport(address, server_key=public, keys=pair) for address, public in known)

@@ -183,10 +183,10 @@ def _error_of(message: Message, server: str) -> EnsemblerError:
     info = message.info
     code, text = info.get("code"), info.get("message")
     if message.operation != ERROR or not isinstance(code, int) or not isinstance(text, str):
-        return InternalError("the server answered with neither a result nor an error")
-    error = from_wire(code, text, _number(info.get("retry_after_ms")))
+        return InternalError(f"{server} answered with neither a result nor an error")
+    error = from_wire(code, f"{server}: {text}", _number(info.get("retry_after_ms")))
     if isinstance(error, ExpiredError):
-        return DeadlineExceededError(f"{server}: {error}; raise timeout_ms, or look at the server's load")
+        return DeadlineExceededError(f"{error}; raise timeout_ms, or look at the server's load")
     return error
 
 

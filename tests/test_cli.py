@@ -99,6 +99,9 @@ def test_keys_new_makes_a_pair_and_refuses_to_overwrite_it(tmp_path):
         (("export", "nowhere", "--out", "x"), 2, "not a run folder"),
         (("serve", "nowhere"), 1, "ensembler-export"),
         (("predict", "nowhere", "a.jpg", "--server", "tcp://127.0.0.1:1"), 1, "ensembler-export"),
+        (("serve", "nowhere", "--threads", "100000"), 2, "--threads = 100000: give a whole number, at least 1 and at"),
+        (("predict", "", "a.jpg", "--server", "tcp://127.0.0.1:1"), 2, "bundle: an empty text is no path"),
+        (("cuts", "resnet18", "--num-classes", "0"), 2, "0 is not above zero"),
     ],
     ids=[
         "no data",
@@ -110,6 +113,9 @@ def test_keys_new_makes_a_pair_and_refuses_to_overwrite_it(tmp_path):
         "no run",
         "no server bundle",
         "no client bundle",
+        "more threads than can be",
+        "an empty path",
+        "no classes",
     ],
 )
 def test_wrong_uses_say_what_to_do_and_leave_nothing(tmp_path, arguments, status, words):

@@ -435,6 +435,12 @@ def test_every_graph_is_valid_onnx_by_itself(kind, every_bundle):
 # --- a client fits its server only ---
 
 
+@pytest.mark.parametrize("gate", ["min_sqnr_db", "max_accuracy_drop_points"])
+def test_a_gate_that_is_no_number_is_refused(gate):
+    with pytest.raises(ConfigError, match="nan: give a number"):
+        Gates(**{gate: float("nan")})
+
+
 @pytest.mark.parametrize("form", ["file", "text"])
 def test_a_client_can_be_made_for_a_server_that_runs_already(tiny, tmp_path, capsys, form):
     out = tmp_path / "out"

@@ -404,7 +404,7 @@ def test_statistics_say_what_became_of_the_requests_to_each_replica(say, tiny_im
     first, second = client.statistics()
     assert (first.requests, first.retries, first.answers, first.busy, first.failures) == (1, 0, 0, 1, {})
     assert (second.requests, second.retries, second.answers, second.busy, second.failures) == (2, 1, 2, 0, {})
-    assert (first.last_error, second.last_error) == ("as told", None)
+    assert (first.last_error, second.last_error) == ("one: as told", None)
     assert (first.preferred, second.preferred) == (False, True)
     assert first.bytes_up == sum(map(len, seen[0][1]))
     assert second.bytes_up == sum(map(len, seen[1][1])) + sum(map(len, seen[2][1]))

@@ -29,6 +29,14 @@ def test_both_files_of_a_pair_hold_the_same_public_key(tmp_path):
     assert len(pair.public) == len(pair.secret) == 40
 
 
+def test_the_secret_file_in_the_place_of_a_public_key_is_refused(tmp_path):
+    public, secret = keys.create(tmp_path, "server")
+    assert keys.public_of(public) == keys.load_public(public)
+    with pytest.raises(KeyFileError, match=r"key_secret holds a secret key, .* give the public file") as caught:
+        keys.public_of(secret)
+    assert keys.load_pair(secret).secret not in str(caught.value)
+
+
 def test_the_public_file_does_not_hold_the_secret(tmp_path):
     public, secret = keys.create(tmp_path, "device")
     assert keys.load_pair(secret).secret not in public.read_text()

@@ -385,7 +385,8 @@ def test_deploy_wants_one_thing_at_a_time(arguments, tmp_path):
 
 def test_an_answered_request_gets_a_line_only_when_asked_for(tiny, serve, tiny_images):
     for options, lines in (((), 0), (("--log-requests",), 2)):
-        with serve(tiny.server, "--log", "json", *options) as (endpoint, process):
+        with serve(tiny.server, "--log", "json", "--http", "127.0.0.1:0", *options) as (endpoint, process):
+            assert get(process.ready["http"], "/livez")[0] == 200  # no request of a device
             with client(tiny, endpoint) as edge:
                 edge.predict_batch(list(tiny_images[:3]))
                 edge.predict(tiny_images[0])
@@ -395,6 +396,7 @@ def test_an_answered_request_gets_a_line_only_when_asked_for(tiny, serve, tiny_i
         answered = [event for event in events if event.get("event") == "answered"]
         assert len(answered) == lines
         assert [event["rows"] for event in answered] == [3, 1][:lines]
+        assert "http:" not in log
 
 
 def test_a_line_of_the_log_is_one_line_of_json_with_its_traceback():

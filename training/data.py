@@ -297,7 +297,9 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     except DataError:
         raise
     except Exception as error:  # a damaged archive can raise zlib.error, EOFError, TarError, ...
-        raise DataError(f"{path} is not a readable archive ({error}); download it again") from error
+        raise DataError(
+            f"{path} is not a readable archive; give the folder of the CIFAR files, or their .tar.gz, downloaded again"
+        ) from error
 
 
 def _cifar_pickle(data: bytes, label_key: bytes, where: str) -> tuple[Pixels, Classes]:

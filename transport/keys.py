@@ -84,12 +84,20 @@ def public_of(given: str | os.PathLike[str]) -> str:
 
     Raises:
         ConfigError: neither text nor a path.
-        KeyFileError: see ``load_public``.
+        KeyFileError: the file holds the secret key, too; otherwise see ``load_public``.
     """
     path, text = expanded("server_key", given), str(given)
     # Every character of a key may be in a path too: what is named as key files are is one, there or not.
     is_text = is_curve_key(text) and not text.endswith(PUBLIC_SUFFIX) and not is_visible_file(path)
-    return text if is_text else load_public(path)
+    if is_text:
+        return text
+    public, secret = _load(path)
+    if secret is not None:
+        raise KeyFileError(
+            f"{path} holds a secret key, which has no place here: give the public file beside it, whose name ends in "
+            f"{PUBLIC_SUFFIX}, and keep the secret one where its owner is"
+        )
+    return public
 
 
 def load_pair(path: Path) -> KeyPair:

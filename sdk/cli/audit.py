@@ -8,7 +8,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ensembler.cli.console import Console, ProgressReporter, need_export
+from ensembler.cli.console import Console, ProgressReporter, a_path, need_export
 from ensembler.cli.predict import add_bundle_secret, bundle_secret
 from ensembler.client import refuse_idle_secret, secret_finder
 from ensembler.protocol.errors import ConfigError, DataError
@@ -20,16 +20,21 @@ HELP = "attack an exported device and write a report of what a server could see"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("subject", type=Path, metavar="RUN|BUNDLE", help="a run folder, or a client bundle with --run")
-    parser.add_argument("--run", type=Path, help="the run that the bundle was exported from")
+    parser.add_argument(
+        "subject", type=a_path, metavar="RUN|BUNDLE", help="a run folder, or a client bundle with --run"
+    )
+    parser.add_argument("--run", type=a_path, help="the run that the bundle was exported from")
     add_bundle_secret(parser)
-    parser.add_argument("--out", type=Path, default=Path("report.html"), help="the report (default: report.html)")
+    parser.add_argument("--out", type=a_path, default=Path("report.html"), help="the report (default: report.html)")
     parser.add_argument("--data", help="whose held-out images are used (default: the run's data)")
     parser.add_argument("--budget", default="standard", help="quick, standard or thorough (default: standard)")
     parser.add_argument("--attack", action="append", help="this attack in place of the budget's; may be repeated")
     parser.add_argument("--aux", default="disjoint", help="the attacker owns disjoint images, or the train set (train)")
     parser.add_argument(
-        "--other-device", type=Path, metavar="BUNDLE", help="a client bundle that the attacker owns, of another client"
+        "--other-device",
+        type=a_path,
+        metavar="BUNDLE",
+        help="a client bundle that the attacker owns, of another client",
     )
     parser.add_argument(
         "--operators",

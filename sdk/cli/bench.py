@@ -13,7 +13,7 @@ from typing import Any, cast
 
 import numpy as np
 
-from ensembler.cli.console import Console, need, positive
+from ensembler.cli.console import Console, a_path, need, positive
 from ensembler.cli.predict import add_backend, add_bundle_secret, add_connection, bundle_secret, client_of
 from ensembler.client import refuse_idle_secret, secret_finder
 from ensembler.edge_runtime import preferences
@@ -46,7 +46,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         return sub
 
     device = timed("device", "head and tail on this device, in every runtime")
-    device.add_argument("bundle", type=Path, help="the folder of a client bundle")
+    device.add_argument("bundle", type=a_path, help="the folder of a client bundle")
     add_bundle_secret(device)
     device.add_argument("--threads", default="", metavar="N,N,...", help="to try (default: 1, 2, ... to all cores)")
     device.add_argument("--runs", type=int, default=200, help="of each model (default: 200)")
@@ -55,7 +55,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     server = timed("server", "the N nets of a server bundle on this machine, without a network")
-    server.add_argument("bundle", type=Path, help="the folder of a server bundle for onnxruntime")
+    server.add_argument("bundle", type=a_path, help="the folder of a server bundle for onnxruntime")
     server.add_argument("--threads", default="", metavar="N,N,...", help="to try (default: all cores)")
     server.add_argument("--rows", default="1,8,16,32,64", metavar="N,N,...", help="images of a batch, to try")
     server.add_argument(
@@ -68,8 +68,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
     client = timed("client", "calls from end to end, against a running server, with their parts")
-    client.add_argument("bundle", type=Path, help="the folder of a client bundle")
-    client.add_argument("image", nargs="?", type=Path, help="an image file (default: noise)")
+    client.add_argument("bundle", type=a_path, help="the folder of a client bundle")
+    client.add_argument("image", nargs="?", type=a_path, help="an image file (default: noise)")
     add_connection(client)
     add_backend(client)
     client.add_argument("--batch", type=int, default=1, help="images of a call (default: 1)")
@@ -78,8 +78,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     client.add_argument("--rounds", type=int, default=5, help="of which the spread tells (default: 5)")
 
     compare = timed("compare", "two results of ensembler bench ... --json: ratios, and whether the spreads overlap")
-    compare.add_argument("first", type=Path, help="a file")
-    compare.add_argument("second", type=Path, help="another one, of the same kind")
+    compare.add_argument("first", type=a_path, help="a file")
+    compare.add_argument("second", type=a_path, help="another one, of the same kind")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:

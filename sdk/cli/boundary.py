@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 from pathlib import Path
 
-from ensembler.cli.console import Console, ProgressReporter, need_torch, positive
+from ensembler.cli.console import Console, ProgressReporter, a_path, need_torch, positive
 from ensembler.protocol.errors import ConfigError
 
 NAME = "boundary"
@@ -17,8 +17,8 @@ HELP = "find the layer of a plain net after which attacks no longer read the ima
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("run", type=Path, metavar="RUN", help="a run that was trained with --defense none")
-    parser.add_argument("--out", type=Path, default=Path("boundary.json"), help="(default: boundary.json)")
+    parser.add_argument("run", type=a_path, metavar="RUN", help="a run that was trained with --defense none")
+    parser.add_argument("--out", type=a_path, default=Path("boundary.json"), help="(default: boundary.json)")
     parser.add_argument("--idpa", default="dina", help="dina, eina, ina, mla or strongest of them (default: dina)")
     parser.add_argument("--ssim", type=float, default=0.3, help="below it an attack has failed (default: 0.3)")
     parser.add_argument("--max-drop", type=float, default=2.5, help="points of accuracy at most (default: 2.5)")

@@ -5,10 +5,9 @@ from __future__ import annotations
 import argparse
 from collections.abc import Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
-from ensembler.cli.console import EXIT_FAILED, Console
+from ensembler.cli.console import EXIT_FAILED, Console, a_path
 from ensembler.edge_runtime import signing
 from ensembler.edge_runtime.card import PRIVACY_NAME, PrivacyCard, read_card
 from ensembler.protocol.errors import BundleError, ConfigError
@@ -20,14 +19,14 @@ HELP = "show a client bundle's privacy card, or write it from an audit"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("bundle", type=Path, help="the folder of a client bundle")
-    parser.add_argument("--audit", type=Path, help="write the card from this JSON of ensembler audit")
+    parser.add_argument("bundle", type=a_path, help="the folder of a client bundle")
+    parser.add_argument("--audit", type=a_path, help="write the card from this JSON of ensembler audit")
     add_signing(parser)
 
 
 def add_signing(parser: argparse.ArgumentParser) -> None:
     """Declares the options of who signs a card."""
-    parser.add_argument("--signing-key", type=Path, help="sign the card with this key (ensembler keys signing FILE)")
+    parser.add_argument("--signing-key", type=a_path, help="sign the card with this key (ensembler keys signing FILE)")
     parser.add_argument("--signed-by", metavar="NAME", help="who holds that key, as the card shall say")
 
 

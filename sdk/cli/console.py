@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from importlib import import_module
+from pathlib import Path
 from typing import Any, NoReturn, Protocol, TextIO
 
 from ensembler import __version__
@@ -188,6 +189,13 @@ class ProgressReporter:
         if self._progress is not None:
             self._progress.stop()
             self._progress = None
+
+
+def a_path(text: str) -> Path:
+    """An argparse type: an empty text, as of a variable that a script forgot to set, is no folder."""
+    if not text:
+        raise argparse.ArgumentTypeError("an empty text is no path")
+    return Path(text)
 
 
 def positive(kind: Callable[[str], float]) -> Callable[[str], float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 
-from ensembler.cli.console import Console, need_torch
+from ensembler.cli.console import Console, need_torch, positive
 from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.text import aligned
 
@@ -16,7 +16,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
     parser.add_argument("arch", nargs="?", help="a name, or package.module:function; without it the names are listed")
     parser.add_argument("--image-size", default="32x32", help="height x width in pixels (default: 32x32)")
-    parser.add_argument("--num-classes", type=int, default=10, help="(default: 10)")
+    parser.add_argument("--num-classes", type=positive(int), default=10, help="(default: 10)")
     parser.add_argument("--no-stem-pool", action="store_true", help="no max-pool in a ResNet's stem")
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ensembler.cli import export as export_verb
-from ensembler.cli.console import Console, ProgressReporter, need_export
+from ensembler.cli.console import Console, ProgressReporter, a_path, need_export
 from ensembler.client import EdgeClient
 from ensembler.protocol.errors import ConfigError, EnsemblerError
 
@@ -34,7 +34,7 @@ REPORT = "report.html"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("--out", type=Path, default=Path("ensembler-demo"), help="folder (default: ensembler-demo)")
+    parser.add_argument("--out", type=a_path, default=Path("ensembler-demo"), help="folder (default: ensembler-demo)")
     parser.add_argument("--epochs-stage1", type=int, default=EPOCHS_STAGE1, help=f"(default: {EPOCHS_STAGE1})")
     parser.add_argument("--epochs-stage3", type=int, default=EPOCHS_STAGE3, help=f"(default: {EPOCHS_STAGE3})")
     parser.add_argument("--train-limit", type=int, default=None, help="use fewer images, for a quick look")

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from ensembler.cli.console import Console, positive
+from ensembler.cli.console import Console, a_path, positive
 from ensembler.protocol.errors import ConfigError
 
 NAME = "deploy"
@@ -14,8 +13,8 @@ HELP = "load a server bundle into a running server, list or remove what it holds
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("bundle", type=Path, nargs="?", help="the folder of a server bundle")
-    parser.add_argument("--control", type=Path, required=True, help="the socket that serve --control made")
+    parser.add_argument("bundle", type=a_path, nargs="?", help="the folder of a server bundle")
+    parser.add_argument("--control", type=a_path, required=True, help="the socket that serve --control made")
     parser.add_argument("--list", action="store_true", help="say what the server holds")
     parser.add_argument(
         "--remove", metavar="BODIES_ID", default=None, help="serve these nets no more; its beginning does"

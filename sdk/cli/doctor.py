@@ -5,9 +5,8 @@ from __future__ import annotations
 import argparse
 from collections.abc import Iterator
 from dataclasses import asdict
-from pathlib import Path
 
-from ensembler.cli.console import Console
+from ensembler.cli.console import Console, a_path
 from ensembler.cli.predict import add_connection, client_of
 from ensembler.edge_runtime import diagnosis
 from ensembler.edge_runtime.diagnosis import Finding
@@ -23,7 +22,7 @@ SIGNS = {"ok": "ok", "warning": "WARNING", "error": "ERROR"}
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("bundle", nargs="?", type=Path, help="a client bundle, to look at that too")
+    parser.add_argument("bundle", nargs="?", type=a_path, help="a client bundle, to look at that too")
     add_connection(parser, required=False)
 
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ensembler.cli.card import add_signing, signer_of
-from ensembler.cli.console import Console, ProgressReporter, need, need_export
+from ensembler.cli.console import Console, ProgressReporter, a_path, need, need_export
 from ensembler.cli.export_crypto import add_crypto, export_crypto, refuse_crypto
 from ensembler.cli.package import add_packaging, is_bundle, package, refuse_others, target_of
 from ensembler.edge_runtime import sealing
@@ -35,9 +35,11 @@ UNFINISHED = ".unfinished"  # in keys/ until the bundles are there
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("run", type=Path, help="the run folder of ensembler train; with --target also a client bundle")
     parser.add_argument(
-        "--out", type=Path, required=True, help="gets client/, server/, keys/ and parity.json, and the package"
+        "run", type=a_path, help="the run folder of ensembler train; with --target also a client bundle"
+    )
+    parser.add_argument(
+        "--out", type=a_path, required=True, help="gets client/, server/, keys/ and parity.json, and the package"
     )
     parser.add_argument(
         "--format",
@@ -67,7 +69,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--server-bundle",
-        type=Path,
+        type=a_path,
         action="append",
         default=[],
         help="make only a client, for this server bundle; once for each operator",
@@ -84,9 +86,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     encrypt = parser.add_mutually_exclusive_group()
     encrypt.add_argument(
-        "--encrypt-key", type=Path, help="encrypt head and tail with this key file (ensembler keys bundle FILE)"
+        "--encrypt-key", type=a_path, help="encrypt head and tail with this key file (ensembler keys bundle FILE)"
     )
-    encrypt.add_argument("--passphrase-file", type=Path, help="encrypt head and tail with the passphrase in this file")
+    encrypt.add_argument(
+        "--passphrase-file", type=a_path, help="encrypt head and tail with the passphrase in this file"
+    )
     parser.add_argument(
         "--protocol",
         choices=["split", "c2pi"],

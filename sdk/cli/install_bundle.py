@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import argparse
 import pwd
-from pathlib import Path
 
-from ensembler.cli.console import Console
+from ensembler.cli.console import Console, a_path
 from ensembler.edge_runtime import installing
 from ensembler.protocol.errors import ConfigError
 
@@ -16,10 +15,10 @@ HELP = "put a client bundle into its place on this device; the one before is kep
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("bundle", nargs="?", type=Path, help="the folder of a client bundle")
+    parser.add_argument("bundle", nargs="?", type=a_path, help="the folder of a client bundle")
     parser.add_argument("--rollback", action="store_true", help="take the bundle before into use again")
     parser.add_argument(
-        "--to", type=Path, metavar="PLACE", help="default: /etc/ensembler for root, else ~/.config/ensembler"
+        "--to", type=a_path, metavar="PLACE", help="default: /etc/ensembler for root, else ~/.config/ensembler"
     )
     parser.add_argument("--owner", metavar="USER", help="who shall own the files (root only)")
 

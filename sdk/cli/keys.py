@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
-from ensembler.cli.console import Console
+from ensembler.cli.console import Console, a_path
 from ensembler.edge_runtime import sealing, signing
 from ensembler.protocol.errors import ConfigError
 from ensembler.transport import keys
@@ -21,8 +21,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         choices=["new", "bundle", "signing"],
         help="new: a CURVE pair; bundle: a key for bundles; signing: a key for privacy cards",
     )
-    parser.add_argument("file", nargs="?", type=Path, help="bundle, signing: the key file to make")
-    parser.add_argument("--out", type=Path, default=None, help="new: folder for the two files (default: keys)")
+    parser.add_argument("file", nargs="?", type=a_path, help="bundle, signing: the key file to make")
+    parser.add_argument("--out", type=a_path, default=None, help="new: folder for the two files (default: keys)")
     parser.add_argument("--name", default=None, help="new: name of the files (default: device)")
 
 

@@ -6,7 +6,7 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensembler.cli.console import Console
+from ensembler.cli.console import Console, a_path
 from ensembler.protocol.errors import ConfigError
 from ensembler.protocol.manifest import MANIFEST_NAME
 
@@ -26,7 +26,9 @@ def add_packaging(parser: argparse.ArgumentParser) -> None:
     )
     group.add_argument("--runtime", help="the inference runtime inside (default: the bundle's)")
     group.add_argument("--include-bundle", action="store_true", help="put the secret bundle inside, too")
-    group.add_argument("--wheels", type=Path, metavar="FOLDER", help="take the wheels from here, not from the network")
+    group.add_argument(
+        "--wheels", type=a_path, metavar="FOLDER", help="take the wheels from here, not from the network"
+    )
     names = [action.dest for action in parser._actions if action.dest != "help"]
     parser.set_defaults(defaults={name: parser.get_default(name) for name in names})
 

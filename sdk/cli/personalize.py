@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from ensembler.cli.console import Console, ProgressReporter, need_torch
+from ensembler.cli.console import Console, ProgressReporter, a_path, need_torch
 
 NAME = "personalize"
 HELP = "train a head, noise, selector and tail of its own for one device, for the server that a run has"
@@ -13,7 +12,7 @@ HELP = "train a head, noise, selector and tail of its own for one device, for th
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("run", type=Path, help="a finished run folder of ensembler train")
+    parser.add_argument("run", type=a_path, help="a finished run folder of ensembler train")
     parser.add_argument("--device", required=True, metavar="NAME", help="whose; the client goes to RUN/devices/NAME")
     parser.add_argument(
         "--rotate", action="store_true", help="renew the client that the device has; the old one is removed"

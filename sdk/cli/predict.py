@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from ensembler.cli.console import Console
+from ensembler.cli.console import Console, a_path
 from ensembler.client import BUNDLE_KEY_VARIABLE, EdgeClient
 from ensembler.edge_runtime import sealing
 from ensembler.edge_runtime.backends import BACKENDS
@@ -26,7 +26,7 @@ ERASE = "\033[K"  # the terminal's line from here on
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("bundle", type=Path, help="the folder of a client bundle")
+    parser.add_argument("bundle", type=a_path, help="the folder of a client bundle")
     parser.add_argument("images", nargs="+", help="image files")
     add_connection(parser)
     add_backend(parser)
@@ -48,7 +48,7 @@ def add_connection(parser: argparse.ArgumentParser, *, required: bool = True) ->
         metavar="[ADDRESS=]KEY",
         help="the server's public key instead of the pinned one, a file or its 40 characters; once for each ADDRESS",
     )
-    parser.add_argument("--key", type=Path, default=None, help="the device's secret key file")
+    parser.add_argument("--key", type=a_path, default=None, help="the device's secret key file")
     add_bundle_secret(parser)
     parser.add_argument("--plaintext", action="store_true", help="connect without encryption")
     parser.add_argument(
@@ -72,10 +72,10 @@ def add_backend(parser: argparse.ArgumentParser) -> None:
 def add_bundle_secret(parser: argparse.ArgumentParser) -> None:
     """Declares the options that open an encrypted bundle."""
     group = parser.add_mutually_exclusive_group()
-    group.add_argument("--bundle-key", type=Path, default=None, help="the key file of an encrypted bundle")
+    group.add_argument("--bundle-key", type=a_path, default=None, help="the key file of an encrypted bundle")
     group.add_argument(
         "--passphrase-file",
-        type=Path,
+        type=a_path,
         default=None,
         help=f"a file with the passphrase of an encrypted bundle (default of both: ${BUNDLE_KEY_VARIABLE})",
     )

@@ -14,7 +14,7 @@ from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
 
-from ensembler.cli.console import Console, need
+from ensembler.cli.console import Console, a_path, need
 from ensembler.protocol.errors import ConfigError, KeyFileError
 from ensembler.protocol.manifest import of_crypto
 from ensembler.protocol.options import require_milliseconds, whole
@@ -22,6 +22,7 @@ from ensembler.transport import keys
 from ensembler.transport.keys import KeyPair
 
 if TYPE_CHECKING:
+    from ensembler.cloud_runtime.http_port import HttpPort
     from ensembler.transport.zmq_server import ServerSocket
 
 NAME = "serve"
@@ -34,7 +35,7 @@ QUEUE_ROWS = 1024
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("bundles", metavar="BUNDLE", type=Path, nargs="+", help="folders of server bundles")
+    parser.add_argument("bundles", metavar="BUNDLE", type=a_path, nargs="+", help="folders of server bundles")
     parser.add_argument(
         "--bind",
         action="append",
@@ -42,14 +43,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--key",
-        type=Path,
+        type=a_path,
         action="append",
         help=f"the server's secret key (default: ${KEY_VARIABLE}, BUNDLE/../keys, ~/.config, /etc); again for the key "
         "of the next --bind, while devices move from one to the other",
     )
     parser.add_argument(
         "--authorized",
-        type=Path,
+        type=a_path,
         default=None,
         help="folder of the devices' public keys, watched for changes (default: authorized/ beside the first key)",
     )
@@ -116,7 +117,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--http", metavar="HOST:PORT", default=None, help="plain HTTP with /livez, /readyz and /metrics (default: none)"
     )
     parser.add_argument(
-        "--control", metavar="PATH", type=Path, default=None, help="socket for ensembler deploy (default: none)"
+        "--control", metavar="PATH", type=a_path, default=None, help="socket for ensembler deploy (default: none)"
     )
     parser.add_argument(
         "--insecure-engine",
@@ -201,7 +202,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
             },
             f"ready on {', '.join(endpoints)}: "
             + "; ".join(f"{one.manifest.wire.num_nets} nets in {one.manifest.precision}" for one in loaded)
-            + f", {loaded[0].describe()}, {security}",
+            + f", {loaded[0].describe()}, {security}{_told(http)}",
         )
         loading.pop_all()  # the server closes them, unless one is stuck
         loaded.clear()  # a version that is replaced shall be gone
@@ -214,6 +215,7 @@ def run(options: argparse.Namespace, console: Console) -> int:
 def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
     """Serves one bundle of crypto-clear inference."""
     need(["ensembler.crypto.server"], "crypto", "serving crypto-clear inference")
+    from ensembler.cloud_runtime.engine import MAX_THREADS
     from ensembler.cloud_runtime.http_port import HttpPort
     from ensembler.crypto.metrics import CryptoMeter
     from ensembler.crypto.server import CryptoServer
@@ -247,7 +249,7 @@ def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
             socket,
             options.bundles[0],
             allow_insecure=options.insecure_engine,
-            threads=whole("--threads", 1 if options.threads is None else options.threads, 1),
+            threads=whole("--threads", 1 if options.threads is None else options.threads, 1, MAX_THREADS),
             meter=meter,
         )
         http = None
@@ -269,10 +271,15 @@ def _serve_crypto(options: argparse.Namespace, console: Console) -> int:
                 "http": None if http is None else http.address,
             },
             f"ready on {socket.endpoint}: crypto-clear inference by {manifest.settings.engine} up to "
-            f"{manifest.boundary} ({shape}), {security}",
+            f"{manifest.boundary} ({shape}), {security}{_told(http)}",
         )
         server.run(options.grace_ms)
     return 0
+
+
+def _told(http: HttpPort | None) -> str:
+    """The end of the ready line: where probes come, whose port the system may have chosen."""
+    return "" if http is None else f", HTTP on {http.address}"
 
 
 def _stop_at_signals(opened: ExitStack, socket: ServerSocket, stop: Callable[[], None]) -> None:
@@ -298,6 +305,7 @@ def _start_log(options: argparse.Namespace) -> None:
     logging.basicConfig(level=logging.INFO, handlers=[handler])
     if options.log_requests:
         logging.getLogger("ensembler.server").setLevel(logging.DEBUG)
+        logging.getLogger("ensembler.server.http").setLevel(logging.INFO)  # probes are no requests of devices
 
 
 def _identity(options: argparse.Namespace) -> tuple[list[KeyPair | None], Path | None]:

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ensembler.cli.console import Console, ProgressReporter, need_torch
+from ensembler.cli.console import Console, ProgressReporter, a_path, need_torch
 from ensembler.protocol.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -26,9 +26,12 @@ KINDS_OF = {"noise": "noise_std", "noise_mode": "noise_std", "reg_kind": "reg_we
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options. None has a default here: those are ``TrainConfig``'s, and a given one is told apart."""
     parser.add_argument("--data", help="demo, cifar10:PATH, cifar100:PATH, folder:PATH or npz:TRAIN,TEST")
-    parser.add_argument("--out", type=Path, help="the run folder to make")
+    parser.add_argument("--out", type=a_path, help="the run folder to make")
     parser.add_argument(
-        "--resume", type=Path, metavar="RUN", help="go on with an interrupted run; its options are those it began with"
+        "--resume",
+        type=a_path,
+        metavar="RUN",
+        help="go on with an interrupted run; its options are those it began with",
     )
     parser.add_argument(
         "--dry-run",
@@ -97,7 +100,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--engine", choices=("local", "ray"), help="where stage 1 trains: here, or over Ray")
     parser.add_argument("--ray-address", help="HOST:PORT of Ray's head, or auto (default: a Ray of this machine alone)")
     parser.add_argument(
-        "--stage1", type=Path, default=None, help="reuse stage 1 of this run: a further client for its server"
+        "--stage1", type=a_path, default=None, help="reuse stage 1 of this run: a further client for its server"
     )
 
 

@@ -12,11 +12,10 @@ from collections.abc import Iterable, Iterator
 from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
-from pathlib import Path
 from types import FrameType
 from typing import Any
 
-from ensembler.cli.console import EXIT_INTERRUPTED, Console
+from ensembler.cli.console import EXIT_INTERRUPTED, Console, a_path
 from ensembler.cli.journal import Journal
 from ensembler.cli.predict import add_backend, add_connection, client_of
 from ensembler.client import EdgeClient
@@ -37,13 +36,13 @@ LONGEST_WAIT_S = 15.0
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Declares the options."""
-    parser.add_argument("bundle", type=Path, help="the folder of a client bundle")
+    parser.add_argument("bundle", type=a_path, help="the folder of a client bundle")
     source = parser.add_mutually_exclusive_group(required=True)
-    source.add_argument("--folder", type=Path, help="answer the image files that are in it and that arrive")
+    source.add_argument("--folder", type=a_path, help="answer the image files that are in it and that arrive")
     source.add_argument("--camera", action="store_true", help="answer the newest frame of a Raspberry Pi's camera")
     add_connection(parser)
     add_backend(parser)
-    parser.add_argument("--results", type=Path, help="append the lines to this file (default: standard output)")
+    parser.add_argument("--results", type=a_path, help="append the lines to this file (default: standard output)")
     parser.add_argument(
         "--after",
         choices=["keep", "delete"],
