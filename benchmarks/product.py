@@ -54,18 +54,22 @@ def trained(run: Path, *arguments: str) -> Path:
         return run
     finished = (run / "summary.json").is_file()
     there = RunFolder.open(run) if finished else RunFolder.open_unfinished(run)
-    if others := _other_options(there.config, arguments):
+    if others := _other_options(there, arguments):
         raise SystemExit(f"{run} was trained with {others}; delete it, or keep this run in another folder")
     if not finished:
         checked("train", "--resume", str(run))
     return run
 
 
-def _other_options(has: TrainConfig, arguments: Sequence[str]) -> str:
+def _other_options(run: RunFolder, arguments: Sequence[str]) -> str:
     """Says which options of a run are not those that ``arguments`` lead to, but for those of the machine."""
     parser = argparse.ArgumentParser()
     add_arguments(parser)
-    wanted: TrainConfig = config_of(parser.parse_args(arguments))
+    options = parser.parse_args(arguments)
+    source = None if options.stage1 is None else options.stage1.absolute()  # as a run notes it
+    if run.stage1_source != source:
+        return f"stage 1 of {run.stage1_source or 'its own'} and not of {source or 'its own'}"
+    has, wanted = run.config, config_of(options)
     if wanted.teacher is not None:
         wanted = replace(wanted, teacher=str(Path(wanted.teacher).absolute()))  # as a run notes it
     names = sorted({field.name for field in fields(TrainConfig)} - OF_THE_MACHINE - UNSAID)

@@ -46,12 +46,13 @@ def strong(tiny_data):
 def begun(tmp_path):
     """Returns a function that makes the folder of a run which was stopped at once."""
 
-    def make(arguments, **changes):
+    def make(arguments, *, stage1_from=None, **changes):
         parser = argparse.ArgumentParser()
         add_arguments(parser)
         config = dataclasses.replace(config_of(parser.parse_args(arguments)), **changes)
         arch = config.arch_spec((16, 16), 3)
-        return RunFolder.create(tmp_path / "run", config, arch, ("a", "b", "c"), data_digest="0" * 64)
+        facts = {"data_digest": "0" * 64, "stage1_from": stage1_from}
+        return RunFolder.create(tmp_path / "run", config, arch, ("a", "b", "c"), **facts)
 
     return make
 
@@ -86,6 +87,16 @@ def test_a_teacher_is_the_same_by_its_path_from_here(begun, strong, commands, mo
     assert commands == []
     with pytest.raises(SystemExit, match="teacher"):
         product.trained(run.path, *strong, "--teacher", "other")
+
+
+def test_a_run_on_the_nets_of_another_is_not_taken(begun, strong, commands, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    finish(begun(strong, stage1_from=tmp_path / "first"))
+    product.trained(tmp_path / "run", *strong, "--stage1", "first")
+    assert commands == []
+    for others in ((), ("--stage1", "second")):
+        with pytest.raises(SystemExit, match="with stage 1 of .*first and not of"):
+            product.trained(tmp_path / "run", *strong, *others)
 
 
 @pytest.mark.parametrize(

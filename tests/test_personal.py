@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -149,6 +150,18 @@ def test_what_cannot_be_personalised_is_refused(source, tmp_path):
     (source / "config.json").write_text(json.dumps(document))
     with pytest.raises(ConfigError, match="--defense single"):
         personalize(source, "kitchen")
+
+
+def test_a_teacher_that_moved_is_said_where_it_is_now(source, tmp_path):
+    document = json.loads((source / "config.json").read_text())
+    document["config"]["teacher"] = str(tmp_path / "gone")
+    (source / "config.json").write_text(json.dumps(document))
+    with pytest.raises(DataError, match=r"gone, the run's teacher, is not there; --teacher says where it is now"):
+        personalize(source, "kitchen")
+    plain = replace(RunFolder.open(source).config, defense="none", teacher=None, client_seed=None)
+    train(plain, tmp_path / "here")
+    folder, _ = personalize(source, "kitchen", teacher=tmp_path / "here")
+    assert RunFolder.open(folder).config.teacher == str(tmp_path / "here")
 
 
 def test_the_verb_says_what_comes_next(source, capsys):

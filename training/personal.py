@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from ensembler.protocol.errors import ConfigError
+from ensembler.protocol.errors import ConfigError, DataError
 from ensembler.training.fit import Reporter
 from ensembler.training.runs import RunFolder
 from ensembler.training.stages import resume, train
@@ -30,6 +30,7 @@ def personalize(
     rotate: bool = False,
     epochs: int | None = None,
     data: str | None = None,
+    teacher: Path | None = None,
     reporter: Reporter | None = None,
 ) -> tuple[Path, dict[str, Any]]:
     """Trains a client for one device; goes on with one that was interrupted.
@@ -41,6 +42,7 @@ def personalize(
             removed.
         epochs: of stage 3; None takes the run's.
         data: where the run's data is now; None takes the run's.
+        teacher: where the run's teacher is now, or another one; None takes the run's.
         reporter: told of the progress.
 
     Returns:
@@ -49,7 +51,7 @@ def personalize(
     Raises:
         ConfigError: an impossible name or option, a run without stage 3, a device that has a client already, or one
             without that is to be renewed.
-        DataError: the run or its data cannot be read.
+        DataError: the run, its data or its teacher cannot be read.
     """
     if not _NAME.fullmatch(device):
         raise ConfigError(
@@ -67,7 +69,8 @@ def personalize(
         raise ConfigError(f"{folder} has a client; --rotate renews it")
     target = new if rotate else folder
     if _is_unfinished(target):
-        given = [option for option, value in (("--epochs", epochs), ("--data", data)) if value is not None]
+        options = {"--epochs": epochs, "--data": data, "--teacher": teacher}
+        given = [option for option, value in options.items() if value is not None]
         if given:
             raise ConfigError(f"{', '.join(given)}: {target} was begun without; leave it out, or remove that folder")
         summary = resume(target, reporter=reporter)
@@ -77,9 +80,12 @@ def personalize(
             client_seed=None,
             epochs_stage3=source.config.epochs_stage3 if epochs is None else epochs,
             data=source.config.data if data is None else data,
+            teacher=source.config.teacher if teacher is None else str(teacher),
             # The machine that made the server's nets had a GPU perhaps, and this one need not.
             device="cpu" if source.config.device == "cpu" else "auto",
         )
+        if config.teacher is not None and not Path(config.teacher).is_dir():
+            raise DataError(f"{config.teacher}, the run's teacher, is not there; --teacher says where it is now")
         summary = train(config, target, stage1_from=path, reporter=reporter)
     _finish_renewal(folder, new, old)
     return folder, summary
