@@ -95,7 +95,7 @@ def test_a_run_on_the_nets_of_another_is_not_taken(begun, strong, commands, monk
     product.trained(tmp_path / "run", *strong, "--stage1", "first")
     assert commands == []
     for others in ((), ("--stage1", "second")):
-        with pytest.raises(SystemExit, match="with stage 1 of .*first and not of"):
+        with pytest.raises(SystemExit, match=r"with stage 1 of .*first and not of"):
             product.trained(tmp_path / "run", *strong, *others)
 
 
