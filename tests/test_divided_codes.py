@@ -25,10 +25,14 @@ from ensembler.privacy.scene import Access, make_scene
 from ensembler.protocol.errors import BundleError, ConfigError
 from ensembler.protocol.manifest import load_client, load_server, parse_client, to_json
 from ensembler.protocol.messages import RESULT, Message, decode, encode
+from ensembler.training import data
+from ensembler.training.fixing import mixed_features
+from ensembler.training.models import normalise
 from ensembler.training.operators import Hearing, held, party_of, party_sizes
 from ensembler.training.runs import RunFolder
-from ensembler.training.stages import drawn_selector, load_bodies, stage2, train
+from ensembler.training.stages import drawn_selector, load_bodies, load_stage1, stage2, train
 from ensembler.training.stages import load_client as trained_client
+from ensembler.training.wire import fake_quantise
 from ensembler.transport.inprocess import InProcessTransport
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -89,6 +93,20 @@ def test_a_body_hears_its_operators_channels_and_nothing_else(run):
         silenced[:, first:end] = features[:, first:end]
         assert torch.equal(body(features), body(silenced))
         assert not torch.equal(body(features), body(features - silenced))
+
+
+def test_what_stands_for_features_to_come_has_each_operators_channels_from_its_own_heads(run, tiny_data):
+    nets, codec = load_stage1(run), run.read_wire().spec.feature_codec
+    images = torch.from_numpy(data.load(tiny_data).train_x[:8])
+
+    @torch.inference_mode()
+    def sent(item, some):
+        return fake_quantise(item.perturbed(item.net.head(normalise(some))), codec)
+
+    first = torch.cat([sent(nets[0], images[::2]), sent(nets[1], images[1::2])])
+    expected = torch.cat([first[:, :2], sent(nets[2], images)[:, 2:]], dim=1)
+    torch.testing.assert_close(mixed_features(nets, codec, images), expected, rtol=0, atol=1.01 * codec.scale)
+    assert float((mixed_features(nets, codec, images) == expected).float().mean()) > 0.99
 
 
 def test_the_order_is_shuffled_within_an_operators_nets_alone(settings, run, tmp_path):

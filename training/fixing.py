@@ -17,6 +17,7 @@ from ensembler.protocol.codec import CODEC_BITS, AffineCodec
 from ensembler.protocol.manifest import WireSpec
 from ensembler.training.fit import EVALUATION_BATCH, accuracy
 from ensembler.training.models import Bottleneck, normalise
+from ensembler.training.operators import Channels, heard_by
 from ensembler.training.runs import WireState, bodies_digest
 from ensembler.training.stage1 import Stage1Net
 from ensembler.training.wire import CLIPPED_ANSWERS, CLIPPED_FEATURES, codec_for, fake_quantise
@@ -38,10 +39,10 @@ def fix_wire(
 ) -> WireState:
     """Fixes everything the server gets: the bodies' order and the codecs, from stage-1 features alone.
 
-    The features' range covers all N heads with their noise. A body's answers are taken on the features of all N heads
-    too: the client's head will be none of them, and the selected bodies' answers to it exceed what they say to their
-    own head (measured: 28 dB instead of 41 dB through the wire). The order is shuffled with the operating system's
-    generator, each operator's nets among themselves.
+    The features' range covers all N heads with their noise. A body's answers are taken on the features of all heads of
+    its operator's nets: the client's head will be none of them, and the selected bodies' answers to it exceed what they
+    say to their own head (measured: 28 dB instead of 41 dB through the wire). The order is shuffled with the operating
+    system's generator, each operator's nets among themselves.
 
     Args:
         nets: the N trained nets.
@@ -80,13 +81,26 @@ def mixed_features(nets: Sequence[Stage1Net], codec: AffineCodec, images: Tensor
     """Returns features ``(M, C, h, w)`` as they arrive, the N stage-1 heads taking turns over ``images``.
 
     They stand in for the features of clients that do not exist yet, and say nothing of any selector: the bodies'
-    codecs and quantisation scales come from them. What is drawn anew for every image is the same in each call.
+    codecs and quantisation scales come from them. What is drawn anew for every image is the same in each call. Of
+    several operators each one's heads take turns over its own channels: in the others' nobody taught them to say
+    anything.
 
     Args:
         nets: the N trained nets.
         codec: of the features.
         images: ``(M, 3, H, W)`` uint8, M >= 1.
     """
+    by_channels: dict[Channels | None, list[Stage1Net]] = {}
+    for item in nets:
+        by_channels.setdefault(heard_by(item.net.body), []).append(item)
+    parts = []
+    for channels, heads in by_channels.items():
+        features = _in_turns(heads, codec, images)
+        parts.append(features if channels is None else features[:, slice(*channels)])
+    return torch.cat(parts, dim=1)
+
+
+def _in_turns(nets: Sequence[Stage1Net], codec: AffineCodec, images: Tensor) -> Tensor:
     parts = []
     for index, item in enumerate(nets):
         chosen = images[index :: len(nets)]
