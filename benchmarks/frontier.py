@@ -41,6 +41,8 @@ ENCODED = ("--encoder", "40,80", "--bottleneck")
 WIDER = ("--encoder", "64,128", "--bottleneck")  # twice the work on the device
 # Of one scene, eight pictures; beside the oracle of the same audit, which has one.
 FILMS = ("frames-8", "still-8")
+# C2PI's, Section IV-C: uniform in plus or minus 0.1, so with this standard deviation.
+UNIFORM = ("--noise", "uniform", "--noise-mode", "fresh", "--noise-std", "0.0577")
 STRONG = (*ENCODED, "16,1,2", "--information-weight", "0.05")
 LEVERS: dict[str, dict[str, tuple[str, ...]]] = {
     "depth": {f"after {part}": ("--head-end", part) for part in ("stem", "layer1", "layer2", "layer3")},
@@ -72,6 +74,7 @@ LEVERS: dict[str, dict[str, tuple[str, ...]]] = {
     },
     "fresh noise": {
         **{f"after stem, noise {std}": ("--noise-mode", "fresh", "--noise-std", std) for std in ("0.5", "2")},
+        "after layer3, C2PI": ("--head-end", "layer3", *UNIFORM),
         "16 channels, 2 bits, noise 0.5": (*ENCODED, "16,1,2", "--noise-mode", "fresh", "--noise-std", "0.5"),
         "information 0.05, noise 0.5": (*STRONG, "--noise-mode", "fresh", "--noise-std", "0.5"),
     },
