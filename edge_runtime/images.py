@@ -80,6 +80,8 @@ def to_pixels(image: ImageLike, spec: ImageSpec) -> Pixels:
         return _fit(_decode(bytes(image), "the image bytes"), spec, "the image bytes")
     if isinstance(image, str | os.PathLike):
         path = os.fsdecode(image)
+        if not path:
+            raise ImageError("an empty text is no path; give that of an image file")
         return _fit(_open(Path(path)), spec, path)
     if isinstance(image, PillowImage):
         return _fit(image, spec, "the PIL image")

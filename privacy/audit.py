@@ -261,15 +261,19 @@ def chosen_attacks(
 
 def _check_place(out: Path) -> None:
     """Refuses a report's place before the hours that it takes to have something to write there."""
-    folder = next(folder for folder in out.parents if folder.exists())
-    if not folder.is_dir():
-        reason = f"{folder} is a file"
-    elif not os.access(folder, os.W_OK):
-        reason = f"{folder} is not yours to write"
-    elif out.is_dir():
-        reason = "it is a folder"
-    else:
-        return
+    # lexists: a link that leads nowhere is there, and nothing can be made below it.
+    folder = next(folder for folder in out.parents if os.path.lexists(folder))
+    try:
+        if not folder.is_dir():
+            reason = f"{folder} is not a folder"
+        elif not os.access(folder, os.W_OK | os.X_OK):
+            reason = f"{folder} is not yours to write"
+        elif taken := [str(path) for path in (out, out.with_suffix(".json")) if path.is_dir()]:
+            reason = f"{taken[0]} is a folder"
+        else:
+            return
+    except OSError as error:
+        reason = str(error.strerror)
     raise ConfigError(f"--out {out}: cannot be written, {reason}; give a file in a folder of yours")
 
 

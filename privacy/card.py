@@ -112,9 +112,10 @@ def write_card(bundle: Path, document: Mapping[str, Any], signer: Signer | None 
             f"{bundle} --run RUN"
         )
     before = read_card(bundle, manifest)
-    if signer is None and before is not None and before.signed_by is not None:
+    if signer is None and before is not None and before.signature in ("valid", "unchecked"):
+        by = f" by {before.signed_by}" if before.signed_by else ""
         raise ConfigError(
-            f"{bundle / PRIVACY_NAME} is signed by {before.signed_by}, and an unsigned card would take its place: sign "
+            f"{bundle / PRIVACY_NAME} is signed{by}, and an unsigned card would take its place: sign "
             "this one with --signing-key and --signed-by, or remove that one first"
         )
     card = {

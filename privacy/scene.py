@@ -245,29 +245,31 @@ def _then(send: Callable[[Tensor], Tensor] | None, chosen: nn.Module) -> Callabl
 
 
 def check_attacker(
-    run: RunFolder, *, auxiliary: str, other_device: Path | None, coalition: Sequence[int] | None
+    run: RunFolder, *, operators: int, auxiliary: str, other_device: Path | None, coalition: Sequence[int] | None
 ) -> None:
-    """Refuses an attacker that no client of a run can have; before anything is exported or computed.
+    """Refuses an attacker that a client of a run cannot have; before anything is exported or computed.
 
     Args:
         run: the run.
+        operators: of the client: the run's, or as many as it was exported for.
         auxiliary: as for ``make_scene``.
         other_device: as for ``make_scene``.
         coalition: as for ``make_scene``.
 
     Raises:
-        ConfigError: an unknown choice, or operators that the run does not have.
+        ConfigError: an unknown choice, or operators that the client does not have.
         BundleError: the other device's bundle is damaged, or of another server.
     """
     if auxiliary not in AUXILIARY:
         raise ConfigError(f"--aux {auxiliary}: choose {' or '.join(AUXILIARY)}")
-    count = run.config.parties
     if coalition is not None and not (
-        coalition and list(coalition) == sorted({*coalition}) and all(0 <= each < count for each in coalition)
+        coalition and list(coalition) == sorted({*coalition}) and all(0 <= each < operators for each in coalition)
     ):
-        if count == 1:
-            raise ConfigError("--operators: this run's client has one operator, who is sent everything; leave it out")
-        raise ConfigError(f"--operators: the client has {count} operators: name some of 1 to {count}, each once")
+        if operators == 1:
+            raise ConfigError("--operators: the client has one operator, who is sent everything; leave it out")
+        raise ConfigError(
+            f"--operators: the client has {operators} operators: name some of 1 to {operators}, each once"
+        )
     if other_device is None:
         return
     wire, others = run.read_wire().spec, load_client_manifest(other_device).wire
@@ -316,8 +318,9 @@ def make_scene(
     """
     device = device or torch.device("cpu")
     run = RunFolder.open(run_path)
-    check_attacker(run, auxiliary=auxiliary, other_device=other_device, coalition=coalition)
     runtime = EdgeRuntime(bundle, secret=secret)
+    parties = runtime.manifest.parties
+    check_attacker(run, operators=len(parties), auxiliary=auxiliary, other_device=other_device, coalition=coalition)
     wire = run.read_wire().spec
     if runtime.manifest.wire != wire:
         raise BundleMismatchError(
@@ -325,7 +328,6 @@ def make_scene(
             f"the run's is {wire.bodies_id[:12]}...; give the --run that it came from"
         )
     other = None if other_device is None else EdgeRuntime(other_device, secret=secret)
-    parties = runtime.manifest.parties
     config = run.config
     images = load_images(run, data)
     held_out = len(images.test_x)

@@ -407,7 +407,7 @@ def load_folder(folder: Path, parse: Callable[[bytes, str], T]) -> T:
         if not folder.is_dir():
             raise BundleError(f"no bundle at {folder}: it is not a folder; ensembler-export makes one")
         if not path.exists():
-            raise BundleError(_without_manifest(folder))
+            raise BundleError(_without_manifest(folder, parse))
         require_regular(path)
         if path.stat().st_size > MAX_MANIFEST_BYTES:
             raise BundleError(f"{path} is larger than {MAX_MANIFEST_BYTES} bytes: not a manifest")
@@ -422,17 +422,28 @@ def load_folder(folder: Path, parse: Callable[[bytes, str], T]) -> T:
     return manifest
 
 
-def _without_manifest(folder: Path) -> str:
+def _without_manifest(folder: Path, parse: Callable[[bytes, str], object]) -> str:
     """Says what a folder is that has no manifest, and what to give or do instead."""
-    within = sorted(path.parent.name for path in folder.glob(f"*/{MANIFEST_NAME}"))
+    within = [path for path in sorted(folder.glob(f"*/{MANIFEST_NAME}")) if _is_kind(path, parse)]
     if within:
-        return f"{folder} is no bundle, but holds some: give {' or '.join(str(folder / name) for name in within[:4])}"
+        return f"{folder} is no bundle, but holds some: give {' or '.join(str(path.parent) for path in within[:4])}"
     if (folder / "config.json").is_file() and (folder / "stage1").is_dir():
         return f"{folder} is a run of ensembler train and no bundle; ensembler-export {folder} --out bundles makes them"
     return (
-        f"the bundle {folder} is incomplete: {MANIFEST_NAME} is missing; copy the whole folder again, or make one with "
-        "ensembler-export"
+        f"{folder} is no bundle, or incomplete: {MANIFEST_NAME} is missing; give a folder that ensembler-export made, "
+        "and copy it whole"
     )
+
+
+def _is_kind(path: Path, parse: Callable[[bytes, str], object]) -> bool:
+    """Whether a manifest is one that ``parse`` takes."""
+    try:
+        require_regular(path)
+        with path.open("rb") as stream:
+            parse(stream.read(MAX_MANIFEST_BYTES), str(path))
+    except (OSError, BundleError):
+        return False
+    return True
 
 
 def _verify(folder: Path, files: Mapping[str, FileEntry]) -> None:

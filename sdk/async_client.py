@@ -9,7 +9,7 @@ import time
 from collections.abc import AsyncGenerator, AsyncIterable, AsyncIterator, Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 from ensembler.client import EdgeClient, checked_timeout
 from ensembler.edge_runtime.images import ImageLike, several
@@ -146,6 +146,10 @@ class AsyncEdgeClient:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         await self.aclose()
+
+    def __reduce__(self) -> NoReturn:
+        """Refuses to be copied or pickled; see ``EdgeClient``."""
+        self._client.__reduce__()
 
     def __repr__(self) -> str:
         return f"Async{self._client!r}"

@@ -220,6 +220,26 @@ def test_what_lies_at_a_path_is_not_deleted_to_listen_there(tmp_path):
     ServerSocket(f"ipc://{taken}", keys=None, authorized=frozenset()).close()  # whoever left it there has gone
 
 
+def test_a_socket_that_is_taken_is_seen_where_nobody_answers_and_where_others_speak_otherwise(tmp_path):
+    from ensembler.transport.zmq_server import ServerSocket
+
+    full, letters = tmp_path / "full", tmp_path / "letters"
+    with (
+        socket.socket(socket.AF_UNIX) as silent,
+        socket.socket(socket.AF_UNIX) as waiting,
+        socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as other,
+    ):
+        silent.bind(str(full))
+        silent.listen(0)
+        waiting.connect(str(full))  # a second one would wait for ever
+        other.bind(str(letters))
+        with pytest.raises(ConfigError, match="another server listens there"):
+            ServerSocket(f"ipc://{full}", keys=None, authorized=frozenset())
+        with pytest.raises(ConfigError, match=r"another program's socket is there \(.*\); choose another path"):
+            ServerSocket(f"ipc://{letters}", keys=None, authorized=frozenset())
+    assert letters.is_socket()
+
+
 def test_a_port_in_use_is_an_error_of_the_input(tiny, capsys):
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

@@ -155,11 +155,15 @@ def test_a_card_names_every_file_and_no_place_of_the_auditors_machine(bundle):
     assert stat.S_IMODE(path.stat().st_mode) == 0o600
 
 
-def test_an_unsigned_card_does_not_take_the_place_of_a_signed_one(bundle, signer):
+def test_an_unsigned_card_does_not_take_the_place_of_a_signed_one(bundle, signer, monkeypatch):
     write_card(bundle, audit_of(bundle), signer)
     before = (bundle / PRIVACY_NAME).read_bytes()
     with pytest.raises(ConfigError, match=f"is signed by {HOLDER}, .* or remove that one first"):
         write_card(bundle, audit_of(bundle))
+    with monkeypatch.context() as without:
+        without.setitem(sys.modules, "cryptography.hazmat.primitives.asymmetric", None)
+        with pytest.raises(ConfigError, match=r"is signed, and an unsigned card"):
+            write_card(bundle, audit_of(bundle))
     assert (bundle / PRIVACY_NAME).read_bytes() == before
     write_card(bundle, audit_of(bundle), signer)
     (bundle / PRIVACY_NAME).unlink()

@@ -612,12 +612,15 @@ def test_a_missing_file_is_refused_by_name(bundle):
 def test_a_missing_manifest_is_refused_by_name(bundle):
     folder, load, _ = bundle
     (folder / MANIFEST_NAME).unlink()
-    with pytest.raises(BundleError, match=f"incomplete: {MANIFEST_NAME} is missing"):
+    with pytest.raises(BundleError, match=f"is no bundle, or incomplete: {MANIFEST_NAME} is missing"):
         load(folder)
 
 
 def test_a_folder_above_bundles_says_which_lie_in_it(bundle):
     folder, load, _ = bundle
+    other = folder.parent / "other"
+    other.mkdir()
+    (other / MANIFEST_NAME).write_text("{}")  # of another kind, say
     with pytest.raises(BundleError, match=f"is no bundle, but holds some: give {folder}$"):
         load(folder.parent)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import copy
 import errno
 import logging
@@ -23,7 +24,7 @@ import pytest
 import zmq
 from conftest import LOOPBACK, SlowEngine
 
-from ensembler import EdgeClient
+from ensembler import AsyncEdgeClient, EdgeClient
 from ensembler.cloud_runtime.batcher import BatchPolicy
 from ensembler.cloud_runtime.onnx_engine import OnnxEngine
 from ensembler.edge_runtime.runtime import EdgeRuntime
@@ -182,11 +183,15 @@ def test_a_bad_image_of_a_batch_is_told_by_its_place(tiny, running, tiny_images)
         edge.predict(b"")
 
 
-def test_a_client_is_not_copied_and_the_error_says_what_to_do(tiny, running):
-    with client(tiny, running) as edge:
-        for attempt in (copy.copy, copy.deepcopy, pickle.dumps):
-            with pytest.raises(ConfigError, match="cannot be copied or sent to another process: make a new one there"):
-                attempt(edge)
+@pytest.mark.parametrize("attempt", [copy.copy, copy.deepcopy, pickle.dumps])
+def test_a_client_is_not_copied_and_the_error_says_what_to_do(tiny, running, attempt):
+    edge = client(tiny, running)
+    edges = AsyncEdgeClient(tiny.client, running)
+    for each in (edge, edges):
+        with pytest.raises(ConfigError, match="cannot be copied or sent to another process: make a new one there"):
+            attempt(each)
+    edge.close()
+    asyncio.run(edges.aclose())
 
 
 def test_parts_of_a_batch_are_under_way_together_but_not_all_of_them(tiny, gate, tiny_images, expected):

@@ -127,9 +127,11 @@ def test_an_interrupted_client_goes_on_and_takes_no_other_options(source, cut):
     with pytest.raises(Cut):
         personalize(source, "kitchen", epochs=1)
     cut(False)
-    with pytest.raises(ConfigError, match=r"--epochs: .* was begun without"):
+    with pytest.raises(ConfigError, match=r"--epochs 2: .* was begun with --epochs 1; leave it out"):
         personalize(source, "kitchen", epochs=2)
-    folder, _ = personalize(source, "kitchen")
+    with pytest.raises(ConfigError, match=r"--teacher .*: .* was begun without; leave it out"):
+        personalize(source, "kitchen", epochs=1, teacher=source)
+    folder, _ = personalize(source, "kitchen", epochs=1)  # the same command goes on
     assert RunFolder.open(folder).config.epochs_stage3 == 1
 
 
@@ -158,6 +160,8 @@ def test_a_teacher_that_moved_is_said_where_it_is_now(source, tmp_path):
     (source / "config.json").write_text(json.dumps(document))
     with pytest.raises(DataError, match=r"gone, the run's teacher, is not there; --teacher says where it is now"):
         personalize(source, "kitchen")
+    with pytest.raises(DataError, match=r"--teacher .*nowhere: no folder is there; give the run that teaches"):
+        personalize(source, "kitchen", teacher=tmp_path / "nowhere")
     plain = replace(RunFolder.open(source).config, defense="none", teacher=None, client_seed=None)
     train(plain, tmp_path / "here")
     folder, _ = personalize(source, "kitchen", teacher=tmp_path / "here")

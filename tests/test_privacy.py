@@ -58,6 +58,17 @@ def scene(tiny, audit_images):
     return make_scene(tiny.run, tiny.client, data=audit_images, observed=128, evaluated=32)
 
 
+def test_the_operators_are_those_of_the_export_whatever_the_run_was_trained_for(other, tiny, audit_images):
+    options = {"data": audit_images, "observed": 128, "evaluated": 32}
+    second = make_scene(tiny.run, other / "client", coalition=[1], **options)
+    assert second.everything.party_nets == (1,)
+    assert torch.equal(second.arrived, make_scene(tiny.run, other / "client", **options).arrived)
+    with pytest.raises(ConfigError, match="the client has 3 operators: name some of 1 to 3"):
+        make_scene(tiny.run, other / "client", coalition=[3], **options)
+    with pytest.raises(ConfigError, match="the client has one operator, who is sent everything; leave it out"):
+        make_scene(tiny.run, tiny.client, coalition=[1], **options)
+
+
 @pytest.fixture
 def random():
     return torch.Generator().manual_seed(0)
@@ -1045,7 +1056,7 @@ def test_audit_refuses_what_is_no_other_device_before_it_exports_the_run(tiny, t
     assert main(["audit", str(tiny.run), "--other-device", str(tmp_path)]) == 1
     assert main(["audit", str(tiny.run), "--other-device", str(tiny.run)]) == 1
     said = capsys.readouterr().err
-    assert f"{tmp_path} is incomplete" in said
+    assert f"{tmp_path} is no bundle, or incomplete" in said
     assert f"{tiny.run} is a run of ensembler train and no bundle" in said
     assert "exporting" not in said
 
@@ -1059,7 +1070,6 @@ def test_audit_refuses_what_is_no_other_device_before_it_exports_the_run(tiny, t
         (("--operators", "one"), "--operators one: give numbers"),
         (("--device", "abacus"), "abacus"),
         (("--out", "report.pdf"), "ends in .html"),
-        (("--out", "setup.cfg/report.html"), "cannot be written, setup.cfg is a file"),
         (("--aux", "mine"), "--aux mine: choose disjoint or train"),
         (("--operators", "2"), "has one operator, who is sent everything; leave it out"),
     ],
@@ -1069,3 +1079,22 @@ def test_audit_refuses_what_is_wrong_before_it_exports_the_run(tiny, capsys, opt
     printed = capsys.readouterr()
     assert words in printed.err
     assert "exporting" not in printed.out + printed.err
+
+
+@pytest.mark.parametrize(
+    ("place", "words"),
+    [
+        ("note/report.html", "note is not a folder"),
+        ("note/sub/report.html", "note is not a folder"),
+        ("nowhere/report.html", "nowhere is not a folder"),
+        ("taken.html", "taken.html is a folder"),
+        ("numbers.html", "numbers.json is a folder"),
+    ],
+)
+def test_a_report_that_has_no_place_is_refused_before_the_hours_that_it_takes(tmp_path, place, words):
+    (tmp_path / "note").touch()
+    (tmp_path / "nowhere").symlink_to(tmp_path / "gone")
+    for name in ("taken.html", "numbers.json"):
+        (tmp_path / name).mkdir()
+    with pytest.raises(ConfigError, match=rf"--out .*: cannot be written, .*{words}; give a file in a folder of yours"):
+        audits.chosen_attacks(tmp_path / place, budget="quick", attacks=None, seeds=None)

@@ -1002,6 +1002,13 @@ def test_what_is_no_run_folder_is_refused(tmp_path):
     for path in (tmp_path, tmp_path / "missing"):
         with pytest.raises(DataError, match=r"is not a run folder; ensembler train --out .* makes one"):
             RunFolder.open(path)
+    for name, said in (("note", "config.json is missing"), ("out/client/manifest.json", "bundles lie in it")):
+        (tmp_path / "folder" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "folder" / name).touch()
+        with pytest.raises(DataError, match=f"is not a run folder; {said}; give the "):
+            RunFolder.open((tmp_path / "folder" / name).parents[name.count("/") and 1])
+    with pytest.raises(DataError, match="is not a run folder; it is a file; give the folder"):
+        RunFolder.open(tmp_path / "folder" / "note")
     (tmp_path / "above" / "run").mkdir(parents=True)
     (tmp_path / "above" / "run" / "config.json").touch()
     with pytest.raises(DataError, match=r"is not a run folder; runs lie in it: give .*above/run"):

@@ -297,6 +297,8 @@ def _members(path: Path) -> Iterator[tuple[str, bytes]]:
     except DataError:
         raise
     except Exception as error:  # a damaged archive can raise zlib.error, EOFError, TarError, ...
+        if isinstance(error, OSError) and error.errno:  # a damaged one has none
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
         raise DataError(
             f"{path} is not a readable archive; give the folder of the CIFAR files, or their .tar.gz, downloaded again"
         ) from error

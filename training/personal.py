@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -42,7 +43,7 @@ def personalize(
             removed.
         epochs: of stage 3; None takes the run's.
         data: where the run's data is now; None takes the run's.
-        teacher: where the run's teacher is now, or another one; None takes the run's.
+        teacher: where the run's teacher is now, or another one, also of a run without; None takes the run's.
         reporter: told of the progress.
 
     Returns:
@@ -63,32 +64,41 @@ def personalize(
     folder = path / DEVICES / device
     new, old = folder.with_name(device + NEW), folder.with_name(device + OLD)
     _finish_renewal(folder, new, old)
+    given = {"epochs_stage3": epochs, "data": data, "teacher": None if teacher is None else str(teacher)}
+    asked: dict[str, Any] = {name: value for name, value in given.items() if value is not None}
     if rotate and not folder.exists():
         raise ConfigError(f"--rotate: {folder} has no client to renew; leave --rotate out")
     if folder.exists() and not rotate and not _is_unfinished(folder):
         raise ConfigError(f"{folder} has a client; --rotate renews it")
     target = new if rotate else folder
     if _is_unfinished(target):
-        options = {"--epochs": epochs, "--data": data, "--teacher": teacher}
-        given = [option for option, value in options.items() if value is not None]
-        if given:
-            raise ConfigError(f"{', '.join(given)}: {target} was begun without; leave it out, or remove that folder")
+        _refuse_others(RunFolder.open_unfinished(target), asked)
         summary = resume(target, reporter=reporter)
     else:
         config = replace(
             source.config,
+            **asked,
             client_seed=None,
-            epochs_stage3=source.config.epochs_stage3 if epochs is None else epochs,
-            data=source.config.data if data is None else data,
-            teacher=source.config.teacher if teacher is None else str(teacher),
             # The machine that made the server's nets had a GPU perhaps, and this one need not.
             device="cpu" if source.config.device == "cpu" else "auto",
         )
         if config.teacher is not None and not Path(config.teacher).is_dir():
+            if teacher is not None:
+                raise DataError(f"--teacher {teacher}: no folder is there; give the run that teaches")
             raise DataError(f"{config.teacher}, the run's teacher, is not there; --teacher says where it is now")
         summary = train(config, target, stage1_from=path, reporter=reporter)
     _finish_renewal(folder, new, old)
     return folder, summary
+
+
+def _refuse_others(begun: RunFolder, asked: Mapping[str, Any]) -> None:
+    """Refuses options with other values than an unfinished client was begun with."""
+    for name, value in asked.items():
+        was = getattr(begun.config, name)
+        if was != value:
+            option = f"--{name.removesuffix('_stage3')}"
+            how = "without" if was is None else f"with {option} {was}"
+            raise ConfigError(f"{option} {value}: {begun.path} was begun {how}; leave it out, or remove that folder")
 
 
 def _is_unfinished(folder: Path) -> bool:

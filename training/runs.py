@@ -181,8 +181,11 @@ class RunFolder:
     @classmethod
     def _of_this_version(cls, path: Path) -> RunFolder:
         run = cls(path)
-        if not (path / CONFIG_FILE).is_file():
-            raise DataError(f"{path} is not a run folder; {_instead_of(path)}")
+        try:
+            if not (path / CONFIG_FILE).is_file():
+                raise DataError(f"{path} is not a run folder; {_instead_of(path)}")
+        except OSError as error:
+            raise DataError(f"{path} cannot be read: {error.strerror}") from error
         document = run.read_json(CONFIG_FILE)
         complete = {"config", "image_size", "labels"} <= document.keys()
         if document.get("version") != RUN_VERSION or not complete:
@@ -451,10 +454,16 @@ class RunFolder:
 
 def _instead_of(path: Path) -> str:
     """Says what to do where a folder is no run: what it is, and which runs lie in it."""
+    if path.is_file():
+        return "it is a file; give the folder that ensembler train made"
     if (path / MANIFEST_NAME).is_file():
         return "it is a bundle; give the run that it was exported from"
     if within := sorted(str(found.parent) for found in path.glob(f"*/{CONFIG_FILE}")):
         return f"runs lie in it: give {' or '.join(within[:4])}"
+    if any(path.glob(f"*/{MANIFEST_NAME}")):
+        return "bundles lie in it; give the run that they were exported from"
+    if path.is_dir() and any(path.iterdir()):
+        return f"{CONFIG_FILE} is missing; give the folder that ensembler train made"
     return f"ensembler train --out {path} makes one"
 
 

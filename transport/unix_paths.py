@@ -30,8 +30,15 @@ def refuse_taken(path: Path, said: str) -> bool:
     if not stat.S_ISSOCK(status.st_mode):
         raise ConfigError(f"{said}: {path} is there and is not a socket; choose another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)  # who listens may have no room for one more, and never make any
         try:
             probe.connect(str(path))
         except ConnectionRefusedError:
             return True
+        except BlockingIOError:
+            pass
+        except OSError as error:  # a socket of another kind, or not ours
+            raise ConfigError(
+                f"{said}: another program's socket is there ({error.strerror}); choose another path"
+            ) from error
     raise ConfigError(f"{said}: another server listens there; stop it, or choose another path")

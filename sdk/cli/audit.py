@@ -77,7 +77,8 @@ def run(options: argparse.Namespace, console: Console) -> int:
                 if getattr(options, name) is not None:
                     option = name.replace("_", "-")
                     raise ConfigError(f"audit {subject}: --{option} goes with a client bundle, and this is none")
-            check_attacker(RunFolder.open(subject), **attacker)
+            opened = RunFolder.open(subject)
+            check_attacker(opened, operators=opened.config.parties, **attacker)
             run_path, bundle = subject, _exported(subject, Path(folder), console, options.data)
             shown_as = "an int8 client of the run, exported for this audit and not kept"
         try:

@@ -19,7 +19,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--epochs", type=int, help="of stage 3 (default: the run's)")
     parser.add_argument("--data", help="where the run's data is now, if it moved")
-    parser.add_argument("--teacher", type=a_path, metavar="RUN", help="where the run's teacher is now, if it moved")
+    parser.add_argument("--teacher", type=a_path, metavar="RUN", help="where the run's teacher is now, or another one")
 
 
 def run(options: argparse.Namespace, console: Console) -> int:
