@@ -437,6 +437,17 @@ def test_an_incomplete_archive_is_refused_by_the_missing_file(tmp_path, missing)
         load(f"cifar10:{cifar.write(tmp_path, files, packed=True)}")
 
 
+def test_an_archive_that_may_not_be_read_is_not_said_to_be_damaged(tmp_path, monkeypatch):
+    def refused(path):
+        raise PermissionError(13, "Permission denied", str(path))
+
+    cifar = Cifar(10)
+    path = cifar.write(tmp_path, cifar.files("python 2"), packed=True)
+    monkeypatch.setattr(tarfile, "open", refused)
+    with pytest.raises(DataError, match=r"cannot be read: Permission denied$"):
+        load(f"cifar10:{path}")
+
+
 def test_the_other_cifars_archive_is_refused(tmp_path):
     cifar = Cifar(100)
     path = cifar.write(tmp_path, cifar.files("python 2"), packed=True)
