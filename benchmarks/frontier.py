@@ -201,9 +201,10 @@ def there(path: Path) -> dict[str, dict[str, Any]]:
 PAGE = """# The frontier
 
 Made by `python benchmarks/frontier.py --data cifar10:PATH`, a cell a net, the least readable first; options,
-accuracies, machine and date of each are in [frontier.json](frontier.json). {arch}, one net, one seed.
+machine and date of each are in [frontier.json](frontier.json). {arch}, one net, one seed.
 
-- lost: points of accuracy, of the exported client, against the undefended net that taught it
+- accuracy: of the exported client, in percent
+- lost: points of it, against the undefended net that taught it, which had {undefended}%
 - SSIM, dB: of the oracle's decoders, the larger; the mean image has an SSIM of {floor:.3f}
 - steps: of the decoders' training, at most
 - thorough: the same with the thorough budget, of the cells where that was tried
@@ -223,7 +224,9 @@ accuracies, machine and date of each are in [frontier.json](frontier.json). {arc
 def page(cells: dict[str, dict[str, Any]]) -> str:
     """Returns the table with what its columns mean."""
     floor = sum(one["floor_ssim"] for one in cells.values()) / len(cells)
-    return PAGE.format(arch=ARCH, floor=floor, table=table(cells))
+    teachers = sorted({one["undefended"] for one in cells.values()})
+    undefended = " or ".join(f"{accuracy:.2f}" for accuracy in teachers)
+    return PAGE.format(arch=ARCH, floor=floor, undefended=undefended, table=table(cells))
 
 
 def is_current(cell: dict[str, Any]) -> bool:
@@ -233,13 +236,29 @@ def is_current(cell: dict[str, Any]) -> bool:
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """Returns the cells for people, the least readable first."""
-    rows = [("lever", "cell", "lost", "SSIM", "dB", "steps", "thorough", "1, hand, still", "bytes", "entropy", "head")]
+    rows = [
+        (
+            "lever",
+            "cell",
+            "accuracy",
+            "lost",
+            "SSIM",
+            "dB",
+            "steps",
+            "thorough",
+            "1, hand, still",
+            "bytes",
+            "entropy",
+            "head",
+        )
+    ]
     for name, one in sorted(cells.items(), key=lambda item: float(item[1]["oracle_ssim"])):
         longer, seen = one.get("thorough"), one.get("films")
         rows.append(
             (
                 one["lever"],
                 name if is_current(one) else f"{name} *",
+                f"{one['accuracy']:.2f}",
                 f"{one['undefended'] - one['accuracy']:.2f}",
                 f"{one['oracle_ssim']:.3f}",
                 f"{one['oracle_psnr_db']:.1f}",
