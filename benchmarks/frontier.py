@@ -236,22 +236,8 @@ def is_current(cell: dict[str, Any]) -> bool:
 
 def table(cells: dict[str, dict[str, Any]]) -> str:
     """Returns the cells for people, the least readable first."""
-    rows = [
-        (
-            "lever",
-            "cell",
-            "accuracy",
-            "lost",
-            "SSIM",
-            "dB",
-            "steps",
-            "thorough",
-            "1, hand, still",
-            "bytes",
-            "entropy",
-            "head",
-        )
-    ]
+    title = ("lever", "cell", "accuracy", "lost", "SSIM", "dB", "steps")
+    rows = [(*title, "thorough", "1, hand, still", "bytes", "entropy", "head")]
     for name, one in sorted(cells.items(), key=lambda item: float(item[1]["oracle_ssim"])):
         longer, seen = one.get("thorough"), one.get("films")
         rows.append(
