@@ -624,7 +624,7 @@ REFUSED = {
     "missing as text": ("/nowhere/grün.jpg", "/nowhere/grün.jpg cannot be read: No such file"),
     "a folder": (Path("/"), "/ is not a file"),
     "a device that never ends": (Path("/dev/zero"), "/dev/zero is not a file"),
-    "no path": ("", "is not a file"),
+    "no path": ("", "an empty text is no path"),
     "a NUL in the path": ("a\0b.png", "is not a path"),
     "too long a name": ("a" * 300, "cannot be read: File name too long"),
 }
